@@ -1,0 +1,250 @@
+"""Every loss of chapter 2 against torch.nn.functional: values, gradients, extreme logits, bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftbook import losses
+
+few = settings(max_examples=25, deadline=None)
+reductions = st.sampled_from(["mean", "sum", "none"])
+
+
+def data(seed, *shape, scale=3.0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64) * scale, g
+
+
+def same(ours, theirs, *inputs):
+    """Equal value and equal gradient with respect to every input."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    for a, b in zip(
+        torch.autograd.grad(ours.sum(), inputs, retain_graph=True), torch.autograd.grad(theirs.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@few
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 6), reduction=reductions)
+def test_mse_equals_torch(seed, n, reduction):
+    x, g = data(seed, n, 3)
+    y = torch.randn(n, 3, generator=g, dtype=torch.float64)
+    x.requires_grad_()
+    same(losses.mse(x, y, reduction=reduction), F.mse_loss(x, y, reduction=reduction), x)
+
+
+@few
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 6), weighted=st.booleans(), reduction=reductions)
+def test_bce_equals_torch(seed, n, weighted, reduction):
+    z, g = data(seed, n, 3)
+    y = torch.rand(n, 3, generator=g, dtype=torch.float64)
+    z.requires_grad_()
+    w = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64) if weighted else None
+    theirs = F.binary_cross_entropy_with_logits(z, y, pos_weight=w, reduction=reduction)
+    same(losses.bce_with_logits(z, y, pos_weight=w, reduction=reduction), theirs, z)
+
+
+@few
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.sampled_from([(4,), (5, 4), (3, 4, 2), (2, 4, 3, 2)]),
+    weighted=st.booleans(),
+    ignored=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    reduction=reductions,
+)
+def test_cross_entropy_equals_torch(seed, shape, weighted, ignored, smoothing, reduction):
+    z, g = data(seed, *shape)
+    y = torch.randint(0, 4, shape[:1] + shape[2:] if len(shape) > 1 else (), generator=g)
+    if ignored and y.numel() > 1:
+        y.view(-1)[1] = -100
+    z.requires_grad_()
+    options = {
+        "weight": torch.tensor([1.0, 0.2, 3.0, 0.7], dtype=torch.float64) if weighted else None,
+        "label_smoothing": smoothing,
+        "reduction": reduction,
+    }
+    same(losses.cross_entropy(z, y, **options), F.cross_entropy(z, y, **options), z)
+
+
+@few
+@given(seed=st.integers(0, 10**6), weighted=st.booleans(), smoothing=st.sampled_from([0.0, 0.2]), reduction=reductions)
+def test_cross_entropy_with_probabilities_equals_torch(seed, weighted, smoothing, reduction):
+    z, g = data(seed, 3, 4, 2)
+    p = torch.rand(3, 4, 2, generator=g, dtype=torch.float64).softmax(1)
+    z.requires_grad_()
+    w = torch.tensor([1.0, 0.2, 3.0, 0.7], dtype=torch.float64) if weighted else None
+    options = {"weight": w, "label_smoothing": smoothing, "reduction": reduction}
+    same(losses.cross_entropy(z, p, **options), F.cross_entropy(z, p, **options), z)
+
+
+def test_an_ignore_index_inside_the_classes():
+    z, y = data(0, 6, 4)[0], torch.tensor([0, 1, 2, 3, 0, 2])
+    torch.testing.assert_close(losses.cross_entropy(z, y, ignore_index=2), F.cross_entropy(z, y, ignore_index=2))
+
+
+@few
+@given(seed=st.integers(0, 10**6), smoothing=st.floats(0, 1), ignored=st.booleans())
+def test_label_smoothing_equals_torch(seed, smoothing, ignored):
+    z, g = data(seed, 5, 4)
+    y = torch.randint(0, 4, (5,), generator=g)
+    if ignored:
+        y[0] = -100
+    z.requires_grad_()
+    same(losses.label_smoothing(z, y, smoothing), F.cross_entropy(z, y, label_smoothing=smoothing), z)
+
+
+@few
+@given(seed=st.integers(0, 10**6), temperature=st.floats(0.5, 8))
+def test_distillation_equals_torch(seed, temperature):
+    s, g = data(seed, 5, 4)
+    t = torch.randn(5, 4, generator=g, dtype=torch.float64)
+    s.requires_grad_()
+    logq, logp = (s / temperature).log_softmax(1), (t / temperature).log_softmax(1)
+    theirs = F.kl_div(logq, logp, log_target=True, reduction="batchmean") * temperature**2
+    same(losses.distillation_kl(s, t, temperature=temperature), theirs, s)
+
+
+def test_distillation_leaves_the_teacher_alone():
+    s, t = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    losses.distillation_kl(s, t).backward()
+    assert t.grad is None and s.grad.abs().sum() > 0
+
+
+@few
+@given(seed=st.integers(0, 10**6), gamma=st.sampled_from([0.0, 0.5, 1.0, 2.0, 5.0]), reduction=reductions)
+def test_binary_focal_equals_torchvision(seed, gamma, reduction):
+    from torchvision.ops import sigmoid_focal_loss
+
+    z, g = data(seed, 6)
+    y = torch.randint(0, 2, (6,), generator=g)
+    z.requires_grad_()
+    two = torch.stack([torch.zeros_like(z), z], 1)
+    for a in (-1, 0.25):
+        alpha = None if a < 0 else torch.tensor([1 - a, a], dtype=torch.float64)
+        ours = losses.focal(two, y, gamma=gamma, alpha=alpha, reduction=reduction)
+        theirs = sigmoid_focal_loss(z, y.double(), alpha=a, gamma=gamma, reduction=reduction)
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+        for u, v in zip(*(torch.autograd.grad(x.sum(), z, retain_graph=True) for x in (ours, theirs)), strict=True):
+            torch.testing.assert_close(u, v, rtol=1e-5, atol=1e-7)
+
+
+@few
+@given(seed=st.integers(0, 10**6), reduction=reductions)
+def test_focal_with_gamma_zero_is_cross_entropy(seed, reduction):
+    z, g = data(seed, 5, 4, 2)
+    y = torch.randint(0, 4, (5, 2), generator=g)
+    y[1, 1] = -100
+    z.requires_grad_()
+    same(losses.focal(z, y, gamma=0, reduction=reduction), F.cross_entropy(z, y, reduction=reduction), z)
+
+
+Y = torch.tensor([0, 3, -100, 2])
+CASES = {
+    "mse": lambda z: losses.mse(z, torch.ones_like(z)),
+    "bce": lambda z: losses.bce_with_logits(z, torch.full_like(z, 0.3), pos_weight=z.new_tensor(2.0)),
+    "cross_entropy": lambda z: losses.cross_entropy(z, Y, weight=z.new_tensor([1, 2, 3, 4])),
+    "soft": lambda z: losses.cross_entropy(z, torch.full_like(z, 0.25), label_smoothing=0.1),
+    "label_smoothing": lambda z: losses.label_smoothing(z, Y, 0.3),
+    "focal": lambda z: losses.focal(z, Y, gamma=2.0, alpha=z.new_tensor([1, 2, 3, 4])),
+    "focal_half": lambda z: losses.focal(z, Y, gamma=0.5),
+    "distillation": lambda z: losses.distillation_kl(z, z.new_tensor([3.0, -3, 1e4, 0]).expand_as(z), temperature=2.0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(name):
+    z = data(1, 4, 4, scale=1.0)[0].requires_grad_()
+    assert torch.autograd.gradcheck(CASES[name], (z,))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_no_nan_at_ten_thousand(name, dtype):
+    patterns = torch.tensor([[1, -1, -1, -1], [-1, 1, 1, -1], [1, 1, 1, 1], [-1, -1, -1, 1], [0, 1, 0, -1]])
+    for row in patterns:
+        for sign in (1e4, -1e4):
+            z = (row * sign).to(dtype).repeat(4, 1).requires_grad_()
+            value = CASES[name](z)
+            value.backward()
+            assert value.isfinite(), (row, sign)
+            assert z.grad.isfinite().all(), (row, sign)
+
+
+def test_bce_gradient_is_sigmoid_minus_target_even_at_zero():
+    z = torch.tensor([0.0, 1e4, -1e4, 2.0], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0.25, 0.0, 1.0, 1.0], dtype=torch.float64)
+    losses.bce_with_logits(z, y, reduction="sum").backward()
+    torch.testing.assert_close(z.grad, z.detach().sigmoid() - y)
+
+
+def test_half_precision_is_computed_in_float32():
+    z, y = torch.randn(8, 5).bfloat16(), torch.randint(0, 5, (8,))
+    out = losses.cross_entropy(z, y)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, F.cross_entropy(z.float(), y))
+
+
+def test_integer_and_boolean_targets():
+    z = torch.randn(4)
+    expected = losses.bce_with_logits(z, torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    assert losses.bce_with_logits(z, torch.tensor([True, False, True, False])) == expected
+    x = torch.randn(3, 4)
+    assert losses.cross_entropy(x, torch.tensor([1, 2, 3], dtype=torch.int32)) == losses.cross_entropy(
+        x, torch.tensor([1, 2, 3])
+    )
+
+
+def test_compiles_without_graph_break():
+    f = torch.compile(lambda z, y: losses.cross_entropy(z, y, label_smoothing=0.1), fullgraph=True, backend="eager")
+    z, y = torch.randn(4, 3), torch.tensor([0, 1, -100, 2])
+    torch.testing.assert_close(f(z, y), F.cross_entropy(z, y, label_smoothing=0.1))
+
+
+def test_calibration_error():
+    right = torch.tensor([0, 1, 0, 1])
+    certain = torch.eye(2)[right]
+    assert losses.calibration_error(certain, right) == 0
+    assert losses.calibration_error(certain, 1 - right) == 1
+    p = torch.tensor([[0.7, 0.3]] * 10)
+    y = torch.tensor([0] * 7 + [1] * 3)
+    assert losses.calibration_error(p, y) < 1e-6
+
+
+N3, INT3 = torch.randn(3, 4), torch.tensor([0, 1, 2])
+BAD = [
+    (lambda: losses.mse(torch.zeros(3), torch.zeros(3, 1)), ValueError, "no broadcasting"),
+    (lambda: losses.mse([1.0], torch.zeros(1)), TypeError, "torch.as_tensor"),
+    (lambda: losses.mse(torch.tensor([1]), torch.zeros(1)), TypeError, "floating point"),
+    (lambda: losses.mse(torch.zeros(3), torch.zeros(3), reduction="avg"), ValueError, "'mean', 'sum' or 'none'"),
+    (lambda: losses.bce_with_logits(torch.zeros(3), torch.zeros(3, 1)), ValueError, "squeeze"),
+    (lambda: losses.bce_with_logits(torch.zeros(2), torch.tensor([0, 2])), ValueError, r"lie in \[0, 1\]"),
+    (lambda: losses.bce_with_logits(torch.zeros(1), torch.tensor([float("nan")])), ValueError, r"lie in \[0, 1\]"),
+    (lambda: losses.cross_entropy(N3, torch.tensor([0, 1, 4])), ValueError, r"0\.\.3 for 4 classes.*0 to 4"),
+    (lambda: losses.cross_entropy(N3, torch.tensor([0, -1, 2])), ValueError, "-1 to 2"),
+    (lambda: losses.cross_entropy(N3, INT3.float()), TypeError, r"target\.long\(\)"),
+    (lambda: losses.cross_entropy(N3, [0, 1, 2]), TypeError, "list"),
+    (lambda: losses.cross_entropy(N3, INT3[:2]), ValueError, r"shape \(3,\), got \(2,\)"),
+    (lambda: losses.cross_entropy(torch.zeros(2, 5, 3), torch.zeros(2, 5).long()), ValueError, r"transpose\(1, -1\)"),
+    (lambda: losses.cross_entropy(N3.long(), INT3), TypeError, r"logits\.float\(\)"),
+    (lambda: losses.cross_entropy(torch.tensor(1.0), torch.tensor(0)), ValueError, "class dimension"),
+    (lambda: losses.cross_entropy(N3, torch.full((3,), -100)), ValueError, "skip this batch"),
+    (lambda: losses.cross_entropy(N3, torch.ones(3, 4)), ValueError, "sum to 1"),
+    (lambda: losses.cross_entropy(N3, INT3, weight=torch.ones(3)), ValueError, r"shape \(4,\), got \(3,\)"),
+    (lambda: losses.cross_entropy(N3, INT3, label_smoothing=1.5), ValueError, "1.5"),
+    (lambda: losses.focal(N3, INT3, gamma=-1), ValueError, "gamma must be >= 0"),
+    (lambda: losses.focal(torch.zeros(3, 1), INT3 * 0), ValueError, "two classes"),
+    (lambda: losses.focal(N3, INT3, alpha=torch.ones(2)), ValueError, "alpha"),
+    (lambda: losses.distillation_kl(N3, N3[:2]), ValueError, r"\(2, 4\)"),
+    (lambda: losses.distillation_kl(N3, N3, temperature=0), ValueError, "temperature must be > 0"),
+    (lambda: losses.calibration_error(N3, INT3), ValueError, "softmax"),
+    (lambda: losses.calibration_error(N3.softmax(1), INT3[:2]), ValueError, r"\(N, C\)"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD)
+def test_bad_input_is_refused_with_a_reason(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
