@@ -1,0 +1,59 @@
+# ftbook: one line per command with `make help`. Needs make and Python 3.10 to 3.13; everything else comes from the lock files.
+PYTHON  ?= python3
+BUILDER ?= auto
+CH      ?=
+PORT    ?= 8000
+
+ALL  := .venv
+BOOK := .venv-book
+PY   := $(ALL)/bin/python
+BPY  := $(BOOK)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help book serve lab run results test bench export lock clean
+
+help:           ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(ALL)/.installed: requirements/all.lock setup.py settings.ini tools/env.py
+	@$(PYTHON) tools/env.py $(ALL) requirements/all.lock --editable
+	@touch $@
+
+$(BOOK)/.installed: requirements/book.lock tools/env.py
+	@$(PYTHON) tools/env.py $(BOOK) requirements/book.lock
+	@touch $@
+
+book: $(BOOK)/.installed   ## build the site from the stored outputs into _docs/ (BUILDER=sphinx|quarto)
+	@$(BPY) tools/book.py --builder $(BUILDER)
+
+serve: book     ## build the site and serve it on http://localhost:8000 (PORT=8000)
+	@echo "serve: http://localhost:$(PORT) shows _docs/ until Ctrl-C"
+	@$(BPY) -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
+
+lab: $(ALL)/.installed     ## open JupyterLab on nbs/ with ftbook installed
+	@echo "lab: JupyterLab on nbs/"
+	@$(ALL)/bin/jupyter lab --notebook-dir nbs
+
+run: $(ALL)/.installed     ## re-execute chapters in place, cpu profile, where outputs are stale (CH=05, FORCE=1)
+	@$(PY) tools/run.py $(CH) $(if $(FORCE),--force)
+
+results: $(ALL)/.installed ## run a chapter's long sweeps into results/NN_name.json (CH=10), resumable
+	@$(PY) tools/sweeps.py $(CH)
+
+test: $(ALL)/.installed    ## ruff, export, every notebook, wheel, site in Chromium, coverage
+	@$(PY) tools/check.py
+
+bench: $(ALL)/.installed   ## run benchmarks/*.py side by side with their peers; tables in benchmarks/results/
+	@$(PY) tools/bench.py $(CH)
+
+export: $(ALL)/.installed  ## write ftbook/, the generated cells and README.md from nbs/
+	@$(PY) tools/generate.py
+	@$(ALL)/bin/nbdev-export
+	@echo "export: ftbook/ and README.md agree with nbs/"
+
+lock: $(ALL)/.installed    ## resolve settings.ini anew into requirements/*.lock
+	@$(PY) tools/lock.py --upgrade
+
+clean:          ## remove what the commands made, except the environments
+	@rm -rf _docs build dist .quarto .pytest_cache .ruff_cache .hypothesis .coverage* *.egg-info
+	@echo "clean: removed _docs/, build/ and caches; .venv/ and .venv-book/ stay (remove them by hand for a new start)"

@@ -1,0 +1,56 @@
+"""Package metadata, read from settings.ini (the one place where it stands)."""
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+cfg = ConfigParser(delimiters=["="], interpolation=None)
+cfg.read(HERE / "settings.ini", encoding="utf-8")
+cfg = cfg["DEFAULT"]
+url, branch = cfg["repository"], cfg["branch"]
+EXTRAS = "notebook", "book", "dev", "bench"
+
+
+def requirements(key: str) -> list:
+    return cfg[key].split()
+
+
+def readme() -> str:
+    """README.md with its relative links made absolute, as a package index shows it."""
+    file = HERE / "README.md"
+    text = file.read_text(encoding="utf-8") if file.exists() else cfg["description"]
+    text = re.sub(r"(!\[[^\]]*\]\()(?!\w+:|#)", rf"\g<1>{url}/raw/{branch}/", text)
+    return re.sub(r"(?<!!)(\[[^\[\]]*\]\()(?!\w+:|#)", rf"\g<1>{url}/blob/{branch}/", text)
+
+
+extras = {name: requirements(f"{name}_requirements") for name in EXTRAS}
+extras["all"] = sorted({r for group in extras.values() for r in group})
+low, high = (int(cfg[key].split(".")[1]) for key in ("min_python", "max_python"))
+
+setup(
+    version=cfg["version"],
+    description=cfg["description"],
+    author=cfg["author"],
+    license=cfg["license"],
+    url=url,
+    project_urls={"Source": url, "Changelog": f"{url}/blob/{branch}/CHANGELOG.md"},
+    keywords=cfg["keywords"].split(),
+    python_requires=f">={cfg['min_python']}",
+    install_requires=requirements("requirements"),
+    extras_require=extras,
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    packages=["ftbook"],
+    package_data={"ftbook": ["assets/*", "assets/**/*"]},
+    include_package_data=False,
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Education",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(low, high + 1)),
+    ],
+)

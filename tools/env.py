@@ -1,0 +1,54 @@
+"""Make a virtual environment from a lock file: `env.py FOLDER LOCK [--editable]`. Standard library only.
+
+Written so that an old interpreter can still read it far enough to say that it is too old.
+"""
+import os
+import subprocess
+import sys
+
+LOW, HIGH = (3, 10), (3, 13)
+
+
+def stop(text):
+    sys.exit("ftbook: " + text)
+
+
+def run(*command):
+    if subprocess.call(command):
+        stop("this step failed: " + " ".join(command))
+
+
+def main(folder, lock, editable):
+    if not LOW <= sys.version_info[:2] <= HIGH:
+        stop("Python %d.%d cannot be used: ftbook needs 3.10 to 3.13. Name another one: make PYTHON=python3.12 ..."
+             % sys.version_info[:2])
+    python = os.path.join(folder, "bin", "python")
+    if not os.path.exists(python):
+        print("environment: making %s/ with Python %d.%d" % ((folder,) + sys.version_info[:2]), flush=True)
+        if subprocess.call([sys.executable, "-m", "venv", folder]):
+            stop("`%s -m venv` failed: this Python comes without venv (on Debian: apt-get install python3-venv)"
+                 % sys.executable)
+    if subprocess.call([python, "-c", "import uv"], stderr=subprocess.DEVNULL):
+        run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv")
+    print("environment: installing %s into %s/ (first time: minutes)" % (lock, folder), flush=True)
+    os.environ.setdefault("UV_LINK_MODE", "copy" if os.name == "nt" else "hardlink")
+    install = [python, "-m", "uv", "pip", "install", "--quiet", "--python", python]
+    run(*install, "--requirements", lock)
+    if editable:
+        run(*install, "--no-deps", "--editable", ".")
+
+
+def locked(folder, job):
+    """Run job() while no other make fills the same folder."""
+    try:
+        import fcntl
+    except ImportError:
+        return job()
+    with open(folder.rstrip("/") + ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return job()
+
+
+if __name__ == "__main__":
+    where, what = sys.argv[1:3]
+    locked(where, lambda: main(where, what, "--editable" in sys.argv[3:]))

@@ -1,0 +1,164 @@
+"""Re-execute chapters in place: `run.py [CHAPTER ...] [--force] [--list]`.
+
+A notebook whose stored outputs belong to the present code is skipped, so a stopped run goes on where it was. A notebook is
+replaced, in one step, only after all of its cells ran. Minutes, peak memory and the code's fingerprint go into
+results/NN_name.json under "run", where the chapter's status table reads them.
+"""
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from fingerprint import fingerprint
+from settings import NBS, RESULTS, ROOT, find
+
+os.environ.setdefault("FTBOOK_PROFILE", "cpu")
+PROFILE = os.environ["FTBOOK_PROFILE"]
+BAR = re.compile(r"\d+%\|.*\||\d+(it|B|MB)? ?\[\d\d:\d\d|it/s\]|s/it\]")
+MEMORY = "__import__('resource').getrusage(__import__('resource').RUSAGE_SELF).ru_maxrss"
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def stored_run(path: Path, profile: str = PROFILE) -> dict:
+    """What the last run of this notebook left in results/, or {}."""
+    file = RESULTS / f"{path.stem}.json"
+    entry = load(file).get(profile, {}).get("run", {}) if file.exists() else {}
+    return entry.get("value", entry) if isinstance(entry, dict) else {}
+
+
+def is_fresh(path: Path) -> bool:
+    run, now = stored_run(path), fingerprint(path)
+    return (run.get("code"), run.get("library")) == (now["code"], now["library"])
+
+
+def is_progress(output: dict) -> bool:
+    """Progress bars are for the one who waits, not for the page."""
+    if output["output_type"] == "stream":
+        return output["name"] == "stderr" and bool(BAR.search("".join(output["text"])))
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+def clean(nb) -> None:
+    from nbdev.clean import clean_nb
+    from nbdev.config import get_config
+
+    cfg = get_config(path=ROOT)
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [o for o in cell["outputs"] if not is_progress(o)]
+    nb["metadata"].pop("widgets", None)
+    clean_nb(nb, False, cfg.get("allowed_metadata_keys"), cfg.get("allowed_cell_metadata_keys"), cfg.clean_ids,
+             cfg.get("allowed_out_metadata_keys"))
+
+
+def write(nb, path: Path) -> None:
+    """One rename: a reader or a killed run never sees half a notebook."""
+    import nbformat
+
+    from nbdev.clean import write_nb
+    from fastcore.nbio import dict2nb
+
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".ipynb")
+    os.close(handle)
+    try:
+        write_nb(dict2nb(json.loads(nbformat.writes(nb))), name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+class Progress:
+    """One line that says how far the chapter is, where somebody watches."""
+
+    def __init__(self, name: str, total: int):
+        self.name, self.total, self.live = name, total, sys.stdout.isatty()
+
+    def __call__(self, cell, cell_index, **_):
+        if self.live:
+            print(f"\r{self.name:<24} cell {cell_index + 1}/{self.total}", end="", flush=True)
+
+
+def execute(path: Path) -> dict:
+    """Run one notebook and put the result in its place. Returns minutes, peak_mb and the versions."""
+    import nbformat
+    from nbclient import NotebookClient
+    from traitlets.config import Config
+
+    sockets = Config(KernelManager={"transport": "ipc"})  # files, not TCP ports: nothing else can reach the kernel
+    nb = nbformat.read(path, as_version=4)
+    nb.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
+    client = NotebookClient(nb, timeout=None, store_widget_state=False, resources={"metadata": {"path": str(NBS)}},
+                            on_cell_execute=Progress(path.stem, len(nb.cells)), config=sockets)
+    start = time.perf_counter()
+    with client.setup_kernel():
+        for index, cell in enumerate(nb.cells):
+            client.execute_cell(cell, index)
+        seconds = time.perf_counter() - start
+        run = {"minutes": round(seconds / 60, 2), "peak_mb": round(peak(client)), **fingerprint(path),
+               "python": platform.python_version(), "seconds": round(seconds, 1)}
+        keep(path, run)
+        for index, cell in enumerate(nb.cells):  # the status table shows this very run
+            if cell.cell_type == "code" and re.search(r"^(data\.)?status\(", cell.source, flags=re.M):
+                cell.outputs = []
+                client.execute_cell(cell, index)
+    clean(nb)
+    write(nb, path)
+    return run
+
+
+def peak(client) -> float:
+    """Largest resident size of the kernel's process so far, in MB."""
+    msg_id = client.kc.execute("", silent=True, user_expressions={"peak": MEMORY})
+    reply = client.wait_for_reply(msg_id)
+    value = float(reply["content"]["user_expressions"]["peak"]["data"]["text/plain"])
+    return value / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def keep(path: Path, run: dict) -> None:
+    """Through ftbook.results, so that the row carries the same provenance as every other number of the book."""
+    if PROFILE == "quick":
+        return
+    sys.path.insert(0, str(ROOT))
+    from ftbook.results import record
+
+    record(path.stem, "run", run)
+
+
+def main(args: list) -> int:
+    names = [a for a in args if not a.startswith("-")]
+    paths = [find(n) for n in names] or sorted(NBS.glob("[!.]*.ipynb"))
+    if not paths:
+        raise SystemExit("run: nbs/ holds no notebook yet")
+    if "--list" in args:
+        print("\n".join(f"{p.stem:<24} {'up to date' if is_fresh(p) else 'stale'}" for p in paths))
+        return 0
+    print(f"run: {len(paths)} notebook(s) of nbs/ in the {PROFILE} profile, outputs stored in place", flush=True)
+    failed = []
+    for path in paths:
+        if is_fresh(path) and "--force" not in args:
+            print(f"{path.stem:<24} up to date ({stored_run(path)['minutes']} min when it ran)", flush=True)
+            continue
+        clear = "\r" if sys.stdout.isatty() else ""
+        try:
+            run = execute(path)
+        except Exception as err:
+            failed.append(path.stem)
+            text = str(err) if os.environ.get("VERBOSE") else "\n".join(str(err).strip().splitlines()[-25:])
+            print(f"{clear}{path.stem:<24} FAILED, the file is as it was\n{text}", flush=True)
+        else:
+            print(f"{clear}{path.stem:<24} {run['seconds']:8.1f} s {run['peak_mb']:8.0f} MB", flush=True)
+    if failed:
+        print(f"run: failed: {', '.join(failed)}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
