@@ -6,6 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+from generate import MARK
 from settings import ROOT
 
 LIBRARY = ROOT / "ftbook"
@@ -107,7 +108,8 @@ def reached(trees: list) -> set:
 
 def cells_of(path: Path) -> list:
     nb = json.loads(path.read_text(encoding="utf-8"))
-    return ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
+    sources = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
+    return [s for s in sources if MARK not in s]
 
 
 def _tree(source: str):

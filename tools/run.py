@@ -6,7 +6,6 @@ results/NN_name.json under "run", where the chapter's status table reads them.
 """
 import json
 import os
-import platform
 import re
 import sys
 import tempfile
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 from fingerprint import fingerprint
+from generate import main as generate
 from settings import NBS, RESULTS, ROOT, find
 
 os.environ.setdefault("FTBOOK_PROFILE", "cpu")
@@ -90,26 +90,28 @@ def execute(path: Path) -> dict:
     """Run one notebook and put the result in its place. Returns minutes, peak_mb and the versions."""
     import nbformat
     from nbclient import NotebookClient
-    from traitlets.config import Config
-
-    sockets = Config(KernelManager={"transport": "ipc"})  # files, not TCP ports: nothing else can reach the kernel
-    nb = nbformat.read(path, as_version=4)
+    generate([path.stem])
+    before = path.read_bytes()
+    nb = nbformat.reads(before.decode(), as_version=4)
     nb.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
     client = NotebookClient(nb, timeout=None, store_widget_state=False, resources={"metadata": {"path": str(NBS)}},
-                            on_cell_execute=Progress(path.stem, len(nb.cells)), config=sockets)
+                            on_cell_execute=Progress(path.stem, len(nb.cells)),
+                            extra_arguments=["--IPKernelApp.log_level=40"])
     start = time.perf_counter()
     with client.setup_kernel():
         for index, cell in enumerate(nb.cells):
             client.execute_cell(cell, index)
         seconds = time.perf_counter() - start
         run = {"minutes": round(seconds / 60, 2), "peak_mb": round(peak(client)), **fingerprint(path),
-               "python": platform.python_version(), "seconds": round(seconds, 1)}
+               "seconds": round(seconds, 1)}
         keep(path, run)
         for index, cell in enumerate(nb.cells):  # the status table shows this very run
             if cell.cell_type == "code" and re.search(r"^(data\.)?status\(", cell.source, flags=re.M):
                 cell.outputs = []
                 client.execute_cell(cell, index)
     clean(nb)
+    if path.read_bytes() != before:
+        raise RuntimeError(f"{path.name} was edited while it ran; run it again")
     write(nb, path)
     return run
 

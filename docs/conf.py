@@ -1,0 +1,79 @@
+"""Sphinx settings. Title, authors and chapters come from _quarto.yml, version and repository from settings.ini."""
+import importlib.util
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS), str(DOCS.parent / "tools")]
+
+from settings import settings  # noqa: E402
+from stage import EXTRA, book  # noqa: E402
+
+cfg = settings()
+project, author = book()["title"], book()["author"]
+copyright, version = f"{author}, {cfg['license']}", cfg["version"]  # noqa: A001
+language = "en"
+
+extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+root_doc = "index"
+
+# notebooks: stored outputs only, no widget scripts from other hosts
+nb_execution_mode = "off"
+nb_ipywidgets_js = {}
+nb_merge_streams = True
+nb_render_markdown_format = "myst"
+nb_number_source_lines = False
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "strikethrough"]
+myst_heading_anchors = 4
+myst_dmath_double_inline = True
+suppress_warnings = ["myst.strikethrough"]
+
+# mathematics: MathJax out of a Python package, one file without web fonts
+_mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations[0]) / "static" / "mathjax"
+mathjax_path = "mathjax.js"
+mathjax3_config = {
+    "options": {"enableMenu": False},
+    "tex": {"inlineMath": [["\\(", "\\)"]], "displayMath": [["\\[", "\\]"]], "processEscapes": True},
+    "svg": {"fontCache": "global"},
+}
+
+html_theme = "sphinx_book_theme"
+html_title = project
+html_static_path = [str(DOCS / "static")]
+html_css_files = ["book.css"]
+html_js_files = ["book.js"]
+html_extra_path = [str(EXTRA)]
+html_favicon = str(DOCS / "static" / "favicon.svg")
+html_copy_source = False
+html_show_sourcelink = False
+html_show_sphinx = False
+html_last_updated_fmt = None
+html_theme_options = {
+    "repository_url": cfg["repository"],
+    "use_repository_button": True,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "navigation_with_keys": False,
+    "toc_title": "In this chapter",
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+    "logo": {"text": project},
+}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_exclude = ".linenos, .gp, .go"
+
+
+def copy_mathjax(app, error):
+    if error is None:
+        target = Path(app.outdir) / "_static" / "mathjax.js"
+        data = (_mathjax / "tex-svg.js").read_bytes()
+        if not target.exists() or target.stat().st_size != len(data):
+            target.write_bytes(data)
+
+
+def setup(app):
+    app.connect("build-finished", copy_mathjax)

@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Turn a notebook as it is worked on into a notebook as it is read: JSON on stdin, JSON on stdout (Quarto's ipynb-filters).
+
+docs/stage.py calls `transform` with target="sphinx". Standard library only, because Quarto runs it with any Python.
+What it does: nbdev directives go, hidden cells go, `#| echo: false` and the like become what the builder understands, alerts
+(`> [!NOTE]`) become callouts, pictures become figures with their alt text, the file's number stands before the title.
+"""
+import base64
+import html
+import json
+import re
+import sys
+
+OPTION = re.compile(r"^#\|\s*([\w-]+)\s*(?::\s*(.*?))?\s*$")
+QUARTO = {"echo", "include", "output", "code-fold", "code-summary", "warning", "error", "label", "fig-cap", "fig-alt"}
+ALERT = re.compile(r"^ {0,3}> ?\[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\s*(.*)$", re.I)
+FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
+IMAGES = "image/svg+xml", "image/png", "image/jpeg"
+INLINE = re.compile(r'src="data:(image/[\w+]+);base64,([^"]+)"')
+CHAPTER = re.compile(r"^(\d+|[A-Z]\d*)_")
+
+
+def lines_of(source) -> list:
+    """Notebook source as a list of lines without their ends."""
+    return ("".join(source)).split("\n")
+
+
+def source_of(lines: list) -> list:
+    """Back to the list form that both builders read without losing line ends."""
+    return [line + "\n" for line in lines[:-1]] + lines[-1:]
+
+
+def options_of(lines: list) -> tuple:
+    """(options of the leading `#|` lines: name -> value, the lines below them)."""
+    options, rest = {}, 0
+    for rest, line in enumerate(lines):
+        match = OPTION.match(line)
+        if not match:
+            break
+        options[match[1]] = (match[2] or "").strip("\"'")
+    else:
+        rest = len(lines)
+    return options, lines[rest:]
+
+
+def callouts(lines: list, target: str) -> list:
+    """Rewrite alert quotes as callouts of the builder; fenced code stays as it is."""
+    out, body, fence = [], None, None
+    close = ":::"
+
+    def flush():
+        nonlocal body
+        if body is not None:
+            out.extend([*body, close, ""])
+            body = None
+
+    for line in lines:
+        match = FENCE.match(line)
+        if fence is None and body is not None:
+            if line.lstrip().startswith(">"):
+                body.append(re.sub(r"^ {0,3}> ?", "", line))
+                continue
+            flush()
+        if match and (fence is None or line.strip().startswith(fence)):
+            fence = match[1] if fence is None else None
+        alert = ALERT.match(line) if fence is None else None
+        if alert:
+            kind, title = alert[1].lower(), alert[2].strip()
+            if target == "quarto":
+                body = ["", f"::: {{.callout-{kind}}}", *([f"## {title}", ""] if title else []), ""]
+            else:
+                body = ["", f":::{{admonition}} {title}\n:class: {kind}\n" if title else f":::{{{kind}}}"]
+                body = "\n".join(body).split("\n")
+        else:
+            out.append(line)
+    flush()
+    return out
+
+
+def prose(lines: list, target: str) -> list:
+    """Markdown of a cell or of an output, as the builder wants it."""
+    lines = callouts(lines, target)
+    text = "\n".join(lines)
+    text = re.sub(r"\]\(index\.ipynb(#[^)]*)?\)", "](../index.qmd)" if target == "quarto" else "](../index.md)", text)
+    if target == "quarto":  # pandoc's MathML knows no \tag
+        text = re.sub(r"\\tag\{([^{}]*)\}", r"\\qquad\\text{(\1)}", text)
+    return text.split("\n")
+
+
+def numbered(lines: list, name: str) -> list:
+    """`# Title` of 05_name.ipynb becomes `# 5 · Title`."""
+    match = CHAPTER.match(name)
+    if not match:
+        return lines
+    number = match[1].lstrip("0") or "0"
+    for i, line in enumerate(lines):
+        if line.startswith("# "):
+            return [*lines[:i], f"# {number} · {line[2:]}", *lines[i + 1:]]
+    return lines
+
+
+def alt_of(output: dict, mime: str) -> str:
+    meta = output.get("metadata", {})
+    return meta.get("alt") or meta.get(mime, {}).get("alt") or meta.get("ftbook", {}).get("alt", "")
+
+
+def figure(output: dict, mime: str, save=None) -> str:
+    """An image output as HTML; `save(bytes, suffix)` may store it as a file and return its address."""
+    raw = "".join(output["data"][mime])
+    data = raw.encode() if mime == "image/svg+xml" else base64.b64decode(raw)
+    address = save(data, mime) if save else f"data:{mime};base64,{base64.b64encode(data).decode()}"
+    meta = output.get("metadata", {})
+    caption = meta.get("caption") or meta.get("ftbook", {}).get("caption") or meta.get(mime, {}).get("caption", "")
+    size = "".join(f' {k}="{meta[mime][k]}"' for k in ("width", "height") if k in meta.get(mime, {}))
+    text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return (f'<figure class="plot"><img src="{address}" alt="{html.escape(alt_of(output, mime), quote=True)}"'
+            f' loading="lazy"{size}>{text}</figure>')
+
+
+def shown(output: dict, target: str, save=None):
+    """The output as the page shows it, or None."""
+    data = output.get("data")
+    if data is None:
+        return output
+    if "application/vnd.jupyter.widget-view+json" in data:
+        return None
+    mime = next((m for m in IMAGES if m in data), None)
+    if "text/html" in data:
+        text = "".join(data["text/html"])
+        if save:
+            text = INLINE.sub(lambda m: f'src="{save(base64.b64decode(m[2]), m[1])}" loading="lazy"', text)
+        if text.startswith("<img "):
+            text = f'<figure class="plot">{text}</figure>'
+        data = {"text/html": source_of(lines_of(text))}
+    elif mime:
+        data = {"text/html": source_of(lines_of(figure(output, mime, save)))}
+    elif "text/markdown" in data:
+        data = {"text/markdown": source_of(prose(lines_of(data["text/markdown"]), target))}
+    return {**output, "data": data, "metadata": {}}
+
+
+def code_cell(cell: dict, target: str, save=None):
+    """A code cell without directives; None where the reader does not see it."""
+    options, lines = options_of(lines_of(cell["source"]))
+    silent = "default_exp" in options and not any(line.strip() for line in lines)
+    if "hide" in options or options.get("include") == "false" or silent:
+        return None
+    while lines and not lines[0].strip():
+        lines = lines[1:]
+    tags, meta = list(cell.get("metadata", {}).get("tags", [])), {}
+    if target == "quarto":
+        lines = [f"#| {k}: {v}" for k, v in options.items() if k in QUARTO and v] + lines
+    else:
+        tags += [tag for option, value, tag in (
+            ("echo", "false", "remove-input"), ("output", "false", "remove-output"), ("code-fold", "true", "hide-input"))
+            if options.get(option) == value]
+        tags += ["export"] if options.keys() & {"export", "exports"} else []
+        if "code-summary" in options:
+            meta["mystnb"] = {"code_prompt_show": options["code-summary"], "code_prompt_hide": options["code-summary"]}
+    outputs = [o for o in (shown(o, target, save) for o in cell.get("outputs", [])) if o]
+    if not outputs and (not any(line.strip() for line in lines) or "remove-input" in tags):
+        return None
+    return {**cell, "source": source_of(lines), "outputs": outputs, "metadata": {**meta, **({"tags": tags} if tags else {})}}
+
+
+def transform(nb: dict, target: str = "quarto", name: str = "", save=None) -> dict:
+    """The notebook that the builder reads; `name` is the file's, `save` stores pictures."""
+    cells, first = [], True
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code":
+            cell = code_cell(cell, target, save)
+            if cell is None:
+                continue
+        elif cell["cell_type"] == "markdown":
+            lines = prose(lines_of(cell["source"]), target)
+            if first and target == "sphinx":
+                lines = numbered(lines, name)
+            cell, first = {**cell, "source": source_of(lines), "metadata": {}}, False
+        cells.append(cell)
+    return {**nb, "cells": cells}
+
+
+if __name__ == "__main__":
+    sys.stdin.reconfigure(encoding="utf-8")
+    sys.stdout.reconfigure(encoding="utf-8")
+    json.dump(transform(json.load(sys.stdin)), sys.stdout, ensure_ascii=False)

@@ -1,0 +1,104 @@
+"""Lay out what Sphinx reads, from `_quarto.yml`, README.md and nbs/: only files whose content changed are written."""
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tools")]
+
+from filter import prose, transform  # noqa: E402
+
+STAGE = ROOT / "build" / "book" / "source"
+EXTRA = ROOT / "build" / "book" / "extra"
+SUFFIX = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
+
+
+def book() -> dict:
+    """The `book:` section of _quarto.yml."""
+    return yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["book"]
+
+
+def parts() -> list:
+    """[(part's title or None, [files])] in reading order."""
+    found = []
+    for entry in book()["chapters"]:
+        if isinstance(entry, dict):
+            found.append((entry["part"], entry["chapters"]))
+        elif not Path(entry).stem == "index":
+            found.append((None, [entry]))
+    if book().get("appendices"):
+        found.append(("Appendices", book()["appendices"]))
+    return found
+
+
+def put(file: Path, data: bytes, kept: set) -> None:
+    """Write where the content is new, so that an unchanged page is not built again."""
+    kept.add(file)
+    if not file.exists() or file.read_bytes() != data:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+
+
+def toctrees() -> str:
+    blocks = []
+    for title, files in parts():
+        head = [f":caption: {title}"] if title else []
+        names = [str(Path(file).with_suffix("")) for file in files]
+        blocks.append("\n".join(["```{toctree}", ":hidden:", ":maxdepth: 1", *head, "", *names, "```"]))
+    return "\n\n".join(blocks)
+
+
+def home() -> str:
+    """README.md as the site's first page."""
+    text = "\n".join(prose((ROOT / "README.md").read_text(encoding="utf-8").split("\n"), "sphinx"))
+    text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.S)
+    listed = {file for _, files in parts() for file in files}
+
+    def to_source(match):
+        target = match[2].partition("#")[0]
+        file = ROOT / target
+        if target in listed or not file.is_file() or file.suffix in {".svg", ".png", ".jpg"}:
+            return match[0]
+        from settings import settings  # a file of the repository that is no page: show it where it lives
+
+        cfg = settings()
+        return f"[{match[1]}]({cfg['repository']}/blob/{cfg['branch']}/{match[2]})"
+
+    text = re.sub(r"(?<!!)\[([^\[\]]+)\]\((?!\w+:|#)([^()\s]+)\)", to_source, text)
+    return f"{text}\n\n{toctrees()}\n"
+
+
+def stage() -> list:
+    """Fill STAGE and EXTRA; returns the staged documents."""
+    kept: set = set()
+    EXTRA.mkdir(parents=True, exist_ok=True)
+    for _, files in parts():
+        for file in files:
+            path = ROOT / file
+            if not path.exists():
+                raise SystemExit(f"book: _quarto.yml lists {file}, which does not exist")
+            stem = path.stem
+
+            def save(data: bytes, mime: str, stem=stem) -> str:
+                name = f"{stem}-{hashlib.sha256(data).hexdigest()[:10]}.{SUFFIX[mime]}"
+                put(EXTRA / "figures" / name, data, kept)
+                return f"../figures/{name}"
+
+            nb = transform(json.loads(path.read_text(encoding="utf-8")), "sphinx", path.stem, save)
+            put(STAGE / file, json.dumps(nb, ensure_ascii=False, indent=1).encode(), kept)
+    put(STAGE / "index.md", home().encode(), kept)
+    for image in (ROOT / "docs" / "images").glob("*"):
+        put(STAGE / "docs" / "images" / image.name, image.read_bytes(), kept)
+    for folder in (STAGE, EXTRA):
+        for file in folder.rglob("*"):
+            if file.is_file() and file not in kept:
+                file.unlink()
+    return sorted(kept)
+
+
+if __name__ == "__main__":
+    print(f"staged {len(stage())} files in {STAGE.relative_to(ROOT)}/")
