@@ -9,6 +9,7 @@ __all__ = ['ROW_KEYS', 'STORED', 'FRACTIONS', 'mean_interval', 'prediction_inter
 # %% ../nbs/A3_results.ipynb #624cb34c
 import functools
 import hashlib
+import importlib
 import importlib.resources
 import itertools
 import json
@@ -576,6 +577,14 @@ def say(template: str, **values: Any) -> Markdown:
     return Markdown({"template": template, "values": {k: _reference(v) for k, v in values.items()}})
 
 
+def _render_call(function: str, arguments: Mapping[str, Any]) -> str:
+    """Text of a public function of this package, named like "ftbook.data.status_text", called with `arguments`."""
+    module, _, name = function.rpartition(".")
+    if not module.startswith("ftbook.") or name.startswith("_"):
+        raise ValueError(f"{function!r} is no public function of ftbook")
+    return getattr(importlib.import_module(module), name)(**arguments)
+
+
 def render(payload: dict) -> str:
     """Markdown text of a payload, its numbers read from results/ now.
 
@@ -586,6 +595,8 @@ def render(payload: dict) -> str:
     """
     if "table" in payload:
         return _render_table(**payload["table"])
+    if "call" in payload:
+        return _render_call(**payload["call"])
     values = {k: _resolve(v) for k, v in payload["values"].items()}
     return _Formatter().format(payload["template"], **values)
 

@@ -1,0 +1,662 @@
+"""Module data: registry, downloads from a server on the loopback address, readers, sets in memory, batches, status."""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import lzma
+import re
+import tarfile
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftbook import data, results
+
+CONTENT = b"the right bytes " * 400
+
+
+def sha(raw):
+    return hashlib.sha256(raw).hexdigest()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, the cpu profile, and no waiting between attempts."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FTBOOK_DATA", str(folder))
+    monkeypatch.setenv("FTBOOK_PROFILE", "cpu")
+    monkeypatch.delenv("FTBOOK_OFFLINE", raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return folder
+
+
+@pytest.fixture
+def server():
+    """Serves answers[path], a list of (status, content, announced length); the last one is repeated."""
+    answers, requests = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            queue = answers.get(self.path, [(404, b"<html>not found</html>", None)])
+            status, content, length = queue.pop(0) if len(queue) > 1 else queue[0]
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content) if length is None else length))
+            self.end_headers()
+            with contextlib.suppress(BrokenPipeError):
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    httpd.answers, httpd.requests = answers, requests
+    httpd.base = f"http://127.0.0.1:{httpd.server_address[1]}"
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Registers a data set "toy" of one file `sub/toy.bin` with the given addresses."""
+
+    def make(*urls, content=CONTENT):
+        file = data.File("sub/toy.bin", sha(content), len(content), urls)
+        card = dataclasses.replace(data.card("wnut17"), name="toy", variants={"v": (file,)}, substitute="")
+        monkeypatch.setitem(data.CARDS, "toy", card)
+        return file
+
+    return make
+
+
+def files_under(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+# ---------------------------------------------------------------- registry
+
+def test_every_card_is_complete():
+    wanted = {"digits", "fashion_mnist", "cifar10", "hymenoptera", "wnut17", "conll2003", "sst2", "wikitext2"}
+    assert wanted <= set(data.names())
+    for name in data.names():
+        card = data.card(name)
+        assert card.name == name and card.flaws and card.splits and name in data.READERS
+        assert all(len(text) > 3 for text in (card.title, card.task, card.origin, card.license, card.cite))
+        for files in card.variants.values():
+            assert len({file.path for file in files}) == len(files)
+            for file in files:
+                assert re.fullmatch("[0-9a-f]{64}", file.sha256) and file.size > 1000
+                assert all(url.endswith(file.name) and url.startswith("http") for url in file.urls)
+                assert not file.path.startswith("/") and ".." not in file.path
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match="mnits.*fashion_mnist"):
+        data.load("mnits")
+    with pytest.raises(ValueError, match="no split 'valid'; it has: train, test"):
+        data.load("digits", "valid")
+    with pytest.raises(ValueError, match="no variant 'large'; it has: full, subset"):
+        data.fetch("cifar10", "large")
+    assert data.split_name("wnut17", "dev") == data.split_name("wnut17", "validation") == "valid"
+
+
+def test_register_refuses_another_card_under_a_taken_name(monkeypatch):
+    monkeypatch.setattr(data, "CARDS", dict(data.CARDS))
+    assert data.register(data.card("digits")) is data.card("digits")
+    with pytest.raises(ValueError, match="another data set named 'digits'"):
+        data.register(dataclasses.replace(data.card("digits"), title="Other"))
+
+
+def test_cards_show_themselves():
+    text = data.card("fashion_mnist")._repr_markdown_()
+    assert "<https://arxiv.org/abs/1708.07747>" in text and "train-images-idx3-ubyte.gz" in text and "26 MB" in text
+    assert "Known flaws" in text and "raw.githubusercontent.com" in text
+    assert "no address" in data.card("cifar10")._repr_markdown_()
+    assert "variant" not in data.card("digits")._repr_markdown_()
+    assert repr(data.card("digits")) == "Card(digits: Digits (scikit-learn))"
+    table = data.cards_table().data
+    assert all(f"`{name}`" in table for name in data.names()) and "170 MB" in table
+    assert data.download_size("digits") == 0 and data.download_size("wiki_excerpt") == 0
+
+
+# ---------------------------------------------------------------- cache and download
+
+def test_download_once_then_cache(cache, server, toy, capsys):
+    toy(server.base + "/toy.bin")
+    server.answers["/toy.bin"] = [(200, CONTENT, None)]
+    path = data.fetch("toy")["toy.bin"]
+    assert path == cache / "sub" / "toy.bin" and path.read_bytes() == CONTENT
+    assert "license: CC BY 4.0" in capsys.readouterr().out
+    assert data.fetch("toy", progress=False) == {"toy.bin": path}
+    assert server.requests == ["/toy.bin"] and files_under(cache) == ["sub/toy.bin"]
+
+
+def test_second_mirror_is_tried(cache, server, toy):
+    toy(server.base + "/gone/toy.bin", server.base + "/bad/toy.bin", server.base + "/good/toy.bin")
+    server.answers["/bad/toy.bin"] = [(200, b"other bytes", None)]
+    server.answers["/good/toy.bin"] = [(200, CONTENT, None)]
+    assert data.fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
+    assert server.requests[-1] == "/good/toy.bin" and files_under(cache) == ["sub/toy.bin"]
+
+
+def test_wrong_bytes_are_refused_and_not_kept(cache, server, toy):
+    file = toy(server.base + "/toy.bin")
+    server.answers["/toy.bin"] = [(200, b"other bytes", None)]
+    with pytest.raises(FileNotFoundError) as caught:
+        data.fetch("toy", progress=False)
+    message = str(caught.value)
+    assert f"expected {file.sha256}, got {sha(b'other bytes')}" in message and "another toy.bin" in message
+    assert str(cache / "sub" / "toy.bin") in message and server.base + "/toy.bin" in message
+    assert files_under(cache) == []
+
+
+def test_error_page_with_status_200_is_named(cache, server, toy):
+    toy(server.base + "/toy.bin")
+    server.answers["/toy.bin"] = [(200, b"\n<!DOCTYPE html><title>busy</title>", None)]
+    with pytest.raises(FileNotFoundError, match="HTML page instead of toy.bin"):
+        data.fetch("toy", progress=False)
+    assert files_under(cache) == []
+
+
+def test_broken_connection_is_retried_and_leaves_nothing(cache, server, toy):
+    toy(server.base + "/toy.bin")
+    broken = (200, CONTENT[:1000], len(CONTENT))
+    server.answers["/toy.bin"] = [broken]
+    with pytest.raises(FileNotFoundError, match="tried http://127"):
+        data.fetch("toy", progress=False)
+    assert len(server.requests) == 2 and files_under(cache) == []
+    server.answers["/toy.bin"] = [broken, (200, CONTENT, None)]
+    assert data.fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
+    assert len(server.requests) == 4 and files_under(cache) == ["sub/toy.bin"]
+
+
+def test_interrupt_leaves_nothing(cache, server, toy, monkeypatch):
+    toy(server.base + "/toy.bin")
+
+    def interrupted(progressbar, timeout):
+        def run(url, output, pup):
+            with open(output, "wb") as stream:
+                stream.write(CONTENT[:100])
+            raise KeyboardInterrupt
+        return run
+
+    monkeypatch.setattr("pooch.HTTPDownloader", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.fetch("toy", progress=False)
+    assert files_under(cache) == []
+
+
+def test_the_readers_own_file_is_kept(cache, server, toy):
+    file = toy(server.base + "/toy.bin")
+    own = cache / "sub" / "toy.bin"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"my own work")
+    with pytest.raises(data.ChecksumError) as caught:
+        data.fetch("toy")
+    assert all(part in str(caught.value) for part in (str(own), file.sha256, sha(b"my own work")))
+    assert own.read_bytes() == b"my own work" and server.requests == []
+    own.write_bytes(CONTENT)  # changed since: hashed again
+    assert data.fetch("toy") == {"toy.bin": own}
+
+
+def test_no_network_and_no_cache_says_what_to_put_where(cache, monkeypatch, toy):
+    monkeypatch.setenv("FTBOOK_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError) as caught:
+        data.load("cifar10")
+    message, full, subset = str(caught.value), *(data.card("cifar10").variants[v][0] for v in ("full", "subset"))
+    for file in (full, subset):
+        assert str(cache / file.path) in message and file.sha256 in message and f"{file.size:,}" in message
+    assert full.urls[0] in message and "no public address" in message and "FTBOOK_DATA" in message
+    assert "FTBOOK_OFFLINE is set" in message
+    monkeypatch.delenv("FTBOOK_OFFLINE")
+    toy("http://127.0.0.1:9/toy.bin")  # nobody listens there
+    with pytest.raises(FileNotFoundError, match="tried http://127.0.0.1:9/toy.bin: ConnectionError"):
+        data.fetch("toy", progress=False)
+    with pytest.raises(FileNotFoundError, match="no address is on record"):
+        data.load("wiki_excerpt")
+
+
+def test_cache_folder_that_cannot_be_written(cache, server, toy, monkeypatch):
+    toy(server.base + "/toy.bin")
+    (cache.parent / "file").write_text("in the way")
+    monkeypatch.setenv("FTBOOK_DATA", str(cache.parent / "file" / "cache"))
+    with pytest.raises(FileNotFoundError, match=r"tried \w+Error"):
+        data.fetch("toy", progress=False)
+    assert server.requests == []
+
+
+def test_nothing_is_written_without_a_download(cache):
+    data.load("digits")
+    with contextlib.suppress(FileNotFoundError):
+        data.load("wiki_excerpt")
+    assert not cache.exists() or files_under(cache) == []
+
+
+def test_first_variant_in_the_cache_wins(cache, fake):
+    assert data.choose("cifar10") == "full" and data.choose("wiki_excerpt") == "excerpt"
+    fake("cifar10", "subset", {"cifar10_subset.npz": b"x"})
+    assert data.choose("cifar10") == "subset" and data.choose("cifar10", "full") == "full"
+    fake("cifar10", "full", {"cifar-10-binary.tar.gz": b"y"})
+    assert data.choose("cifar10") == "full"
+
+
+# ---------------------------------------------------------------- readers
+
+@pytest.fixture
+def fake(cache, monkeypatch):
+    """Puts made-up files of a data set into the cache and their sums onto its card."""
+
+    def make(name, variant, contents):
+        card, files = data.card(name), []
+        for file in card.variants[variant]:
+            raw = contents.get(file.name, b"unused")
+            path = cache / file.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(raw)
+            files.append(dataclasses.replace(file, sha256=sha(raw), size=len(raw)))
+        variants = {**card.variants, variant: tuple(files)}
+        monkeypatch.setitem(data.CARDS, name, dataclasses.replace(card, variants=variants))
+
+    return make
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
+
+
+def test_fashion_mnist(fake):
+    x, y = np.arange(3 * 28 * 28).reshape(3, 28, 28) % 256, np.array([1, 0, 9])
+    fake("fashion_mnist", "official", {"t10k-images-idx3-ubyte.gz": gzip.compress(idx(x)),
+                                       "t10k-labels-idx1-ubyte.gz": gzip.compress(idx(y))})
+    images = data.load("fashion_mnist", "test")
+    assert np.array_equal(images.x[:, 0].numpy(), x) and images.y.tolist() == [1, 0, 9]
+    assert images.classes[9] == "Ankle boot" and images.source == "official (cache)"
+    assert data.load("fashion_mnist", "test", size=14).x.shape == (3, 1, 14, 14)
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz: no IDX file"):
+        data.load("fashion_mnist", "train")
+
+
+def test_read_idx_errors():
+    assert data.read_idx(idx(np.arange(6).reshape(2, 3))).tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ValueError, match="f: the header says"):
+        data.read_idx(idx(np.arange(6))[:-1], "f")
+    with pytest.raises(ValueError, match="no IDX file"):
+        data.read_idx(b"PK")
+
+
+def test_cifar10_subset_and_full(fake):
+    generator = np.random.default_rng(0)
+    x = generator.integers(256, size=(4, 32, 32, 3), dtype=np.uint8)
+    y = np.array([3, 1, 0, 9], dtype=np.uint8)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
+    fake("cifar10", "subset", {"cifar10_subset.npz": buffer.getvalue()})
+    subset = data.load("cifar10", "train")
+    assert subset.source == "subset (cache)" and torch.equal(subset.x.permute(0, 2, 3, 1), torch.from_numpy(x))
+
+    records = [bytes([label]) + image.transpose(2, 0, 1).tobytes() for image, label in zip(x, y, strict=True)]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for member, raw in (("data_batch_2.bin", records[1]), ("data_batch_1.bin", records[0]), ("readme.html", b"r"),
+                            ("test_batch.bin", records[2] + records[3])):
+            info = tarfile.TarInfo("cifar-10-batches-bin/" + member)
+            info.size = len(raw)
+            archive.addfile(info, io.BytesIO(raw))
+    fake("cifar10", "full", {"cifar-10-binary.tar.gz": buffer.getvalue()})
+    full = data.load("cifar10", "train")
+    assert full.source == "full (cache)" and torch.equal(full.x, subset.x[:2]) and full.y.tolist() == [3, 1]
+    assert torch.equal(data.load("cifar10", "test").x, subset.x[2:])
+    assert torch.equal(data.load("cifar10", "test", variant="subset").x, subset.x[:2])
+    with pytest.raises(ValueError, match="3,073 bytes"):
+        data.read_cifar_binary(b"123")
+
+
+def jpeg(height, width, level):
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (level,) * 3).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_hymenoptera(fake, capsys):
+    def archive(**extra):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as z:
+            members = {"train/bees/b.jpg": jpeg(40, 60, 200), "train/ants/a.jpg": jpeg(90, 30, 10),
+                       "val/ants/c.jpg": jpeg(20, 20, 90), "train/ants/imageNotFound.gif": b"GIF", **extra}
+            for member, raw in members.items():
+                z.writestr("hymenoptera_data/" + member, raw)
+        return buffer.getvalue()
+
+    fake("hymenoptera", "small", {"hymenoptera_data_256.zip": archive()})
+    photos = data.load("hymenoptera", "train", size=32)
+    assert photos.x.shape == (2, 3, 32, 32) and photos.y.tolist() == [0, 1] and photos.source == "small (cache)"
+    assert abs(photos.x[0].float().mean() - 10) < 3 and abs(photos.x[1].float().mean() - 200) < 3
+    assert data.load("hymenoptera", "val").x.shape == (1, 3, 224, 224)
+    fake("hymenoptera", "small", {"hymenoptera_data_256.zip": archive(**{"train/bees/bad.jpg": b"<html>"})})
+    with pytest.raises(ValueError, match="hymenoptera_data/train/bees/bad.jpg is no readable JPEG"):
+        data.load("hymenoptera", "train", size=32)
+    assert len(data.load("hymenoptera", "train", size=32, skip_corrupt=True)) == 2
+    assert "left out 1 corrupt files: hymenoptera_data/train/bees/bad.jpg" in capsys.readouterr().out
+    fake("hymenoptera", "small", {"hymenoptera_data_256.zip": archive(**{"val/ants/c.jpg": b"no"})})
+    with pytest.raises(ValueError, match="none of the 1 photos"):
+        data.load("hymenoptera", "val", skip_corrupt=True)
+
+
+def test_archive_without_photos(tmp_path):
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
+        archive.writestr("ants.jpg", b"")
+    with pytest.raises(ValueError, match="no photos under train/"):
+        data.read_photos(tmp_path / "empty.zip", "train", ["ants"])
+
+
+def test_fit_square_equals_torchvision():
+    from torchvision.transforms import v2
+
+    for height, width in ((61, 90), (90, 61), (30, 47), (40, 40)):
+        x = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        reference = v2.Compose([v2.Resize(40, antialias=True), v2.CenterCrop(40)])(x)
+        ours = data.fit_square(x, 40)
+        assert ours.shape == (3, 40, 40) and (ours.int() - reference.int()).abs().max() <= 1
+    assert torch.equal(data.fit_square(x, 40), x)
+
+
+def test_sst2(fake):
+    fake("sst2", "sentences", {"train.tsv": b"a fine film\t1\nsaid \"so\" , dull\t0\n", "dev.tsv": b"ok\t1\n"})
+    train = data.load("sst2")
+    assert train.texts == ["a fine film", 'said "so" , dull'] and train.y.tolist() == [1, 0]
+    assert train.classes == ["negative", "positive"] and data.load("sst2", "dev").texts == ["ok"]
+    fake("sst2", "sentences", {"train.tsv": b"fine\t1\nno label here\n"})
+    with pytest.raises(ValueError, match=r"train.tsv: line 2 is not 'sentence<TAB>0 or 1'"):
+        data.load("sst2")
+
+
+def test_texts_and_paths(fake):
+    fake("wikitext2", "files", {"wiki.valid.tokens": "\n = Title = \n ünder \n".encode()})
+    text = data.load("wikitext2", "valid")
+    assert text == "\n = Title = \n ünder \n" and text.source == "files (cache)" and text.name == "wikitext2"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("wikitext-2/wiki.valid.tokens", "from the zip")
+    fake("wikitext2", "archive", {"wikitext-2-v1.zip": buffer.getvalue()})
+    assert data.load("wikitext2", "val") == "from the zip"
+    fake("wiki_excerpt", "excerpt", {"enwiki-excerpt.txt.xz": lzma.compress("= Ä =\n".encode())})
+    assert data.load("wiki_excerpt") == "= Ä =\n"
+    fake("wnut17", "official", {"emerging.test.annotated": b"Rome\tB-location\n"})
+    assert data.load("wnut17", "test").name == "emerging.test.annotated"
+    fake("conll2003", "bio", {"valid.txt": b"-DOCSTART- -X- O O\n"})
+    assert data.load("conll2003", "valid").name == "valid.txt"
+
+
+def test_digits():
+    train, test = data.load("digits"), data.load("digits", "test")
+    assert (len(train), len(test)) == (1297, 500) and train.x.dtype == torch.uint8 and train.x.max() == 255
+    assert train.x.unique().numel() == 17 and sum(test.counts().values()) == 500
+
+
+# ---------------------------------------------------------------- substitutes
+
+def test_quick_profile_uses_substitutes_without_cache_or_network(cache, monkeypatch, capsys):
+    monkeypatch.setenv("FTBOOK_PROFILE", "quick")
+    monkeypatch.setattr(data, "fetch", lambda *args: pytest.fail("the cache was touched"))
+    shapes = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "hymenoptera": (3, 224, 224)}
+    for name, shape in shapes.items():
+        split = "valid" if name == "hymenoptera" else "test"
+        images = data.load(name, split, bundled=True)
+        assert images.x.shape[1:] == shape and images.x.dtype == torch.uint8 and images.x.max() > 200
+        assert images.source.startswith("substitute: ") and min(images.counts().values()) > 40
+        assert f"{name} ({split}) replaced by the bundled substitute" in capsys.readouterr().out
+    assert data.load("hymenoptera", "train", bundled=True, size=64).x.shape[2:] == (64, 64)
+    assert data.load("cifar10", "train", bundled=True).x.float().mean((0, 2, 3)).unique().numel() == 3
+    reviews = data.load("sst2", "valid", bundled=True)
+    assert reviews.counts() == {"negative": 100, "positive": 100} and reviews.texts != data.substitute(
+        "sst2", "test").texts
+
+
+def test_bundled_corpus_serves_tags_and_text(cache, monkeypatch):
+    monkeypatch.setenv("FTBOOK_PROFILE", "quick")
+    path = data.load("wnut17", "valid", bundled=True)
+    assert path.name == "dev.conll" and path == data.load("conll2003", "dev", bundled=True)
+    text = data.load("wikitext2", "train", bundled=True)
+    assert len(text.split()) > 300 and "\n" in text and "B-" not in text and text.source.startswith("substitute")
+
+
+def test_substitute_only_where_allowed(cache, monkeypatch, capsys):
+    monkeypatch.setenv("FTBOOK_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError):
+        data.load("fashion_mnist", "test")
+    images = data.load("fashion_mnist", "test", bundled=True)
+    assert len(images) == 500 and images.classes[0] == "0" and "replaced by" in capsys.readouterr().out
+
+
+def test_asset_lists_what_there_is():
+    assert data.asset("ner_corpus").is_dir()
+    with pytest.raises(FileNotFoundError, match="no bundled file 'nothing'; there are: .*ner_corpus"):
+        data.asset("nothing")
+
+
+# ---------------------------------------------------------------- sets in memory
+
+def image_set(labels, classes="abc"):
+    y = torch.tensor(labels)
+    return data.ImageSet(torch.arange(len(y), dtype=torch.uint8).reshape(-1, 1, 1, 1), y, classes, "toy", "made up")
+
+
+def test_image_set_checks_its_arguments():
+    x, y = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match="uint8"):
+        data.ImageSet(x.float(), y, "ab")
+    with pytest.raises(TypeError, match="int64"):
+        data.ImageSet(x, y.int(), "ab")
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
+        data.ImageSet(x[:, 0], y, "ab")
+    with pytest.raises(ValueError, match="1 classes"):
+        data.ImageSet(x, y, "a")
+    with pytest.raises(ValueError, match="2 texts but 1 labels"):
+        data.TextSet(["a", "b"], y[:1], "a")
+    assert "2 images (1, 4, 4), 2 classes" in repr(data.ImageSet(x, y, "ab", "n"))
+
+
+def test_indexing():
+    images = image_set([0, 1, 2, 0, 1])
+    assert images[1:3].x.flatten().tolist() == [1, 2] and images[-1].y.tolist() == [1] and len(images[:0]) == 0
+    assert images[images.y == 0].x.flatten().tolist() == [0, 3] and images[[4, 0]].x.flatten().tolist() == [4, 0]
+    assert images[np.array([2, -1])].y.tolist() == [2, 1] and images[1:].source == "made up"
+    with pytest.raises(IndexError, match="0 to 4, got 5"):
+        images[5]
+    with pytest.raises(ValueError, match="a mask needs shape"):
+        images[torch.tensor([True])]
+    texts = data.TextSet(list("vwxyz"), images.y, "abc", "t", "s")
+    assert texts[[3, 1]].texts == ["y", "w"] and "5 texts, 3 classes" in repr(texts)
+    assert texts.per_class(1).counts() == {"a": 1, "b": 1, "c": 1}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=4, max_size=60), st.floats(0.1, 0.9), st.integers(0, 9))
+def test_split_is_disjoint_complete_and_stratified(labels, fraction, seed):
+    images = image_set(labels)
+    count = round(fraction * len(labels))
+    if not 1 <= count < len(labels):
+        return
+    rest, part = images.split(fraction, seed=seed)
+    assert len(part) == count
+    assert sorted(rest.x.flatten().tolist() + part.x.flatten().tolist()) == list(range(len(labels)))
+    for name, number in images.counts().items():
+        assert abs(part.counts()[name] - number * count / len(labels)) <= 1
+    again = images.split(fraction, seed=seed)[1]
+    assert torch.equal(again.x, part.x)
+
+
+def test_split_into_several_parts():
+    images = image_set([0] * 60 + [1] * 40)
+    a, b, c = images.split(10, 20, 0.5, seed=1)
+    assert [len(p) for p in (a, b, c)] == [10, 20, 50] and a.counts() == {"a": 6, "b": 4, "c": 0}
+    assert [len(p) for p in images.split((0.5, 0.5), stratified=False)] == [50, 50]
+    assert not torch.equal(images.split(50, seed=0)[1].x, images.split(50, seed=1)[1].x)
+    assert images.split(50)[1].y[:20].unique().numel() == 2  # random order, not class after class
+    for parts in ((0,), (100,), (0.7, 0.7), (), (60, 60)):
+        with pytest.raises(ValueError, match="cannot cut 100 examples"):
+            images.split(*parts)
+
+
+def test_per_class():
+    images = image_set([0] * 9 + [1] * 5 + [2] * 4)
+    few = images.per_class(4, seed=3)
+    assert few.counts() == {"a": 4, "b": 4, "c": 4} and few.x.unique().numel() == 12
+    assert torch.equal(few.x, images.per_class(4, seed=3).x) and few.y.tolist() != sorted(few.y.tolist())
+    for n in (0, 5):
+        with pytest.raises(ValueError, match="'c': 4"):
+            images.per_class(n)
+
+
+def test_normalization_equals_torchvision():
+    from torchvision.transforms.v2 import functional as F
+
+    x = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = data.ImageSet(x, torch.zeros(20, dtype=torch.int64), ["only"])
+    mean, std = images.stats()
+    reference = x.double() / 255
+    torch.testing.assert_close(mean.double(), reference.mean((0, 2, 3)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(std.double(), reference.std((0, 2, 3), correction=0), rtol=0, atol=1e-6)
+    expected = F.normalize(x.float() / 255, mean.tolist(), std.tolist())
+    torch.testing.assert_close(images.float(mean, std), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(images.float(), x.float() / 255)
+    with pytest.raises(ValueError, match="both mean and std"):
+        images.float(mean)
+    with pytest.raises(ValueError, match="std must be positive"):
+        data.Normalize(0.5, [0.2, 0.0, 0.1])
+    normalize = data.Normalize(mean, std)
+    assert normalize(x.to("meta")).device.type == "meta" and normalize.scale.device.type == "meta"
+
+
+# ---------------------------------------------------------------- batches
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.booleans(), st.booleans(), st.integers(0, 5))
+def test_batches_deliver_every_example_once(n, size, shuffle, drop_last, epoch):
+    x = torch.arange(n)
+    batches = data.Batches(x, 10 * x, batch_size=size, shuffle=shuffle, seed=2, drop_last=drop_last).set_epoch(epoch)
+    parts = list(batches)
+    assert len(parts) == len(batches) == (n // size if drop_last else -(-n // size))
+    seen = [i for a, b in parts for i in a.tolist()]
+    assert all(torch.equal(10 * a, b) for a, b in parts) and len(set(seen)) == len(seen)
+    assert drop_last or sorted(seen) == list(range(n))
+    assert shuffle or seen == list(range(len(seen)))
+    assert batches.epoch == epoch + 1
+
+
+def flat(batches):
+    return [i for batch, in batches for i in batch.tolist()]
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    def make(seed):
+        return data.Batches(torch.arange(100), batch_size=9, shuffle=True, seed=seed)
+
+    batches = make(5)
+    state = torch.get_rng_state()
+    first, second = flat(batches), flat(batches)
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is left alone
+    assert first != second and first != flat(make(6))
+    torch.manual_seed(123)
+    assert first == flat(make(5)) and second == flat(make(5).set_epoch(1))
+
+
+def test_a_pass_can_be_resumed_and_peeking_changes_nothing():
+    batches = data.Batches(torch.arange(20), batch_size=3, shuffle=True, seed=1)
+    whole = flat(batches)
+    running = data.Batches(torch.arange(20), batch_size=3, shuffle=True, seed=1)
+    iterator = iter(running)
+    head = next(iterator)[0].tolist() + next(iterator)[0].tolist()
+    state = json.loads(json.dumps(running.state_dict()))
+    assert state == {"seed": 1, "epoch": 0, "position": 2}
+    resumed = data.Batches(torch.arange(20), batch_size=3, shuffle=True, seed=99)
+    resumed.load_state_dict(state)
+    assert head + flat(resumed) == whole and resumed.epoch == 1
+    next(iter(running))
+    assert flat(running) == whole  # a pass broken off starts again, in the same epoch
+
+
+def test_batches_transform_device_and_errors():
+    x, y = torch.arange(6), torch.arange(6)
+    doubled = list(data.Batches(x, y, batch_size=4, transform=lambda t: 2 * t, device="cpu"))
+    assert doubled[0][0].tolist() == [0, 2, 4, 6] and doubled[0][1].tolist() == [0, 1, 2, 3]
+    meta = data.Batches(x, y, batch_size=4, shuffle=True, device="meta")
+    assert [b[0].shape[0] for b in meta] == [4, 2] and meta.tensors[0].device.type == "meta"
+    copied = data.Batches(x, y, batch_size=4)
+    copied.device = torch.device("meta")  # as for tensors that stay in pinned memory
+    assert next(iter(copied))[1].device.type == "meta"
+    with pytest.raises(ValueError, match=r"lengths \[6, 5\]"):
+        data.Batches(x, y[:5])
+    with pytest.raises(ValueError, match=r"lengths \[\]"):
+        data.Batches()
+    for size in (0, 2.5):
+        with pytest.raises(ValueError, match="positive integer"):
+            data.Batches(x, batch_size=size)
+
+
+def test_place_keeps_large_tensors_in_pinned_memory(monkeypatch):
+    class Pinned(torch.Tensor):
+        def pin_memory(self):
+            return "pinned"
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 100))
+    large = torch.zeros(60, dtype=torch.uint8).as_subclass(Pinned)
+    assert data.place((large,), torch.device("cuda")) == ("pinned",)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_batches_on_cuda(monkeypatch):
+    x, y = torch.randint(256, (1000, 1, 4, 4), dtype=torch.uint8), torch.arange(1000)
+    expected = list(data.Batches(x, y, shuffle=True, transform=data.Normalize(0.5, 0.5)))
+    for free in (10**9, 1):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        batches = data.Batches(x, y, shuffle=True, transform=data.Normalize(0.5, 0.5), device="cuda")
+        assert batches.tensors[0].is_pinned() == (free == 1)
+        for ours, theirs in zip(batches, expected, strict=True):
+            assert ours[0].is_cuda and torch.allclose(ours[0].cpu(), theirs[0])
+            assert torch.equal(ours[1].cpu(), theirs[1])
+
+
+# ---------------------------------------------------------------- tables
+
+def test_counts_table():
+    table = data.counts_table(train=image_set([0, 0, 1]), test=image_set([2])).data
+    assert "| a | 2 | 0 |" in table and "| c | 0 | 1 |" in table
+
+
+def test_status_before_and_after_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setenv("FTBOOK_PROFILE", "cpu")
+    shown = data.status("99_demo", data=["fashion_mnist", "digits"], needs=["04_training_loop", "A2_runtime", "index"])
+    text = str(shown)
+    assert "| cpu profile | not measured yet |" in text and "| last verified | not yet |" in text
+    assert "[4 training loop](04_training_loop.ipynb), [A2 runtime](A2_runtime.ipynb), [index](index.ipynb)" in text
+    assert "31 MB" in text and "[Fashion-MNIST](A1_data.ipynb) (MIT (Zalando SE))" in text
+    results.record("99_demo", "run", {"minutes": 3.14159, "peak_mb": 1234.5, "date": "2026-02-03", "versions": {}})
+    payload = json.loads(json.dumps(shown._repr_mimebundle_()[1]["ftbook"]))
+    after = results.render(payload)
+    assert "| cpu profile | 3.1 minutes, peak memory 1,234 MB |" in after and "| last verified | 2026-02-03 |" in after
+    assert "| gpu profile | not measured yet |" in after
+    with pytest.raises(ValueError, match="unknown data set 'mnits'"):
+        data.status("99_demo", data=["mnits"])
+    empty = data.status_text("99_demo")
+    assert "| data | none |" in empty and "| builds on | no other chapter |" in empty and "| download | none |" in empty
+
+
+def test_only_functions_of_the_book_are_rendered():
+    for function in ("os.system", "ftbook.data._in_cache", "ftbooks.x"):
+        with pytest.raises(ValueError, match="no public function of ftbook"):
+            results.render({"call": {"function": function, "arguments": {}}})
