@@ -103,7 +103,7 @@ def execute(path: Path) -> dict:
             client.execute_cell(cell, index)
         seconds = time.perf_counter() - start
         run = {"minutes": round(seconds / 60, 2), "peak_mb": round(peak(client)), **fingerprint(path),
-               "seconds": round(seconds, 1)}
+               "seconds": round(seconds, 1), "date": time.strftime("%Y-%m-%d", time.gmtime())}
         keep(path, run)
         for index, cell in enumerate(nb.cells):  # the status table shows this very run
             if cell.cell_type == "code" and re.search(r"^(data\.)?status\(", cell.source, flags=re.M):
