@@ -37,9 +37,7 @@ def reduce_loss(losses: Tensor, reduction: str = "mean", weight: Tensor | None =
     Parameters
     ----------
     losses : Tensor of any shape
-        One value per example.
     reduction : {"mean", "sum", "none"}
-        Average, total, or all of them.
     weight : Tensor broadcastable to `losses`, optional
         Weight of each example; the mean is then divided by the sum of weights.
 
@@ -47,11 +45,6 @@ def reduce_loss(losses: Tensor, reduction: str = "mean", weight: Tensor | None =
     -------
     Tensor
         A scalar, or a tensor shaped like `losses` for "none".
-
-    Raises
-    ------
-    ValueError
-        If `reduction` is none of the three names.
 
     Examples
     --------
@@ -98,11 +91,11 @@ def mse(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     _check_same_shape(output, target)
     return reduce_loss((output - target) ** 2, reduction)
 
-# %% ../nbs/02_math.ipynb #6dcba0e1
+# %% ../nbs/02_math.ipynb #39ee9a8e
 def bce_with_logits(
     logits: Tensor, target: Tensor, *, pos_weight: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Binary cross-entropy computed from logits, equation (2.9).
+    """Binary cross-entropy from logits, equation (2.9).
 
     Parameters
     ----------
@@ -114,11 +107,6 @@ def bce_with_logits(
         Factor on the loss of positives.
     reduction : {"mean", "sum", "none"}
 
-    Returns
-    -------
-    Tensor
-        Scalar, or the shape of `logits` for "none".
-
     Raises
     ------
     ValueError
@@ -126,8 +114,8 @@ def bce_with_logits(
 
     Examples
     --------
-    >>> bce_with_logits(torch.tensor([0.0]), torch.tensor([1.0])).item()  # log 2
-    0.6931471824645996
+    >>> round(bce_with_logits(torch.tensor([0.0]), torch.tensor([1.0])).item(), 4)  # log 2
+    0.6931
     """
     logits = _check_float("logits", logits)
     _check_same_shape(logits, target)
@@ -140,27 +128,33 @@ def bce_with_logits(
     positive, negative = torch.logaddexp(-logits, zero), torch.logaddexp(logits, zero)
     return reduce_loss(pos_weight * y * positive + (1 - y) * negative, reduction)
 
-# %% ../nbs/02_math.ipynb #39ee9a8e
+# %% ../nbs/02_math.ipynb #1487807e
 def _class_dim(logits: Tensor) -> int:
     if logits.ndim == 0:
         raise ValueError("logits must have a class dimension: shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
     return 0 if logits.ndim == 1 else 1
 
 
-def _check_labels(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
-    """Return int64 labels with ignored ones set to 0, and the mask of those that count (None: all do)."""
+def _check_label_form(logits: Tensor, target: Tensor) -> None:
+    """Labels must be integers, of the logits' shape without the class dimension."""
     dim = _class_dim(logits)
-    shape, classes = logits.shape[:dim] + logits.shape[dim + 1 :], logits.shape[dim]
     if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
         got = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"class labels must be an integer tensor, got {got}; convert them with target.long()")
+    shape = logits.shape[:dim] + logits.shape[dim + 1 :]
     if target.shape != shape:
-        hint = " (move the classes to dimension 1: logits.transpose(1, -1))" if logits.shape[:-1] == target.shape else ""
+        move = logits.shape[:-1] == target.shape
         raise ValueError(
-            f"logits of shape {tuple(logits.shape)} hold {classes} classes in dimension {dim} and need labels of "
-            f"shape {tuple(shape)}, got {tuple(target.shape)}{hint}"
+            f"logits of shape {tuple(logits.shape)} hold {logits.shape[dim]} classes in dimension {dim} and need "
+            f"labels of shape {tuple(shape)}, got {tuple(target.shape)}"
+            + (" (move the classes to dimension 1: logits.transpose(1, -1))" if move else "")
         )
-    labels = target.long()
+
+# %% ../nbs/02_math.ipynb #dcb30981
+def _check_labels(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """Return int64 labels with ignored ones set to 0, and the mask of those that count (None: all do)."""
+    _check_label_form(logits, target)
+    labels, classes = target.long(), logits.shape[_class_dim(logits)]
     if _can_look(labels) and labels.numel():
         low, high = (int(v) for v in torch.aminmax(labels))
         if low >= 0 and high < classes and not 0 <= ignore_index < classes:
@@ -174,14 +168,14 @@ def _check_labels(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Te
     keep = labels != ignore_index
     return labels.masked_fill(~keep, 0), keep
 
-
+# %% ../nbs/02_math.ipynb #d6e796f7
 def _check_weight(name: str, weight: Tensor, logits: Tensor) -> Tensor:
     classes = logits.shape[_class_dim(logits)]
     if weight.shape != (classes,):
         raise ValueError(f"{name} must hold one value per class, shape ({classes},), got {tuple(weight.shape)}")
     return weight.to(logits)
 
-# %% ../nbs/02_math.ipynb #737335a8
+
 def _example_weights(keep: Tensor | None, class_weight: Tensor | None, labels: Tensor, reduction: str, like: Tensor):
     """Weight of each example: its class's weight, 0 where ignored; None if all weights are 1."""
     if keep is None:
@@ -197,83 +191,23 @@ def _per_class(weight: Tensor, like: Tensor) -> Tensor:
     shape[_class_dim(like)] = -1
     return weight.view(shape)
 
-
+# %% ../nbs/02_math.ipynb #17d1d6e0
 def _soft_cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, reduction: str
 ) -> Tensor:
     """Cross-entropy for targets that are probabilities, equation (2.12)."""
     dim = _class_dim(logits)
     if _can_look(target) and target.numel():
-        total = target.sum(dim)
-        if target.min() < 0 or (total - 1).abs().max() > 1e-2:
+        if target.min() < 0 or (target.sum(dim) - 1).abs().max() > 1e-2:
             raise ValueError("probability targets must be >= 0 and sum to 1 over the classes; normalize them first")
     target = target.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / logits.shape[dim]
-    log_p = logits.log_softmax(dim)
     if weight is not None:
         target = target * _per_class(weight, target)
-    return reduce_loss(-(target * log_p).sum(dim), reduction)
+    return reduce_loss(-(target * logits.log_softmax(dim)).sum(dim), reduction)
 
-# %% ../nbs/02_math.ipynb #1487807e
-def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-) -> Tensor:
-    """Softmax cross-entropy from logits, equation (2.11): logsumexp minus the logit of the true class.
-
-    Parameters
-    ----------
-    logits : Tensor, shape (C,), (N, C) or (N, C, d1, ...)
-        Scores before the softmax; half precision is computed in float32.
-    target : Tensor
-        Class labels, integers of shape (), (N,) or (N, d1, ...), or probabilities of the shape of `logits`.
-    weight : Tensor, shape (C,), optional
-        Weight of each class; the mean over labels is divided by the sum of the weights used.
-    ignore_index : int
-        Label whose positions count neither in the loss nor in its mean.
-    label_smoothing : float in [0, 1]
-        Share of the target spread evenly over all classes, equation (2.17).
-    reduction : {"mean", "sum", "none"}
-
-    Returns
-    -------
-    Tensor
-        Scalar, or the shape of the labels for "none".
-
-    Raises
-    ------
-    TypeError
-        If logits are not floating point, or labels not integers.
-    ValueError
-        On wrong shapes, labels outside 0..C-1 (looked at on the CPU only), or nothing to average.
-
-    Examples
-    --------
-    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3])).item()  # log 4
-    1.3862943649291992
-    """
-    logits = _check_float("logits", logits)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    dim = _class_dim(logits)
-    weight = None if weight is None else _check_weight("weight", weight, logits)
-    if isinstance(target, Tensor) and target.is_floating_point() and target.shape == logits.shape:
-        return _soft_cross_entropy(logits, target, weight, label_smoothing, reduction)
-    labels, keep = _check_labels(logits, target, ignore_index)
-    log_p = logits.log_softmax(dim)  # logits - logsumexp(logits), in one pass
-    losses = -log_p.gather(dim, labels.unsqueeze(dim)).squeeze(dim)
-    weights = _example_weights(keep, weight, labels, reduction, losses)
-    if not label_smoothing:
-        return reduce_loss(losses, reduction, weights)
-    return _smoothed(losses, log_p, weights, keep, weight, label_smoothing, reduction)
-
-
+# %% ../nbs/02_math.ipynb #6465a641
 def _smoothed(losses, log_p, weights, keep, class_weight, smoothing: float, reduction: str) -> Tensor:
-    """Blend each label's loss with the mean of the losses of all classes."""
+    """Blend each label's loss with the mean of the losses of all classes, equation (2.17)."""
     every = -(log_p if class_weight is None else log_p * _per_class(class_weight, log_p)).mean(_class_dim(log_p))
     every = every if keep is None else every * keep
     losses = (1 - smoothing) * (losses if weights is None else losses * weights) + smoothing * every
@@ -281,7 +215,44 @@ def _smoothed(losses, log_p, weights, keep, class_weight, smoothing: float, redu
         return losses.sum() / weights.sum()
     return reduce_loss(losses, reduction)
 
-# %% ../nbs/02_math.ipynb #dcb30981
+# %% ../nbs/02_math.ipynb #78c66862
+def cross_entropy(logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100,
+                  label_smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
+    """Softmax cross-entropy from logits, equations (2.11) and (2.12).
+
+    Parameters
+    ----------
+    logits : Tensor, shape (C,), (N, C) or (N, C, d1, ...)
+    target : Tensor
+        Integer labels, shape (), (N,) or (N, d1, ...); or probabilities, shape of `logits`.
+    weight : Tensor, shape (C,), optional
+        Weight of each class; the mean over labels is divided by the weights used.
+    ignore_index : int
+        Label whose positions do not count.
+    label_smoothing : float in [0, 1]
+        Share of the target spread evenly over all classes, equation (2.17).
+    reduction : {"mean", "sum", "none"}
+
+    Examples
+    --------
+    >>> round(cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3])).item(), 4)  # log 4
+    1.3863
+    """
+    logits = _check_float("logits", logits)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    dim, weight = _class_dim(logits), None if weight is None else _check_weight("weight", weight, logits)
+    if isinstance(target, Tensor) and target.is_floating_point() and target.shape == logits.shape:
+        return _soft_cross_entropy(logits, target, weight, label_smoothing, reduction)
+    labels, keep = _check_labels(logits, target, ignore_index)
+    log_p = logits.log_softmax(dim)
+    losses = -log_p.gather(dim, labels.unsqueeze(dim)).squeeze(dim)
+    weights = _example_weights(keep, weight, labels, reduction, losses)
+    if not label_smoothing:
+        return reduce_loss(losses, reduction, weights)
+    return _smoothed(losses, log_p, weights, keep, weight, label_smoothing, reduction)
+
+# %% ../nbs/02_math.ipynb #6b136ab1
 def label_smoothing(logits: Tensor, target: Tensor, smoothing: float = 0.1, **options) -> Tensor:
     """Cross-entropy against smoothed labels, equation (2.17).
 
@@ -294,11 +265,6 @@ def label_smoothing(logits: Tensor, target: Tensor, smoothing: float = 0.1, **op
     **options
         `weight`, `ignore_index`, `reduction` of `cross_entropy`.
 
-    Returns
-    -------
-    Tensor
-        As for `cross_entropy`.
-
     References
     ----------
     Szegedy et al. (2016), section 7, https://arxiv.org/abs/1512.00567
@@ -310,40 +276,22 @@ def label_smoothing(logits: Tensor, target: Tensor, smoothing: float = 0.1, **op
     """
     return cross_entropy(logits, target, label_smoothing=smoothing, **options)
 
-# %% ../nbs/02_math.ipynb #d6e796f7
-def focal(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    gamma: float = 2.0,
-    alpha: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> Tensor:
-    """Focal loss of each example's own true-class probability, equation (2.15).
+# %% ../nbs/02_math.ipynb #7f508e18
+def focal(logits: Tensor, target: Tensor, *, gamma: float = 2.0, alpha: Tensor | None = None,
+          ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """Focal loss, equation (2.15) (Lin et al. 2017, https://arxiv.org/abs/1708.02002).
 
     Parameters
     ----------
     logits : Tensor, shape (C,), (N, C) or (N, C, d1, ...), C >= 2
-        Scores before the softmax; half precision is computed in float32.
     target : Tensor of integers, shape (), (N,) or (N, d1, ...)
-        Class labels.
     gamma : float >= 0
         Exponent of (1 - p_t); 0 gives cross-entropy.
     alpha : Tensor, shape (C,), optional
-        Factor per class. The mean divides by the number of examples, not by the sum of factors.
+        Factor per class. The mean divides by the number of examples, not by the factors.
     ignore_index : int
         Label whose positions do not count.
     reduction : {"mean", "sum", "none"}
-
-    Returns
-    -------
-    Tensor
-        Scalar, or the shape of the labels for "none".
-
-    References
-    ----------
-    Lin et al. (2017), equation 4, https://arxiv.org/abs/1708.02002
 
     Examples
     --------
@@ -355,39 +303,29 @@ def focal(
     if gamma < 0:
         raise ValueError(f"gamma must be >= 0, got {gamma}")
     if logits.shape[dim] < 2:
-        raise ValueError("focal needs at least two classes; for one binary logit z pass torch.stack([0 * z, z], dim=1)")
+        raise ValueError("focal needs at least two classes; for a binary logit z pass torch.stack([0 * z, z], dim=1)")
     labels, keep = _check_labels(logits, target, ignore_index)
     index, normalizer = labels.unsqueeze(dim), logits.logsumexp(dim)
     log_p = logits.gather(dim, index).squeeze(dim) - normalizer
-    log_rest = logits.scatter(dim, index, float("-inf")).logsumexp(dim) - normalizer  # log(1 - p_t), exactly
+    log_rest = logits.scatter(dim, index, float("-inf")).logsumexp(dim) - normalizer  # log(1 - p_t)
     losses = -(gamma * log_rest).exp() * log_p
     if alpha is not None:
         losses = losses * _check_weight("alpha", alpha, logits)[labels]
     return reduce_loss(losses, reduction, _example_weights(keep, None, labels, reduction, losses))
 
-# %% ../nbs/02_math.ipynb #17d1d6e0
-def distillation_kl(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, reduction: str = "mean"
-) -> Tensor:
-    """Temperature-squared times KL(teacher || student) at that temperature, equation (2.19).
+# %% ../nbs/02_math.ipynb #ccdbc6e5
+def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0,
+                    reduction: str = "mean") -> Tensor:
+    """Temperature² times KL(teacher || student), equation (2.19) (Hinton 2015, https://arxiv.org/abs/1503.02531).
 
     Parameters
     ----------
     student_logits, teacher_logits : Tensor of equal shape (C,), (N, C) or (N, C, d1, ...)
-        Scores before the softmax. No gradient flows into the teacher.
+        No gradient flows into the teacher.
     temperature : float > 0
-        Divides both sets of logits; the factor temperature² keeps the gradient's size comparable.
+        Divides both sets of logits.
     reduction : {"mean", "sum", "none"}
         The mean runs over examples (all dimensions but the classes).
-
-    Returns
-    -------
-    Tensor
-        Scalar, or the shape without the class dimension for "none".
-
-    References
-    ----------
-    Hinton, Vinyals and Dean (2015), section 2, https://arxiv.org/abs/1503.02531
 
     Examples
     --------
@@ -403,16 +341,15 @@ def distillation_kl(
     log_q = (student / temperature).log_softmax(dim)
     return reduce_loss(temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim), reduction)
 
-# %% ../nbs/02_math.ipynb #6465a641
+# %% ../nbs/02_math.ipynb #a5238ddd
 def calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> float:
-    """Expected calibration error, equation (2.20): mean gap between confidence and accuracy over equal-width bins.
+    """Expected calibration error, equation (2.20) (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
     Parameters
     ----------
     probabilities : Tensor, shape (N, C)
-        Predicted distribution of each example, rows summing to 1.
+        Rows sum to 1.
     target : Tensor of integers, shape (N,)
-        True classes.
     bins : int
         Number of equal-width bins of the top probability.
 
@@ -421,19 +358,15 @@ def calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> 
     float
         Between 0 (confidence equals accuracy in every bin) and 1.
 
-    References
-    ----------
-    Guo et al. (2017), equation 3, https://arxiv.org/abs/1706.04599
-
     Examples
     --------
-    >>> calibration_error(torch.tensor([[0.8, 0.2], [0.8, 0.2]]), torch.tensor([0, 1]))  # 0.8 against 1/2
-    0.30000001192092896
+    >>> round(calibration_error(torch.tensor([[0.8, 0.2], [0.8, 0.2]]), torch.tensor([0, 1])), 4)  # 0.8 against 1/2
+    0.3
     """
     probabilities = _check_float("probabilities", probabilities)
     if probabilities.ndim != 2 or target.shape != probabilities.shape[:1] or not len(target):
-        raise ValueError(f"need probabilities (N, C) and targets (N,), got {tuple(probabilities.shape)}, "
-                         f"{tuple(target.shape)}")
+        shapes = f"{tuple(probabilities.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"need probabilities (N, C) and targets (N,) with N > 0, got {shapes}")
     if probabilities.min() < 0 or (probabilities.sum(1) - 1).abs().max() > 1e-3:
         raise ValueError("probabilities must be >= 0 and sum to 1 per row; apply softmax(1) to logits first")
     confidence, guess = probabilities.max(1)

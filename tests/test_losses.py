@@ -20,9 +20,8 @@ def data(seed, *shape, scale=3.0):
 def same(ours, theirs, *inputs):
     """Equal value and equal gradient with respect to every input."""
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
-    for a, b in zip(
-        torch.autograd.grad(ours.sum(), inputs, retain_graph=True), torch.autograd.grad(theirs.sum(), inputs), strict=True
-    ):
+    slopes = [torch.autograd.grad(v.sum(), inputs, retain_graph=True) for v in (ours, theirs)]
+    for a, b in zip(*slopes, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
