@@ -94,7 +94,7 @@ def execute(path: Path) -> dict:
     before = path.read_bytes()
     nb = nbformat.reads(before.decode(), as_version=4)
     nb.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
-    client = NotebookClient(nb, timeout=None, store_widget_state=False, resources={"metadata": {"path": str(NBS)}},
+    client = NotebookClient(nb, timeout=None, store_widget_state=True, resources={"metadata": {"path": str(NBS)}},
                             on_cell_execute=Progress(path.stem, len(nb.cells)),
                             extra_arguments=["--IPKernelApp.log_level=40"])
     start = time.perf_counter()
