@@ -758,10 +758,14 @@ def _corpus(split: str) -> Path:
 
 def _corpus_text(split: str) -> str:
     """The corpus' sentences as running text, one a line."""
-    blocks = _corpus(split).read_text(encoding="utf-8").split("\n\n")
-    sentences = [" ".join(line.split()[0] for line in block.splitlines() if line.strip() and not line.startswith("-DOCSTART-"))
-                 for block in blocks]
-    return "\n".join(sentence for sentence in sentences if sentence) + "\n"
+    sentences, words = [], []
+    for line in [*_corpus(split).read_text(encoding="utf-8").splitlines(), ""]:
+        if line.strip() and not line.startswith("-DOCSTART-"):
+            words.append(line.split()[0])
+        elif words:
+            sentences.append(" ".join(words))
+            words = []
+    return "\n".join(sentences) + "\n"
 
 # %% ../nbs/A1_data.ipynb #6501ed12
 def _template_reviews(split: str) -> tuple[list[str], Tensor]:
