@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'ARCHITECTURES', 'reconstruction_loss', 'MLPEncoder', 'MLPDecoder', 'Autoencoder', 'ConvEncoder',
            'ConvDecoder', 'ConvAutoencoder', 'add_noise', 'masked_patches', 'Pretext', 'pretrain', 'Classifier',
-           'classifier_from', 'save', 'load', 'load_weights', 'few_label_run', 'PatchEncoder', 'MaskedViT']
+           'classifier_from', 'save', 'load', 'load_weights', 'latents', 'few_label_run', 'PatchEncoder', 'MaskedViT']
 
 # %% ../nbs/05_autoencoder.ipynb #64ba6a30
 import copy
@@ -226,26 +226,21 @@ def add_noise(x: Tensor, std: float = 0.3, generator: torch.Generator | None = N
     return (x + std * noise).clamp(0, 1), None
 
 # %% ../nbs/05_autoencoder.ipynb #47dc2a6d
-def masked_patches(
-    x: Tensor, patch: int = 4, fraction: float = 0.5, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def masked_patches(x: Tensor, patch: int = 4, fraction: float = 0.5,
+                   generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Blank out the same number of random square patches in every image.
 
     Parameters
     ----------
     x : Tensor
         Images (B, C, H, W); H and W divisible by `patch`.
-    patch : int
-        Side of a patch in pixels.
-    fraction : float
-        Share of patches to hide, rounded to a whole number per image, at least one and not all.
+    patch, fraction : int, float
+        Side of a patch in pixels; share of patches to hide, at least one and not all.
 
     Returns
     -------
-    masked : Tensor
-        The images with zeros in the hidden patches, (B, C, H, W).
-    hidden : Tensor
-        Boolean (B, 1, H, W), True where hidden.
+    masked, hidden : Tensor
+        Images with zeros in the hidden patches (B, C, H, W); boolean (B, 1, H, W), True where hidden.
 
     References
     ----------
@@ -304,17 +299,8 @@ def _as_images(images) -> Tensor:
     return x
 
 # %% ../nbs/05_autoencoder.ipynb #79eafb86
-def pretrain(
-    model: nn.Module,
-    images,
-    valid=None,
-    *,
-    corruption="none",
-    reduction: str = "mean",
-    epochs: int = 10,
-    lr: float = 1e-3,
-    **options,
-) -> History:
+def pretrain(model: nn.Module, images, valid=None, *, corruption="none", reduction: str = "mean", epochs: int = 10,
+             lr: float = 1e-3, **options) -> History:
     """Phase 1: train an autoencoder on unlabeled images.
 
     Parameters
@@ -450,18 +436,18 @@ def load_weights(model: nn.Module, weights: str | Path | dict[str, Tensor]) -> n
 ARCHITECTURES = {"Autoencoder": Autoencoder, "ConvAutoencoder": ConvAutoencoder}
 
 # %% ../nbs/05_autoencoder.ipynb #2f1f2d8f
-def few_label_run(
-    encoder: nn.Module,
-    train,
-    valid,
-    test=None,
-    *,
-    labels: int,
-    freeze: bool = False,
-    lr: float = 1e-3,
-    steps: int = 400,
-    seed: int = 0,
-) -> dict[str, float]:
+@torch.no_grad()
+def latents(encoder: nn.Module, images, batch_size: int = 1000) -> Tensor:
+    """Encode images (ImageSet or Tensor, see `pretrain`) in evaluation mode: (N, out_features)."""
+    was_training = encoder.training
+    encoder.eval()
+    z = torch.cat([encoder(part) for part in _as_images(images).split(batch_size)])
+    encoder.train(was_training)
+    return z
+
+# %% ../nbs/05_autoencoder.ipynb #675536d6
+def few_label_run(encoder: nn.Module, train, valid, test=None, *, labels: int, freeze: bool = False,
+                  lr: float = 1e-3, steps: int = 300, seed: int = 0) -> dict[str, float]:
     """Train a classifier on `labels` images per class and score it: one point of a label-efficiency curve.
 
     Parameters
@@ -471,7 +457,7 @@ def few_label_run(
     train, valid, test : ImageSet
         `labels` images per class are drawn from `train` with `seed`; `valid` and, if given, `test` are scored.
     labels, steps : int
-        Labels per class; update steps of 64 images.
+        Labels per class; update steps of 64 images. With `freeze` the head alone is trained, on latents computed once.
 
     Returns
     -------
@@ -479,11 +465,14 @@ def few_label_run(
         ``valid_accuracy`` and, with `test`, ``test_accuracy``.
     """
     seed_everything(seed)
-    few = train.per_class(labels, seed=seed)
     model = classifier_from(encoder, len(train.classes), freeze)
+    few, scored = train.per_class(labels, seed=seed), {"valid_accuracy": valid, "test_accuracy": test}
+    parts = [(s.x, s.y) for s in (few, *scored.values()) if s is not None]
+    if freeze:
+        parts, model = [(latents(model.encoder, x), y) for x, y in parts], model.head
     fit(
         model,
-        few,
+        parts[0],
         lr=lr,
         batch_size=64,
         epochs=math.ceil(steps / math.ceil(len(few) / 64)),
@@ -493,11 +482,8 @@ def few_label_run(
         seed=seed,
         progress=False,
     )
-    scores = {"valid_accuracy": valid, "test_accuracy": test}
     return {
-        name: evaluate(model, images, precision="fp32")["accuracy"]
-        for name, images in scores.items()
-        if images is not None
+        name: evaluate(model, part, precision="fp32")["accuracy"] for name, part in zip(scored, parts[1:], strict=False)
     }
 
 # %% ../nbs/05_autoencoder.ipynb #3c791429
@@ -535,22 +521,16 @@ class PatchEncoder(nn.Module):
 
 # %% ../nbs/05_autoencoder.ipynb #3fd6da47
 class MaskedViT(nn.Module):
-    """Masked autoencoder of He et al. (2022) in small: returns (reconstruction, hidden positions) for `pretrain`.
+    """Masked autoencoder of He et al. (2022, arXiv:2111.06377) in small; returns (reconstruction, hidden positions).
 
     Parameters
     ----------
     size, channels, patch : int
         Square images (B, channels, size, size) in patches of patch × patch pixels.
-    dim, depth, heads : int
-        Width, layers and attention heads of the encoder.
-    decoder_dim, decoder_depth : int
-        The same for the decoder, which is thrown away after pretraining.
+    dim, depth, heads, decoder_dim, decoder_depth : int
+        Width, layers, attention heads of the encoder; width and layers of the decoder, thrown away after pretraining.
     fraction : float
         Share of patches that are hidden.
-
-    References
-    ----------
-    He et al. (2022), arXiv:2111.06377.
 
     Examples
     --------
@@ -562,18 +542,8 @@ class MaskedViT(nn.Module):
 
     masks_itself = True
 
-    def __init__(
-        self,
-        size: int = 32,
-        channels: int = 3,
-        patch: int = 4,
-        dim: int = 192,
-        depth: int = 6,
-        heads: int = 3,
-        decoder_dim: int = 96,
-        decoder_depth: int = 2,
-        fraction: float = 0.75,
-    ):
+    def __init__(self, size: int = 32, channels: int = 3, patch: int = 4, dim: int = 192, depth: int = 6,
+                 heads: int = 3, decoder_dim: int = 96, decoder_depth: int = 2, fraction: float = 0.75):
         super().__init__()
         self.encoder = PatchEncoder(size, channels, patch, dim, depth, heads)
         self.n_patches = (size // patch) ** 2
@@ -588,15 +558,20 @@ class MaskedViT(nn.Module):
         self.blocks = _transformer(decoder_dim, decoder_depth, heads)
         self.to_pixels = nn.Linear(decoder_dim, channels * patch**2)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        B, patch = len(x), self.encoder.patch
-        generator = None if self.training else torch.Generator(device=x.device).manual_seed(0)
-        visible = torch.rand(B, self.n_patches, generator=generator, device=x.device).argsort(1)[:, : self.n_visible]
-        h = self.project(self.encoder.tokens(x, visible))
-        full = self.mask_token.to(h.dtype).repeat(B, self.n_patches, 1)
-        full = full.scatter(1, visible[..., None].expand_as(h), h) + self.position
-        pixels = self.to_pixels(self.blocks(full)).transpose(1, 2)
-        hidden = torch.ones_like(pixels[:, :1], dtype=torch.bool).scatter(2, visible[:, None], False).to(pixels.dtype)
-        size = x.shape[-2:]
-        mask = F.fold(hidden.repeat(1, patch**2, 1), size, patch, stride=patch) > 0
-        return F.fold(pixels, size, patch, stride=patch), mask
+# %% ../nbs/05_autoencoder.ipynb #87e4942a
+def _fill_in(self: MaskedViT, x: Tensor) -> tuple[Tensor, Tensor]:
+    "Encode a random set of visible patches, decode all places: (reconstruction, hidden positions)."
+    B, patch = len(x), self.encoder.patch
+    generator = None if self.training else torch.Generator(device=x.device).manual_seed(0)
+    visible = torch.rand(B, self.n_patches, generator=generator, device=x.device).argsort(1)[:, : self.n_visible]
+    h = self.project(self.encoder.tokens(x, visible))
+    full = self.mask_token.to(h.dtype).repeat(B, self.n_patches, 1)
+    full = full.scatter(1, visible[..., None].expand_as(h), h) + self.position
+    pixels = self.to_pixels(self.blocks(full)).transpose(1, 2)
+    hidden = torch.ones_like(pixels[:, :1], dtype=torch.bool).scatter(2, visible[:, None], False).to(pixels.dtype)
+    size = x.shape[-2:]
+    mask = F.fold(hidden.repeat(1, patch**2, 1), size, patch, stride=patch) > 0
+    return F.fold(pixels, size, patch, stride=patch), mask
+
+
+MaskedViT.forward = _fill_in

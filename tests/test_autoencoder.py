@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ftbook import autoencoder as ae
 from ftbook import data
-from ftbook.train import fit
+from ftbook.train import evaluate, fit
 
 SMALL = (64, 16, 4)
 SHAPE = (1, 8, 8)
@@ -264,3 +264,26 @@ def test_few_label_run_scores_and_leaves_the_encoder_alone(digits):
     assert run["valid_accuracy"] == run["test_accuracy"] > 0.3
     assert set(ae.few_label_run(encoder, train, valid, labels=5, steps=5, freeze=True)) == {"valid_accuracy"}
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+
+
+def test_probe_on_latents_equals_the_frozen_classifier(digits):
+    train, valid = digits.split([1000, 200], seed=0)
+    encoder = ae.Autoencoder(SMALL, SHAPE).encoder
+    probe = ae.few_label_run(encoder, train, valid, labels=8, steps=40, lr=1e-2, seed=3, freeze=True)
+    torch.manual_seed(3)
+    model = ae.classifier_from(encoder, 10, freeze=True)
+    few = train.per_class(8, seed=3)
+    fit(
+        model,
+        (few.x, few.y),
+        lr=1e-2,
+        batch_size=64,
+        epochs=20,
+        max_steps=40,
+        schedule="cosine",
+        precision="fp32",
+        seed=3,
+        progress=False,
+    )
+    assert probe["valid_accuracy"] == pytest.approx(evaluate(model, valid, precision="fp32")["accuracy"], abs=0.011)
+    assert ae.latents(encoder.train(), valid).shape == (200, 4) and encoder.training
