@@ -36,7 +36,6 @@ from ftbook.ner import (
     learn_transitions,
     mistakes,
     read_conll,
-    spans,
     split_words,
     token_classifier,
     viterbi,
@@ -52,20 +51,39 @@ def tokenizer():
     """A WordPiece tokenizer of letters and pairs of letters: most words fall into several pieces."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'!?-"
     pairs = [a + b for a in "abcdeo" for b in "nrst"]
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters),
-             *pairs, *("##" + p for p in pairs), "the", "Paris", "France"]
+    vocab = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *("##" + c for c in letters),
+        *pairs,
+        *("##" + p for p in pairs),
+        "the",
+        "Paris",
+        "France",
+    ]
     backend = Tokenizer(WordPiece({w: i for i, w in enumerate(vocab)}, unk_token="[UNK]"))
     backend.normalizer = BertNormalizer(lowercase=False)
     backend.pre_tokenizer = BertPreTokenizer()
     backend.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-                                   sep_token="[SEP]", mask_token="[MASK]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
 
 
 # ---------------------------------------------------------------- reading and writing
 
-WORDS = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters=" \t\r\n\ufeff"),
-                min_size=1, max_size=6).filter(lambda w: not w.startswith("-DOCSTART-"))
+WORDS = st.text(
+    st.characters(blacklist_categories=("Cs",), blacklist_characters=" \t\r\n\ufeff"), min_size=1, max_size=6
+).filter(lambda w: not w.startswith("-DOCSTART-"))
 
 
 @st.composite
@@ -106,8 +124,11 @@ def test_schemes_convert_both_ways(tags, scheme):
 
 
 def test_scheme_is_detected(tmp_path):
-    cases = {"IOB1": "a I-PER\nb I-PER\nc B-PER\nd O\n", "IOB2": "a B-PER\nb I-PER\nc B-PER\n",
-             "BIOES": "a S-PER\nb B-LOC\nc E-LOC\n"}
+    cases = {
+        "IOB1": "a I-PER\nb I-PER\nc B-PER\nd O\n",
+        "IOB2": "a B-PER\nb I-PER\nc B-PER\n",
+        "BIOES": "a S-PER\nb B-LOC\nc E-LOC\n",
+    }
     for scheme, text in cases.items():
         (tmp_path / "f").write_text(text)
         assert read_conll(tmp_path / "f").scheme == scheme
@@ -117,7 +138,18 @@ def test_scheme_is_detected(tmp_path):
 
 
 def test_columns_documents_and_line_ends(tmp_path):
-    text = "-DOCSTART- -X- O O\r\n\r\nEU NNP I-NP I-ORG\r\nrejects VBZ I-VP O\r\n\r\n-DOCSTART- -X- O O\r\n\r\nPeter NNP I-NP I-PER\r\n"
+    lines = [
+        "-DOCSTART- -X- O O",
+        "",
+        "EU NNP I-NP I-ORG",
+        "rejects VBZ I-VP O",
+        "",
+        "-DOCSTART- -X- O O",
+        "",
+        "Peter NNP I-NP I-PER",
+        "",
+    ]
+    text = "\r\n".join(lines)
     (tmp_path / "f").write_bytes(b"\xef\xbb\xbf" + text.encode())
     corpus = read_conll(tmp_path / "f")
     assert corpus.words == [["EU", "rejects"], ["Peter"]] and [s.doc for s in corpus] == [0, 1]
@@ -197,6 +229,7 @@ def test_bad_arguments(tmp_path):
 
 # ---------------------------------------------------------------- words, bracket notation
 
+
 @QUICK
 @given(st.text(max_size=60))
 def test_words_cover_all_but_white_space(text):
@@ -208,9 +241,24 @@ def test_words_cover_all_but_white_space(text):
 
 
 def test_words_of_english():
-    text = "Prof. O'Hara can't mail kim@uni.edu at 10:30, it's U.S.-made; see https://a.org/b. Rock-and-roll! @nasa AT&T 'quoted'"
+    text = (
+        "Prof. O'Hara can't mail kim@uni.edu at 10:30, it's U.S.-made; see https://a.org/b. Rock-and-roll! "
+        "@nasa AT&T 'quoted'"
+    )
     words = [w for w, _, _ in split_words(text)]
-    for w in ("Prof.", "O'Hara", "ca", "n't", "kim@uni.edu", "10:30", "'s", "https://a.org/b", "Rock-and-roll", "@nasa", "AT&T"):
+    for w in (
+        "Prof.",
+        "O'Hara",
+        "ca",
+        "n't",
+        "kim@uni.edu",
+        "10:30",
+        "'s",
+        "https://a.org/b",
+        "Rock-and-roll",
+        "@nasa",
+        "AT&T",
+    ):
         assert w in words
     assert words[-3:] == ["'", "quoted", "'"]
 
@@ -227,11 +275,15 @@ def test_bracket_notation(tmp_path):
 
 # ---------------------------------------------------------------- F1
 
+
 def same_report(report, reference):
     assert list(report) == list(reference)
     for row in reference:
         for name, value in reference[row].items():
-            assert abs(report[row][name] - value) <= 1e-12 or (np.isnan(report[row][name]) and np.isnan(value)), (row, name)
+            assert abs(report[row][name] - value) <= 1e-12 or (np.isnan(report[row][name]) and np.isnan(value)), (
+                row,
+                name,
+            )
 
 
 def seqeval_report(true, pred, **kwargs):
@@ -247,22 +299,48 @@ def random_sequences(rng, n, letters, types):
     return true, [[t if rng.random() < 0.7 else rng.choice(tags) for t in s] for s in true]
 
 
-@pytest.mark.parametrize("letters,strict", [("BI", False), ("BI", True), ("BIES", False), ("BIES", True)])
-def test_f1_equals_seqeval_on_ten_thousand_random_sequences(letters, strict):
-    true, pred = random_sequences(random.Random(7), 10_000, letters, ["PER", "ORG", "creative-work"])
+@pytest.mark.parametrize(
+    "letters,strict,n", [("BI", False, 10_000), ("BI", True, 10_000), ("BIES", False, 2_000), ("BIES", True, 2_000)]
+)
+def test_f1_equals_seqeval_on_ten_thousand_random_sequences(letters, strict, n):
+    true, pred = random_sequences(random.Random(7), n, letters, ["PER", "ORG", "creative-work"])
     scheme = {"BI": "IOB2", "BIES": "BIOES"}[letters]
     reference = {"mode": "strict", "scheme": {"IOB2": IOB2, "BIOES": IOBES}[scheme]} if strict else {}
-    for part in (slice(0, 9_000), *(slice(i, i + 1) for i in range(9_000, 9_200)), slice(9_200, 10_000)):
+    for part in (slice(0, n - 100), *(slice(i, i + 1) for i in range(n - 100, n))):
         scores = entity_f1(true[part], pred[part], strict=strict, scheme=scheme)
         same_report(scores.report, seqeval_report(true[part], pred[part], **reference))
         assert scores["f1"] == pytest.approx(scores.report["micro avg"]["f1-score"], abs=1e-12)
 
 
-TAGS = st.one_of(st.sampled_from(["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "E-PER", "S-LOC", "B", "I", "E", "S", "O-PER",
-                                  "B-", "I-a-b", "X-PER", "X", ".", ".-LOC", "BPER"]), st.text(min_size=1, max_size=4))
+TAGS = st.one_of(
+    st.sampled_from(
+        [
+            "O",
+            "B-PER",
+            "I-PER",
+            "B-LOC",
+            "I-LOC",
+            "E-PER",
+            "S-LOC",
+            "B",
+            "I",
+            "E",
+            "S",
+            "O-PER",
+            "B-",
+            "I-a-b",
+            "X-PER",
+            "X",
+            ".",
+            ".-LOC",
+            "BPER",
+        ]
+    ),
+    st.text(min_size=1, max_size=4),
+)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.lists(st.lists(st.tuples(TAGS, TAGS), max_size=8), min_size=1, max_size=5))
 def test_f1_equals_seqeval_on_anything(pairs):
     true, pred = [[a for a, _ in s] for s in pairs], [[b for _, b in s] for s in pairs]
@@ -270,8 +348,15 @@ def test_f1_equals_seqeval_on_anything(pairs):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.lists(st.tuples(*2 * [st.sampled_from(["O", "B-P", "I-P", "B-L", "I-L", "I", "B"])]), min_size=1, max_size=8),
-                min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(*2 * [st.sampled_from(["O", "B-P", "I-P", "B-L", "I-L", "I", "B"])]), min_size=1, max_size=8
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_strict_f1_equals_seqeval(pairs):
     true, pred = [[a for a, _ in s] for s in pairs], [[b for _, b in s] for s in pairs]
     same_report(entity_f1(true, pred, strict=True).report, seqeval_report(true, pred, mode="strict", scheme=IOB2))
@@ -337,6 +422,7 @@ def test_bootstrap_matches_drawing_sentences():
 
 # ---------------------------------------------------------------- alignment
 
+
 def plain_encoding(tokenizer, words, tags, max_length, stride, all_pieces=False):
     """The alignment written out for one sentence: list of (ids, labels), one pair per window."""
     ids, labels = [], []
@@ -357,8 +443,10 @@ def plain_encoding(tokenizer, words, tags, max_length, stride, all_pieces=False)
 @st.composite
 def encodings(draw):
     """Random words with random tags, a row length and a stride."""
-    word = st.one_of(st.sampled_from(["Paris", "the", "France", "zebras", "12.5", "don't", "\u200b", "日本"]),
-                     st.text(st.characters(blacklist_categories=("Cs", "Zs", "Zl", "Zp", "Cc")), min_size=1, max_size=9))
+    word = st.one_of(
+        st.sampled_from(["Paris", "the", "France", "zebras", "12.5", "don't", "\u200b", "日本"]),
+        st.text(st.characters(blacklist_categories=("Cs", "Zs", "Zl", "Zp", "Cc")), min_size=1, max_size=9),
+    )
     tags = [draw(iob2(15, ("LOC", "ORG", "PER"))) for _ in range(draw(st.integers(1, 5)))]
     room = draw(st.integers(1, 14))
     return [[draw(word) for _ in s] for s in tags], tags, room + 2, draw(st.integers(0, room - 1))
@@ -368,18 +456,30 @@ def encodings(draw):
 @given(encodings(), st.booleans())
 def test_alignment_loses_and_invents_nothing(tokenizer, case, all_pieces):
     words, tags, max_length, stride = case
-    e = encode(words, tokenizer, tags, LABELS, max_length=max_length, stride=stride,
-               label_pieces="all" if all_pieces else "first")
-    expected = [(i, *w) for i, (s, t) in enumerate(zip(words, tags, strict=True))
-                for w in plain_encoding(tokenizer, s, t, max_length, stride, all_pieces)]
-    rows = [(int(s), e.ids[a:b].tolist(), e.labels[a:b].tolist())
-            for s, a, b in zip(e.sentence, e.starts[:-1], e.starts[1:], strict=True)]
+    e = encode(
+        words,
+        tokenizer,
+        tags,
+        LABELS,
+        max_length=max_length,
+        stride=stride,
+        label_pieces="all" if all_pieces else "first",
+    )
+    expected = [
+        (i, *w)
+        for i, (s, t) in enumerate(zip(words, tags, strict=True))
+        for w in plain_encoding(tokenizer, s, t, max_length, stride, all_pieces)
+    ]
+    rows = [
+        (int(s), e.ids[a:b].tolist(), e.labels[a:b].tolist())
+        for s, a, b in zip(e.sentence, e.starts[:-1], e.starts[1:], strict=True)
+    ]
     assert rows == expected
     assert e.dropped == 0 and e.sizes.max() <= max_length
-    assert (np.sort(e.word[e.read]) == np.arange(sum(map(len, words)))).all()           # every word read exactly once
+    assert (np.sort(e.word[e.read]) == np.arange(sum(map(len, words)))).all()  # every word read exactly once
     gold = np.array([LABELS.index(t) for s in tags for t in s])
-    assert (e.labels[e.read] == gold[e.word[e.read]]).all()                             # with its own label
-    assert ((e.labels != -100) <= (e.word >= 0)).all()                                  # special pieces never labelled
+    assert (e.labels[e.read] == gold[e.word[e.read]]).all()  # with its own label
+    assert ((e.labels != -100) <= (e.word >= 0)).all()  # special pieces never labelled
 
 
 @settings(max_examples=60, deadline=None)
@@ -387,8 +487,14 @@ def test_alignment_loses_and_invents_nothing(tokenizer, case, all_pieces):
 def test_pieces_equal_the_tokenizers_own_windows(tokenizer, case):
     words, tags, max_length, stride = case
     words = [[w for w in s if tokenizer(w, add_special_tokens=False)["input_ids"]] or ["the"] for s in words]
-    own = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, stride=stride,
-                    return_overflowing_tokens=True)
+    own = tokenizer(
+        words,
+        is_split_into_words=True,
+        truncation=True,
+        max_length=max_length,
+        stride=stride,
+        return_overflowing_tokens=True,
+    )
     e = encode(words, tokenizer, max_length=max_length, stride=stride)
     assert [e.ids[a:b].tolist() for a, b in itertools.pairwise(e.starts)] == own["input_ids"]
     assert e.sentence.tolist() == own["overflow_to_sample_mapping"] and (e.labels == -100).all()
@@ -396,11 +502,13 @@ def test_pieces_equal_the_tokenizers_own_windows(tokenizer, case):
 
 def test_truncation_equals_the_usual_script_and_counts_its_losses(tokenizer):
     rng = random.Random(0)
-    words = [["".join(rng.choices("abcdenrst", k=rng.randint(1, 7))) for _ in range(rng.randint(1, 25))] for _ in range(60)]
+    words = [
+        ["".join(rng.choices("abcdenrst", k=rng.randint(1, 7))) for _ in range(rng.randint(1, 25))] for _ in range(60)
+    ]
     tags = [[rng.choice(LABELS) for _ in s] for s in words]
     usual = tokenizer(words, is_split_into_words=True, truncation=True, max_length=24)
     labels, lost = [], 0
-    for i, s in enumerate(tags):                        # as the run_ner.py example of transformers aligns
+    for i, s in enumerate(tags):  # as the run_ner.py example of transformers aligns
         row, previous = [], None
         for w in usual.word_ids(i):
             row.append(-100 if w is None or w == previous else LABELS.index(s[w]))
@@ -439,7 +547,9 @@ def test_encoding_refuses_nonsense(tokenizer):
 
 def test_bucket_batches(tokenizer):
     rng = random.Random(0)
-    corpus = Corpus([Sentence(["Paris"] * (n := min(60, 1 + int(rng.expovariate(0.06)))), ["O"] * n) for _ in range(999)])
+    corpus = Corpus(
+        [Sentence(["Paris"] * (n := min(60, 1 + int(rng.expovariate(0.06)))), ["O"] * n) for _ in range(999)]
+    )
     e = encode(corpus, tokenizer)
     batches = BucketBatches(e, 32, seed=1)
     padded = sum(b["input_ids"].numel() for b in batches)
@@ -459,6 +569,7 @@ def test_bucket_batches(tokenizer):
 
 # ---------------------------------------------------------------- decoding
 
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5), st.integers(0, 10_000), st.booleans())
 def test_viterbi_finds_the_best_of_all_sequences(T, seed, learnt):
@@ -467,8 +578,12 @@ def test_viterbi_finds_the_best_of_all_sequences(T, seed, learnt):
     scores, lengths = rng.normal(size=(3, T, 5)), rng.integers(1, T + 1, 3)
     found = viterbi(scores, step, start, lengths)
     for row, n, s in zip(found, lengths, scores, strict=True):
+
         def value(p, s=s):
-            return start[p[0]] + sum(s[t, k] for t, k in enumerate(p)) + sum(step[a, b] for a, b in itertools.pairwise(p))
+            return (
+                start[p[0]] + sum(s[t, k] for t, k in enumerate(p)) + sum(step[a, b] for a, b in itertools.pairwise(p))
+            )
+
         best = max(itertools.product(range(5), repeat=n), key=value)
         assert value(tuple(row[:n])) == pytest.approx(value(best))
 
@@ -501,10 +616,17 @@ def test_class_weights():
 
 # ---------------------------------------------------------------- the tagger
 
+
 def small_body(tokenizer):
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=64, max_position_embeddings=40)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=40,
+    )
     return BertForMaskedLM(config)
 
 
@@ -525,7 +647,9 @@ def tagger(tokenizer, town_corpus):
     tagger = NERTagger(token_classifier(body, town_corpus.labels, dropout=0.0), tokenizer, max_length=24, stride=6)
     same = tagger.model.base_model.state_dict()
     assert all(torch.equal(v, same[k]) for k, v in body.base_model.state_dict().items())
-    history, watch = tagger.fit(town_corpus, town_corpus, epochs=6, lr=5e-3, batch_size=16, weight_power=0.3, progress=False)
+    history, watch = tagger.fit(
+        town_corpus, town_corpus, epochs=6, lr=5e-3, batch_size=16, weight_power=0.3, progress=False
+    )
     assert len(history.rows) == 6 and watch.best == max(watch.history) == watch.history[watch.best_epoch]
     return tagger
 
@@ -535,7 +659,7 @@ def test_the_tagger_learns_and_reads_text(tagger, town_corpus):
     text = "Ada sat in Rome.  Bert sat in Paris."
     found = tagger.predict(text)
     assert [(e.text, e.type) for e in found] == [("Ada", "PER"), ("Rome", "LOC"), ("Bert", "PER"), ("Paris", "LOC")]
-    assert all(text[e.start:e.end] == e.text and 0 < e.score <= 1 for e in found)
+    assert all(text[e.start : e.end] == e.text and 0 < e.score <= 1 for e in found)
     assert tagger.predict([text, "", "of the"])[0] == found and tagger.predict([]) == [] and tagger.predict("") == []
     assert tagger.tag([["Cato", "sat"], []])[1] == []
 
@@ -589,13 +713,83 @@ def test_tagger_input_types(tagger):
         tagger.predict([["a", "list"]])
 
 
+# ---------------------------------------------------------------- the experiment
+
+
+def test_zipped_labels_are_one_off(tokenizer):
+    e = encode([["Paris", "zebras", "the"], ["the"]], tokenizer, [["B-LOC", "O", "B-PER"], ["B-ORG"]], LABELS)
+    z = ner.relabel(e, "zipped")
+    assert [z.labels[a:b][:4].tolist() for a, b in itertools.pairwise(z.starts)] == [
+        [LABELS.index("B-LOC"), 0, LABELS.index("B-PER"), -100],
+        [LABELS.index("B-ORG"), -100, -100],
+    ]
+    assert ner.relabel(e, "right") is e and (e.labels[e.starts[:-1]] == -100).all()
+    with pytest.raises(ValueError, match="'zipped'"):
+        ner.relabel(e, "other")
+
+
+def test_padded_batches_label_the_padding(tokenizer, town_corpus):
+    e = encode(town_corpus, tokenizer)
+    batches = ner.PaddedBatches(e, 50, length=64, label=0)
+    seen = list(batches)
+    assert [b["labels"].shape for b in seen] == [(50, 64), (50, 64), (20, 64)]
+    assert all((b["labels"][b["attention_mask"] == 0] == 0).all() for b in seen)
+    assert sorted(np.concatenate(batches.rows())) == list(range(120))
+
+
+def test_what_is_trained(tokenizer):
+    model = token_classifier(small_body(tokenizer), LABELS)
+    counts = [ner.train_only(model, part) for part in ("head", "top", "full")]
+    assert counts[0] == 33 * len(LABELS) < counts[1] < counts[2] == sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match="'head', 'top', 'full'"):
+        ner.train_only(model, "none")
+
+
+def test_noise_changes_types_and_nothing_else(town_corpus):
+    noisy = ner.shuffle_types(town_corpus, 0.5, seed=1)
+    pairs = [
+        (a, b) for s, t in zip(town_corpus, noisy, strict=True) for a, b in zip(s.entities, t.entities, strict=True)
+    ]
+    assert all(a[1:] == b[1:] for a, b in pairs) and 0.4 < np.mean([a != b for a, b in pairs]) < 0.6
+    assert list(ner.shuffle_types(town_corpus, 0.0)) == list(town_corpus)
+
+
+@pytest.mark.parametrize("target", ["right", "zipped", "padded", "all pieces", "noisy types"])
+def test_a_run_of_the_experiment(tokenizer, town_corpus, target):
+    few = Corpus(town_corpus[:24])
+    options = {
+        "body": small_body(tokenizer).config,
+        "tokenizer": tokenizer,
+        "train_set": few,
+        "valid": few,
+        "epochs": 1,
+        "max_length": 32,
+        "target": target,
+    }
+    tagger, found = ner.tagging_run(1, **options, test=few)
+    assert set(found) == {
+        "valid_f1",
+        "test_f1",
+        "test_precision",
+        "test_recall",
+        "test_f1_argmax",
+        "test_word_accuracy",
+        "broken_sentences",
+    }
+    assert found["valid_f1"] == found["test_f1"] and 0 <= found["broken_sentences"] <= 1
+    if target == "right":
+        assert ner.tagging_run(1, **options)[1] == {"valid_f1": found["valid_f1"]}
+
+
 # ---------------------------------------------------------------- mistakes
+
 
 def test_kinds_of_mistakes():
     true = [["B-PER", "I-PER", "O", "B-LOC", "O", "B-ORG", "I-ORG", "O", "B-LOC", "O", "O"]]
     pred = [["B-PER", "O", "O", "B-ORG", "O", "B-LOC", "O", "O", "O", "O", "B-PER"]]
     assert Counter(m.kind for m in mistakes(true, pred)) == Counter(
-        ["boundary", "type", "boundary and type", "missed", "spurious"])
+        ["boundary", "type", "boundary and type", "missed", "spurious"]
+    )
 
 
 @QUICK
@@ -609,16 +803,21 @@ def test_mistakes_add_up_to_the_scores(seed):
 
 
 def test_recall_by_length_and_novelty():
-    corpus = Corpus([Sentence(["Ada", "King", "of", "Rome"], ["B-PER", "I-PER", "O", "B-LOC"]),
-                     Sentence(["Oslo"], ["B-LOC"])])
+    corpus = Corpus(
+        [Sentence(["Ada", "King", "of", "Rome"], ["B-PER", "I-PER", "O", "B-LOC"]), Sentence(["Oslo"], ["B-LOC"])]
+    )
     training = Corpus([Sentence(["ROME", "Oslo"], ["B-LOC", "B-PER"])])
     pred = [["B-PER", "I-PER", "O", "O"], ["B-LOC"]]
     assert {k: v["found"] for k, v in ner.by_length(corpus, pred).items()} == {1: 1, 2: 1}
     assert {k: v["recall"] for k, v in ner.by_novelty(corpus, pred, training).items()} == {
-        "other type": 1.0, "seen": 0.0, "unseen": 1.0}
+        "other type": 1.0,
+        "seen": 0.0,
+        "unseen": 1.0,
+    }
 
 
 # ---------------------------------------------------------------- display
+
 
 def test_html_is_escaped_and_static():
     text = "<b>Ada & Co</b> in Rome"
@@ -631,6 +830,7 @@ def test_html_is_escaped_and_static():
 
 
 # ---------------------------------------------------------------- the bundled corpus
+
 
 @pytest.fixture(scope="module")
 def bundled():
@@ -652,9 +852,13 @@ def test_the_corpus_is_as_large_and_varied_as_its_card_says(bundled):
     assert len(everything) >= 640 and len(set(texts)) == len(texts)
     documents = [Counter(s.doc for s in c) for c in bundled.values()]
     assert sum(map(len, documents)) >= 90 and all(4 <= n <= 12 for d in documents for n in d.values())
-    assert all(sum(e[0] == t for s in c for e in s.entities) >= 10 for c in bundled.values() for t in ("PER", "ORG", "LOC", "MISC"))
+    assert all(
+        sum(e[0] == t for s in c for e in s.entities) >= 10
+        for c in bundled.values()
+        for t in ("PER", "ORG", "LOC", "MISC")
+    )
     trigrams = Counter(g for s in everything for g in zip(*(s.words[i:] for i in range(3)), strict=False))
-    assert len(trigrams) / sum(trigrams.values()) > 0.9                        # nothing is a template
+    assert len(trigrams) / sum(trigrams.values()) > 0.9  # nothing is a template
     openings = Counter(tuple(s.words[:3]) for s in everything)
     assert openings.most_common(1)[0][1] <= 4
     words = [w.lower() for s in everything for w in s.words if w.isalpha()]
@@ -662,7 +866,12 @@ def test_the_corpus_is_as_large_and_varied_as_its_card_says(bundled):
     card = (ner.data.asset("ner_corpus") / "README.md").read_text(encoding="utf-8")
     for split, c in bundled.items():
         kinds = Counter(e[0] for s in c for e in s.entities)
-        row = [len({s.doc for s in c}), len(c), f"{sum(map(len, c)):,}", *(kinds[t] for t in ("PER", "ORG", "LOC", "MISC"))]
+        row = [
+            len({s.doc for s in c}),
+            len(c),
+            f"{sum(map(len, c)):,}",
+            *(kinds[t] for t in ("PER", "ORG", "LOC", "MISC")),
+        ]
         assert f"| {split} | " + " | ".join(map(str, row)) + " |" in card
 
 

@@ -1,0 +1,90 @@
+"""Sweeps of chapter 9, named-entity recognition: `make results CH=09` (resumable).
+
+Every start (pretrained or random) and every trained part gets three learning rates, chosen by entity F1 on the
+development split with seed 0; the seeds 1, 2, 3 are then scored on the test split once. The wrong labels are trained
+with the rate that the right labels chose, so that only the labels differ.
+"""
+
+import sys
+from functools import cache
+
+from ftbook import data, mlm, results, runtime
+from ftbook.ner import Corpus, read_conll, tagging_run
+
+CHAPTER = "09_ner"
+SEEDS = [1, 2, 3]
+SETTINGS = runtime.pick(
+    quick={"sentences": 64, "epochs": 1, "batch_size": 16, "max_length": 64},
+    cpu={"sentences": 1_000, "epochs": 3, "batch_size": 16, "max_length": 64},
+    gpu={"sentences": None, "epochs": 3, "batch_size": 32, "max_length": 128},
+)
+RATES = {
+    "full": runtime.pick(quick=[5e-4], cpu=[2e-4, 5e-4, 1.2e-3], gpu=[2e-5, 3e-5, 5e-5]),
+    "head": runtime.pick(quick=[3e-3], cpu=[1e-3, 3e-3, 1e-2], gpu=[3e-4, 1e-3, 3e-3]),
+}
+RATES["top"] = RATES["full"]
+SIZE = SETTINGS["sentences"] or "all"
+BUDGET = f"{SIZE} sentences, {SETTINGS['epochs']} epochs, {len(RATES['full'])} learning rates tried"
+METHODS = [
+    ("random", "full", "right"),
+    ("pretrained", "full", "right"),
+    ("pretrained", "head", "right"),
+    ("pretrained", "top", "right"),
+    ("pretrained", "full", "zipped"),
+    ("pretrained", "full", "all pieces"),
+    ("pretrained", "full", "padded"),
+    ("pretrained", "full", "noisy types"),
+]
+
+
+@cache
+def corpora():
+    name = runtime.pick(quick="wnut17", cpu="wnut17", gpu="conll2003")
+    train, valid, test = (read_conll(data.load(name, split, bundled=True)) for split in ("train", "valid", "test"))
+    return Corpus(train[: SETTINGS["sentences"]], train.path), valid, test
+
+
+@cache
+def body_and_tokenizer():
+    if runtime.profile() != "gpu":
+        return mlm.load_bundled()
+    from transformers import AutoModel, AutoTokenizer
+
+    return AutoModel.from_pretrained("bert-base-cased"), AutoTokenizer.from_pretrained("bert-base-cased")
+
+
+def run(seed, init, trained, target, lr, final=False):
+    train, valid, test = corpora()
+    body, tokenizer = body_and_tokenizer()
+    options = {k: v for k, v in SETTINGS.items() if k != "sentences"}
+    _, metrics = tagging_run(
+        seed, body=body if init == "pretrained" else body.config, tokenizer=tokenizer, train_set=train, valid=valid,
+        test=test if final else None, trained=trained, target=target, lr=lr, **options,
+    )
+    return metrics
+
+
+def best_rate(init, trained):
+    """The rate with the best development F1 of one seed, training on right labels."""
+    choices = {"init": [init], "trained": [trained], "target": ["right"], "lr": RATES[trained]}
+    return results.sweep(run, choices, [0], name="search", **about()).best("valid_f1")["lr"]
+
+
+def about():
+    return {"chapter": CHAPTER, "n": len(corpora()[2]), "budget": BUDGET, "progress": False}
+
+
+def study(init, trained, target):
+    choices = {"init": [init], "trained": [trained], "target": [target], "lr": [best_rate(init, trained)]}
+    for row in results.sweep(run, {**choices, "final": [True]}, SEEDS, name="final", **about()).rows:
+        print(row, flush=True)
+
+
+def main(methods=METHODS):
+    for method in methods:
+        study(*method)
+
+
+if __name__ == "__main__":
+    wanted = set(sys.argv[1:])
+    main([m for m in METHODS if not wanted or wanted & set(m)])
