@@ -170,7 +170,7 @@ def prepare_batch(batch, device, channels_last: bool = False, transform=None):
     batch = to_device(batch, device)
     if isinstance(batch, Mapping):
         return batch if transform is None else transform(batch)
-    x, *rest = (batch,) if torch.is_tensor(batch) else batch
+    x, *rest = (batch,) if torch.is_tensor(batch) else batch if isinstance(batch, (tuple, list)) else split_batch(batch)
     if torch.is_tensor(x) and x.ndim == 4:
         x = image_input(x, channels_last)
     rest = rest or [x]

@@ -1,0 +1,805 @@
+import copy
+import math
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import train_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ftbook import train as T
+from ftbook.data import Batches, ImageSet
+from ftbook.train import EarlyStopping, History, evaluate, fit, predict
+
+
+def toy(n=100, seed=0, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, generator=generator)
+    return x, (x @ torch.randn(6, classes, generator=generator)).argmax(1)
+
+
+def net(seed=0, dropout=0.0, classes=3):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, classes))
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def quiet(model, data, *args, **options):
+    return fit(model, data, *args, progress=False, device="cpu", **options)
+
+
+# ---------------------------------------------------------------- the loop itself
+
+def test_equals_a_bare_loop_bit_for_bit():
+    data, ours, bare = toy(), net(), net()
+    quiet(ours, data, toy(40, 1), epochs=2, batch_size=32, metrics="accuracy", seed=5)
+    optimizer = torch.optim.AdamW(T.decay_groups(bare.parameters(), 0.01), lr=1e-3, fused=True)
+    batches = Batches(*data, batch_size=32, shuffle=True, seed=5)
+    for _ in range(2):
+        for x, y in batches:
+            F.cross_entropy(bare(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(ours, bare)
+
+
+def test_learns_and_records():
+    data, model = toy(300), net()
+    history = quiet(model, data, toy(100, 1), epochs=10, lr=0.02, batch_size=32, metrics="accuracy")
+    assert history["epoch"] == list(range(1, 11)) and history["steps"][-1] == 100
+    assert history["train_loss"][-1] < 0.5 * history["train_loss"][0]
+    assert history["train_accuracy"][-1] > 0.8
+    assert history["lr"] == [0.02] * 10 and all(s > 0 for s in history["seconds"])
+    assert evaluate(model, toy(100, 1))["accuracy"] == pytest.approx(history["valid_accuracy"][-1])
+    assert history.settings["precision"] == "fp32" and "small" in history.settings["precision_reason"]
+    assert history.settings["steps"] == 100 and "10 epochs" in repr(history) and len(history) == 10
+    with pytest.raises(KeyError, match="valid_f1.*not measured.*train_loss"):
+        history["valid_f1"]
+
+
+def test_train_metrics_are_means_over_examples():
+    data, model = toy(100), net()
+    metrics = {"right": T.accuracy, "one": lambda output, target: 1.0}
+    history = quiet(model, data, lr=0.0, weight_decay=0.0, batch_size=32, metrics=metrics)
+    score = evaluate(model, data)
+    assert history["train_loss"][0] == pytest.approx(score["loss"], rel=1e-5)
+    assert history["train_right"][0] == pytest.approx(score["accuracy"]) and history["train_one"] == [1.0]
+
+
+def test_same_seed_same_weights_and_the_callers_streams_stay():
+    torch.manual_seed(9)
+    np.random.seed(9)
+    random.seed(9)
+    expected = torch.rand(1), np.random.rand(), random.random()
+    torch.manual_seed(9)
+    np.random.seed(9)
+    random.seed(9)
+    a, b, c = net(), net(), net()
+    torch.manual_seed(9)
+    quiet(a, toy(), epochs=2, seed=1)
+    assert (torch.rand(1), np.random.rand(), random.random()) == expected
+    quiet(b, toy(), epochs=2, seed=1)
+    quiet(c, toy(), epochs=2, seed=2)
+    assert same(a, b) and not same(a, c)
+
+
+def test_validation_does_not_change_training():
+    a, b = net(dropout=0.3), net(dropout=0.3)
+    quiet(a, toy(), epochs=3, batch_size=16)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*toy(50, 1)), batch_size=8, shuffle=True)
+    quiet(b, toy(), loader, epochs=3, batch_size=16, metrics="accuracy")
+    assert same(a, b)
+
+
+@settings(max_examples=12, deadline=None)
+@given(n=st.integers(5, 70), batch=st.integers(1, 20), accumulate=st.integers(1, 5))
+def test_accumulation_equals_the_big_batch(n, batch, accumulate):
+    a, b = net().double(), net().double()
+    x, y = toy(n)
+    quiet(a, (x.double(), y), batch_size=batch, accumulate=accumulate, optimizer="sgd", lr=0.1)
+    quiet(b, (x.double(), y), batch_size=batch * accumulate, optimizer="sgd", lr=0.1)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+
+
+def test_accumulation_weighs_tokens_not_batches():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 5, 6, generator=generator), torch.randint(0, 3, (8, 5), generator=generator)
+    y[:3, 1:] = -100
+    a, b = net(), net()
+    h = quiet(a, (x, y), batch_size=2, accumulate=4, optimizer="sgd", lr=0.1, metrics="accuracy")
+    g = quiet(b, (x, y), batch_size=8, optimizer="sgd", lr=0.1, metrics="accuracy")
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert h["train_loss"][0] == pytest.approx(g["train_loss"][0], rel=1e-5)
+    assert h["train_accuracy"][0] == pytest.approx(g["train_accuracy"][0])
+    assert evaluate(a, (x, y))["n"] == int((y != -100).sum())
+
+
+def test_a_batch_without_targets_is_skipped():
+    x, y = torch.randn(4, 5, 6), torch.full((4, 5), -100)
+    y[2:] = 1
+    a = net()
+    history = quiet(a, Batches(x, y, batch_size=2))
+    assert math.isfinite(history["train_loss"][0])
+    with pytest.raises(ValueError, match="only targets of -100"):
+        quiet(a, Batches(x[:2], y[:2]))
+    with pytest.raises(ValueError, match="nothing to score"):
+        evaluate(a, (x[:2], y[:2]))
+
+
+def test_clipping_bounds_the_gradient():
+    norms = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            norms.append(torch.stack([p.grad.norm() for g in self.param_groups for p in g["params"]]).norm().item())
+            return super().step(closure)
+
+    x, y = toy()
+    quiet(net(), (x * 100, y), optimizer=lambda p: Spy(p, lr=0.01), clip_norm=0.5, batch_size=25)
+    assert len(norms) == 4 and max(norms) <= 0.5 + 1e-5
+
+
+# ---------------------------------------------------------------- optimizers and schedules
+
+def test_optimizer_forms():
+    data = toy()
+    for optimizer in ("adamw", "adam", "sgd", torch.optim.RMSprop, lambda p: torch.optim.SGD(p, lr=0.1)):
+        model = net()
+        assert quiet(model, data, optimizer=optimizer, epochs=2, lr=0.01)["train_loss"][1] > 0
+        assert not same(model, net())
+    model = net()
+    own = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    assert quiet(model, data, optimizer=own).settings["optimizer"] == "Adagrad" and own.state
+    model = net()
+    before = model[0].weight.clone()
+    groups = [{"params": model[3].parameters(), "lr": 0.5}]
+    history = quiet(model, data, params=groups, schedule=lambda step, total: 0.5)
+    assert torch.equal(before, model[0].weight) and history["lr"] == [0.25]
+    built = T.build_optimizer("adamw", net(), 0.1, 0.3)
+    assert [(g["weight_decay"], len(g["params"])) for g in built.param_groups] == [(0.3, 2), (0.0, 2)]
+    assert T.build_optimizer(torch.optim.SGD, net(), 0.1, 0.3).param_groups[0]["weight_decay"] == 0.3
+    with pytest.raises(ValueError, match="unknown optimizer 'lamb'.*adamw"):
+        quiet(net(), data, optimizer="lamb")
+    with pytest.raises(ValueError, match="unfreeze"):
+        quiet(net().requires_grad_(False), data)
+
+
+def test_schedules():
+    data, seen = toy(), []
+
+    class Spy:
+        def on_step_end(self, state):
+            seen.append(state.optimizer.param_groups[0]["lr"])
+
+    quiet(net(), data, schedule="linear", warmup=0.25, epochs=2, batch_size=25, lr=1.0, callbacks=[Spy()])
+    assert seen == pytest.approx([0.5, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert T.resolve_schedule("constant") is None and T.resolve_schedule(None) is None
+    assert T.resolve_schedule("constant", 0.5)(3, 4) == 1.0 and T.cosine(5, 10) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="unknown schedule 'step'.*cosine"):
+        T.resolve_schedule("step")
+    with pytest.raises(ValueError, match="fraction"):
+        T.resolve_schedule("linear", 10)
+    with pytest.raises(ValueError, match="pass max_steps="):
+        quiet(net(), (b for b in [data]), schedule="cosine")
+    history = quiet(net(), (b for b in [data] * 9), schedule="cosine", max_steps=3)
+    assert history["steps"] == [3] and history.settings["steps"] == 3
+
+
+# ---------------------------------------------------------------- data
+
+def test_data_forms():
+    x, y = toy()
+    dataset = torch.utils.data.TensorDataset(x, y)
+    for data in ((x, y), Batches(x, y, batch_size=10), [(x, y), (x[:7], y[:7])],
+                 torch.utils.data.DataLoader(dataset, batch_size=30)):
+        assert math.isfinite(quiet(net(), data, data, epochs=2)["valid_loss"][1])
+    auto = nn.Linear(6, 6)
+    history = quiet(auto, x, loss="mse", epochs=3, lr=0.05)
+    assert history["train_loss"][-1] < history["train_loss"][0]
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net()
+
+        def forward(self, a, b):
+            return self.body(a + b)
+
+    assert quiet(Two(), (x, x, y)).rows and predict(Two(), (x, x)).shape == (100, 3)
+
+
+def images(n=20, side=8):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
+    return ImageSet(x, torch.arange(n) % 4, ["a", "b", "c", "d"])
+
+
+def small_conv(view=False):
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+            self.head = nn.Linear(512, 4)
+
+        def forward(self, x):
+            assert x.dtype == torch.float32 and x.max() <= 1.0
+            x = self.norm(self.conv(x)).relu()
+            return self.head(x.view(len(x), -1) if view else x.flatten(1))
+
+    return Net()
+
+
+def test_images_are_scaled_and_laid_out():
+    pictures = images()
+    model = small_conv()
+    history = quiet(model, pictures, pictures, metrics="accuracy")
+    assert history.settings["channels_last"] is True and history.settings["precision"] == "fp32"
+    assert all(p.is_contiguous() for p in model.parameters())
+    other = small_conv()
+    assert quiet(other, (pictures.x.float() / 255, pictures.y), channels_last=False).settings["channels_last"] is False
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+    assert quiet(small_conv(view=True), pictures).settings["channels_last"] is False
+    assert quiet(small_conv(), (b for b in [(pictures.x, pictures.y)])).settings["channels_last"] is False
+    assert torch.equal(predict(model, pictures), predict(model, pictures.x))
+    with pytest.raises(RuntimeError, match="shape|channels"):
+        quiet(nn.Sequential(nn.Conv2d(5, 2, 3), nn.Flatten()), pictures)
+    flat = nn.Sequential(nn.Flatten(), nn.Conv1d(1, 1, 1))
+    assert T.wants_channels_last("auto", flat, (torch.ones(2, 3), 0)) is False
+    assert T.wants_channels_last("auto", small_conv(), (torch.ones(2, 3), 0)) is False
+
+
+def test_optimizer_state_follows_the_layout():
+    pictures, a, b = images(), small_conv(), small_conv()
+    own = [torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True) for m in (a, b)]
+    quiet(a, pictures, optimizer=own[0], channels_last=False, batch_size=5)
+    quiet(a, pictures, optimizer=own[0], channels_last=True, batch_size=5)
+    for _ in range(2):
+        quiet(b, pictures, optimizer=own[1], channels_last=False, batch_size=5)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+
+
+def test_transform_in_training_only():
+    calls = []
+
+    def double(x):
+        calls.append(len(x))
+        return 2 * x
+
+    quiet(net(), toy(), toy(40, 1), transform=double, batch_size=50)
+    assert calls == [50, 50]
+
+    def mix(x, y):
+        return x, (y + 1) % 3
+
+    mix.takes_target = True
+    a, b = net(), net()
+    quiet(a, toy(), transform=mix)
+    x, y = toy()
+    quiet(b, (x, (y + 1) % 3))
+    assert same(a, b)
+    quiet(nn.Linear(6, 6), x, loss="mse", transform=lambda x: x + 1)
+    assert T.prepare_batch({"x": x}, torch.device("cpu"), transform=lambda b: {"y": b["x"]}).keys() == {"y"}
+
+
+class Output(dict):
+    __getattr__ = dict.get
+
+
+class DictModel(nn.Module):
+    """Like a token classifier of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.seen = nn.Embedding(20, 8), nn.Linear(8, 3), None
+
+    def forward(self, input_ids, labels=None):
+        self.seen = labels
+        logits = self.head(self.embed(input_ids))
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return Output(logits=logits, loss=loss)
+
+
+def test_dict_batches():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 20, (30, 4), generator=generator)
+    data = {"input_ids": ids, "labels": ids % 3}
+    a, b = DictModel(), DictModel()
+    quiet(a, data, data, loss=None, epochs=3, lr=0.05, metrics="accuracy", batch_size=10)
+    assert a.seen is not None
+    history = quiet(b, data, data, epochs=3, lr=0.05, metrics="accuracy", batch_size=10)
+    assert b.seen is None and same(a, b) and history["valid_accuracy"][-1] > 0.5
+    own, ours = evaluate(a, data, loss=None, metrics="accuracy"), evaluate(b, data)
+    assert own["loss"] == pytest.approx(ours["loss"], rel=1e-6) and own["accuracy"] == ours["accuracy"]
+    assert predict(a, data).shape == (30, 4, 3) and predict(a, [data]).shape == (30, 4, 3)
+    quiet(a, [data], loss=lambda output, target: F.cross_entropy(output.transpose(1, 2), target))
+    with pytest.raises(ValueError, match="'labels'"):
+        quiet(a, [{"input_ids": ids}], loss=None)
+    with pytest.raises(ValueError, match="label 2 is out of range"):
+        model = DictModel()
+        model.head = nn.Linear(8, 2)
+        quiet(model, data)
+
+
+def test_transformers_model():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=16, num_labels=3)
+    torch.manual_seed(0)
+    model = transformers.BertForTokenClassification(config)
+    ids = torch.randint(0, 30, (12, 5))
+    data = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids % 3}
+    for loss in (None, "cross_entropy"):
+        history = quiet(model, data, data, loss=loss, epochs=2, batch_size=4, metrics="accuracy", lr=0.01)
+        assert history["train_loss"][1] < history["train_loss"][0]
+    assert model.training and predict(model, {k: data[k] for k in ("input_ids", "attention_mask")}).shape == (12, 5, 3)
+
+
+# ---------------------------------------------------------------- evaluation
+
+def test_evaluate_leaves_no_trace():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4).eval(), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3))
+    F.cross_entropy(model(toy()[0]), toy()[1]).backward()
+    modes, state = [m.training for m in model.modules()], copy.deepcopy(model.state_dict())
+    grads = [p.grad.clone() for p in model.parameters()]
+    streams = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+
+    def noisy():
+        for _ in range(2):
+            torch.rand(1), np.random.rand(), random.random()
+            yield toy()
+
+    score = evaluate(model, noisy())
+    assert score["n"] == 200
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
+    assert torch.equal(streams[0], torch.get_rng_state()) and (streams[1] == np.random.get_state()[1]).all()
+    assert streams[2] == random.getstate()
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, toy(), metrics={"bad": lambda o, t: 1 / 0})
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_evaluate_values():
+    model, (x, y) = net(), toy(77)
+    score = evaluate(model, (x, y), batch_size=10, device="cpu")
+    assert score["loss"] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-5)
+    assert score["accuracy"] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+    assert evaluate(nn.Linear(6, 6), (x, x), loss="mse").keys() == {"loss", "n"}
+    assert evaluate(model, (x, y), loss=lambda o, t: o.sum() * 0, metrics=["accuracy"])["accuracy"] == score["accuracy"]
+    torch.testing.assert_close(predict(model, x, batch_size=9), model.eval()(x), rtol=1e-5, atol=1e-6)
+    assert T._place(nn.Flatten(), None).type == "cpu"
+
+
+def test_accuracy_forms():
+    logits = torch.tensor([2.0, -1.0, 3.0])
+    assert T.accuracy(logits, torch.tensor([1.0, 1.0, 1.0])) == pytest.approx(2 / 3)
+    assert T.accuracy(torch.eye(3)[None], torch.tensor([[0, 2, -100]])) == 0.5
+    assert T.accuracy(torch.eye(3)[None], torch.full((1, 3), -100)) == 0.0
+
+
+# ---------------------------------------------------------------- early stopping and callbacks
+
+class Fake:
+    """Writes given values into the row."""
+
+    def __init__(self, values):
+        self.values = list(values)
+
+    def on_epoch_end(self, state):
+        state.row["score"] = self.values[state.epoch - 1]
+
+
+@pytest.mark.parametrize("mode, values, best", [("max", [1, 3, 2, 2, 9], 2), ("min", [5, 3, 4, 4, 1], 2)])
+def test_early_stopping_restores_the_best(mode, values, best):
+    stopped, reference = net(), net()
+    history = quiet(stopped, toy(), epochs=5, monitor="score", mode=mode, patience=2, callbacks=[Fake(values)])
+    assert len(history) == 4 and history.best["epoch"] == best and history["score"] == values[:4]
+    quiet(reference, toy(), epochs=best)
+    assert same(stopped, reference)
+
+
+def test_early_stopping_options():
+    a, b = net(), net()
+    quiet(a, toy(), epochs=4, monitor="score", patience=1, restore_best=False, callbacks=[Fake([3, 2, 1, 0])])
+    quiet(b, toy(), epochs=2)
+    assert same(a, b)
+    stop = EarlyStopping("score", patience=1, min_delta=0.5)
+    history = quiet(net(), toy(), epochs=4, callbacks=[Fake([1, 1.4, 3, 4]), stop])
+    assert len(history) == 2 and stop.best == 1
+    assert len(quiet(net(), toy(), epochs=4, callbacks=[Fake([1, 1.4, 3, 4]), stop])) == 2, "an object serves again"
+    assert EarlyStopping("perplexity").mode == "min" and EarlyStopping("valid_f1").mode == "max"
+    assert quiet(net(), toy(), toy(30, 1), epochs=2, patience=1).best is not None
+    assert quiet(net(), toy(), epochs=2, monitor="train_accuracy", metrics="accuracy").best["train_accuracy"] > 0
+    frozen = net()
+    frozen[0].requires_grad_(False)
+    assert set(T.trained_weights(frozen)) == {"3.weight", "3.bias"}
+    for bad in ({"mode": "up"}, {"patience": 0}):
+        with pytest.raises(ValueError, match="mode|patience"):
+            EarlyStopping(**bad)
+    with pytest.raises(ValueError, match="'other' was not measured"):
+        quiet(net(), toy(), monitor="other", callbacks=[Fake([1])])
+
+
+def test_callbacks_see_the_run_and_can_stop_it():
+    log = []
+
+    class Log:
+        def on_train_begin(self, state):
+            log.append(("train", state.epoch, state.model.training))
+
+        def on_epoch_begin(self, state):
+            log.append(("epoch", state.epoch))
+
+        def on_step_end(self, state):
+            log.append(("step", state.step))
+            state.stop = state.step == 3
+
+        def on_epoch_end(self, state):
+            log.append(("end", state.row["steps"]))
+
+        def on_train_end(self, state):
+            log.append(("done", len(state.history)))
+
+    quiet(net(), toy(), epochs=9, batch_size=50, callbacks=[Log()])
+    assert log == [("train", 0, True), ("epoch", 0), ("step", 1), ("step", 2), ("end", 2), ("epoch", 1), ("step", 3),
+                   ("end", 3), ("done", 2)]
+
+
+def test_modules_frozen_in_eval_mode_stay_so():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+    class Freeze:
+        def on_train_begin(self, state):
+            state.model[1].eval()
+
+    quiet(model, toy(), toy(30, 1), epochs=2, callbacks=[Freeze()])
+    assert model[1].num_batches_tracked == 0 and model[2].training and not model[1].training
+
+
+def test_progress_bar_and_plot(capsys):
+    class Nap:
+        def on_step_end(self, state):
+            time.sleep(0.12)
+
+    fit(net(), toy(), batch_size=50, callbacks=[Nap()], device="cpu")
+    history = quiet(net(), toy(), toy(20, 1), epochs=2, metrics="accuracy")
+    for names in ((), ("valid_accuracy",)):
+        ax = history.plot(*names)
+        assert ax.get_xlabel() == "epoch"
+        import matplotlib.pyplot as plt
+        plt.close(ax.figure)
+
+
+# ---------------------------------------------------------------- precision
+
+def test_precision_rule(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(T, "native_bf16", lambda device: True)
+    assert T.choose_precision("auto", nn.Linear(512, 512), cpu)[0] == "bf16"
+    assert T.choose_precision("auto", nn.Conv2d(64, 64, 3), cpu) == ("bf16", "native bf16 and convolution")
+    assert "attention" in T.choose_precision("auto", nn.TransformerEncoderLayer(8, 2, 8), cpu)[1]
+    monkeypatch.setattr(T, "native_bf16", lambda device: False)
+    assert T.choose_precision("auto", nn.Linear(512, 512), cpu) == ("fp32", "cpu without native bf16")
+    assert T.choose_precision("bf16", nn.Linear(2, 2), cpu) == ("bf16", "asked for")
+    with pytest.raises(ValueError, match="'fp64'"):
+        T.choose_precision("fp64", nn.Linear(2, 2), cpu)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_close_to_fp32(precision, tmp_path):
+    data, half, full = toy(300), net(), net()
+    options = {"epochs": 8, "lr": 0.02, "batch_size": 50}
+    history = quiet(half, data, data, precision=precision, clip_norm=5.0, checkpoint=tmp_path / "a.pt", **options)
+    reference = quiet(full, data, data, precision="fp32", clip_norm=5.0, **options)
+    assert history.settings["precision"] == precision
+    assert history["valid_loss"][-1] == pytest.approx(reference["valid_loss"][-1], abs=0.05)
+    assert all(p.dtype == torch.float32 for p in half.parameters()) and predict(half, data[0]).dtype == torch.float32
+    again = quiet(half, data, data, precision=precision, clip_norm=5.0, checkpoint=tmp_path / "a.pt", **options)
+    assert again.rows == history.rows
+
+
+# ---------------------------------------------------------------- errors
+
+def test_early_errors():
+    x, y = toy()
+    cases = [
+        (dict(train=(x[:0], y[:0])), ValueError, "empty"),
+        (dict(train=[]), ValueError, "empty"),
+        (dict(train=(x, y[:7])), ValueError, "same number of rows.*100.*7"),
+        (dict(train=5), TypeError, "int"),
+        (dict(train=[x[0, 0].item()]), TypeError, "batch is a tuple"),
+        (dict(train=(x, y + 1)), ValueError, "label 3 is out of range.*3 classes"),
+        (dict(train=(x, y - 1)), ValueError, "label -1 is out of range"),
+        (dict(train=(x, y), valid=(x, y + 5)), ValueError, "valid: label 7"),
+        (dict(train=[(x, y + 1)]), ValueError, "label 3"),
+        (dict(train=(x, y), metrics="f1"), ValueError, "unknown metric 'f1'.*accuracy"),
+        (dict(train=(x, y), metrics={"a": 1}), TypeError, "not callable"),
+        (dict(train=(x, y), loss="hinge"), ValueError, "unknown loss 'hinge'.*cross_entropy"),
+        (dict(train=(x, y), monitor="valid_loss"), ValueError, "needs validation data"),
+        (dict(train=(x, y), patience=2), ValueError, "needs validation data"),
+        (dict(train=(x, y), monitor="train_accuracy"), ValueError, "will not be measured"),
+        (dict(train=(x, y), callbacks=[EarlyStopping("valid_loss")]), ValueError, "needs validation data"),
+        (dict(train=(x, y), epochs=0), ValueError, "epochs"),
+        (dict(train=(x, y), max_steps=0), ValueError, "max_steps"),
+        (dict(train=(x, y), batch_size=2.5), ValueError, "batch_size"),
+        (dict(train=(x, y), clip_norm=0), ValueError, "clip_norm"),
+        (dict(train=(b for b in [(x, y)]), epochs=2), ValueError, "read only once"),
+        (dict(train=iter([])), ValueError, "nothing to learn"),
+        (dict(train=(x, y.float()[:, None]), loss="mse"), ValueError, "shape"),
+    ]
+    for options, kind, message in cases:
+        model = net()
+        with pytest.raises(kind, match=message):
+            quiet(model, **{"data": options.pop("train"), **options})
+        assert same(model, net()), options
+    with pytest.raises(TypeError, match="Module"):
+        quiet(lambda x: x, (x, y))
+    T.check_labels(torch.tensor([-100]), 2)
+
+
+def test_nan_names_epoch_step_and_batch():
+    x, y = toy(60)
+    batches = [(x[i:i + 10], y[i:i + 10]) for i in range(0, 60, 10)]
+    bad = [*batches[:4], (x[:10] * math.nan, y[:10]), batches[5]]
+
+    class Loader:
+        epoch = 0
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __len__(self):
+            return 6
+
+        def __iter__(self):
+            return iter(bad if self.epoch else batches)
+
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(FloatingPointError, match=r"nan in epoch 2, step 11, batch 5 .*clip_norm"):
+            quiet(net(), Loader(), epochs=3, precision=precision)
+
+
+def test_values_on_an_accelerator_are_read_late_but_name_the_step():
+    s = SimpleNamespace(device=torch.device("cuda"), pending=[], kept=[], metrics={}, sums={"loss": 0.0}, count=0,
+                        epoch=0, precision="fp32", step=0, batch=0,
+                        optimizer=torch.optim.SGD(net().parameters(), lr=0.1))
+    for s.step in range(60):
+        s.batch = s.step
+        T.account(s, 0, torch.tensor(math.nan if s.step == 55 else 2.0), None, None, 3)
+    assert s.sums["loss"] == 300 and s.count == 150 and len(s.pending) == 10
+    with pytest.raises(FloatingPointError, match="step 56, batch 56"):
+        T.settle(s)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+class Stop(Exception):
+    pass
+
+
+class Bomb:
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, state):
+        if state.step == self.step:
+            raise Stop
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+@pytest.mark.parametrize("step", [1, 4, 7, 12])
+def test_resume_equals_never_stopped(tmp_path, step, kind):
+    def data():
+        if kind == "tensors":
+            return toy()
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*toy()), batch_size=20, shuffle=True)
+
+    options = {"epochs": 4, "batch_size": 20, "lr": 0.05, "schedule": "cosine", "patience": 2, "metrics": "accuracy"}
+    whole, broken = net(dropout=0.4), net(dropout=0.4)
+    a = quiet(whole, data(), toy(40, 1), callbacks=[Bomb(-1)], **options)
+    options |= {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 3}
+    with pytest.raises(Stop):
+        quiet(broken, data(), toy(40, 1), callbacks=[Bomb(step)], **options)
+    fresh = net(seed=7, dropout=0.4) if step > 3 else broken
+    if step <= 3:
+        fresh = net(dropout=0.4)
+    b = quiet(fresh, data(), toy(40, 1), callbacks=[Bomb(-1)], **options)
+    assert same(whole, fresh)
+    strip = [[{k: v for k, v in r.items() if k != "seconds"} for r in h.rows] for h in (a, b)]
+    assert strip[0] == strip[1] and b.best["epoch"] == a.best["epoch"]
+
+
+def test_resume_in_channels_last(tmp_path):
+    options = {"epochs": 3, "batch_size": 5, "checkpoint": tmp_path / "c.pt", "checkpoint_every": 1}
+    whole, broken = small_conv(), small_conv()
+    quiet(whole, images(), epochs=3, batch_size=5)
+    with pytest.raises(Stop):
+        quiet(broken, images(), callbacks=[Bomb(7)], **options)
+    again = small_conv()
+    quiet(again, images(), callbacks=[Bomb(-1)], **options)
+    assert same(whole, again)
+
+
+def test_a_finished_run_is_not_repeated_and_can_be_extended(tmp_path):
+    file = tmp_path / "run.pt"
+    a = net()
+    quiet(a, toy(), epochs=2, checkpoint=file)
+    b = net(1)
+    assert len(quiet(b, toy(), epochs=2, checkpoint=str(file))) == 2 and same(a, b)
+    longer, c = net(2), net()
+    quiet(longer, toy(), epochs=4, checkpoint=file)
+    quiet(c, toy(), epochs=4)
+    assert same(longer, c)
+    d = net()
+    quiet(d, toy(), epochs=4, checkpoint=file, resume=False)
+    assert same(d, c) and list(tmp_path.iterdir()) == [file]
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
+    file = tmp_path / "run.pt"
+    quiet(net(), toy(), checkpoint=file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="another model.*3.weight.*resume=False"):
+        quiet(net(classes=4), toy(classes=4), checkpoint=file)
+    for options, name in (({"lr": 0.1}, "groups"), ({"seed": 3}, "seed"), ({"batch_size": 64}, "batch_size"),
+                          ({"loss": "focal"}, "loss"), ({"schedule": "cosine"}, "schedule")):
+        with pytest.raises(ValueError, match=f"another configuration: {name} was"):
+            quiet(net(), toy(), checkpoint=file, **options)
+    assert file.read_bytes() == before
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="not a checkpoint of fit.*delete it"):
+        quiet(net(), toy(), checkpoint=file)
+    torch.save({"model": 1}, file)
+    with pytest.raises(ValueError, match="KeyError"):
+        quiet(net(), toy(), checkpoint=file)
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train_script", "torch._dynamo"])
+
+
+def start(*args):
+    process = FORKS.Process(target=train_script.main, args=([str(a) for a in args],))
+    process.start()
+    return process
+
+
+def result(process, out):
+    process.join(300)
+    assert process.exitcode == 0
+    return torch.load(out, weights_only=True)
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    """SIGKILL at random moments after progress was saved; every step saves, so some kills hit the writing."""
+    options = ["--dropout", 0.3, "--slow", 0.01]
+    want = result(start(tmp_path / "whole.pt", *options), tmp_path / "whole.pt")
+    file, out, chance = tmp_path / "ck" / "run.pt", tmp_path / "killed.pt", random.Random()
+    kills = 0
+    while kills < 6:
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        process = start(out, "--checkpoint", file, *options)
+        while process.is_alive() and (not file.exists() or file.stat().st_mtime_ns == before):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        if out.exists():
+            break
+        kills += 1
+    assert kills >= 2
+    got = result(start(out, "--checkpoint", file, *options), out)
+    assert got["rows"] == want["rows"]
+    assert all(torch.equal(want["weights"][k], v) for k, v in got["weights"].items())
+    assert [p.name for p in file.parent.iterdir()] == ["run.pt"]
+
+
+def test_killed_while_writing(tmp_path, monkeypatch):
+    """A write that dies half-way leaves the old checkpoint, and the next run clears what was left."""
+    file = tmp_path / "run.pt"
+    quiet(net(), toy(), checkpoint=file)
+    whole = file.read_bytes()
+
+    def die(state, path):
+        Path(path).write_bytes(b"half")
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(torch, "save", die)
+        quiet(net(), toy(), epochs=2, checkpoint=file)
+    assert file.read_bytes() == whole
+    (tmp_path / ".run.123-deadbeef.pt").write_bytes(b"left by a killed process")
+    a, b = net(), net()
+    quiet(a, toy(), epochs=2, checkpoint=file)
+    quiet(b, toy(), epochs=2)
+    assert same(a, b) and list(tmp_path.iterdir()) == [file]
+
+
+# ---------------------------------------------------------------- several processes
+
+def test_torchrun_equals_one_process(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                   "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(Path(train_script.__file__)), str(tmp_path / "two.pt"), "--checkpoint", str(tmp_path / "ck.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stdout.count("saved") == 1, done.stderr
+    got = torch.load(tmp_path / "two.pt", weights_only=True)
+    train_script.main([str(tmp_path / "one.pt")])
+    one = torch.load(tmp_path / "one.pt", weights_only=True)
+    assert got["processes"] == 2 and one["processes"] == 1
+    for k, v in one["weights"].items():
+        torch.testing.assert_close(got["weights"][k], v, rtol=1e-4, atol=1e-5)
+    for a, b in zip(got["rows"], one["rows"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+def test_process_group_of_one(monkeypatch):
+    """The code of several processes, run by one: collectives, shards and wrapping give the same weights."""
+    import torch.distributed as dist
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(T, "world", lambda: (0, 1))
+        s = T.prepare(SimpleNamespace(**{**DEFAULTS, "model": net(), "train": toy()}))
+        s.size = 2
+        assert T.weights_of(s, [3, 5]) == [3 / 4, 5 / 4]
+        assert T.reduce_sums(s, {"loss": 6.0}, 3) == {"loss": 2.0}
+    finally:
+        dist.destroy_process_group()
+
+
+DEFAULTS = {"valid": None, "loss": "cross_entropy", "epochs": 1, "lr": 1e-3, "optimizer": "adamw", "params": None,
+            "weight_decay": 0.01, "schedule": None, "warmup": 0.0, "batch_size": 128, "metrics": None, "monitor": None,
+            "mode": "auto", "patience": None, "restore_best": None, "clip_norm": None, "accumulate": 1,
+            "precision": "auto", "channels_last": "auto", "device": "cpu", "checkpoint": None, "checkpoint_every": None,
+            "resume": True, "callbacks": (), "transform": None, "seed": 0, "progress": False, "max_steps": None}
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 20), size=st.integers(1, 5))
+def test_shards_are_a_partition(n, size):
+    x = torch.arange(n)
+    for batch in ((x, x), {"x": x, "n": 3}, x):
+        parts = [T.shard(batch, rank, size) for rank in range(size)]
+        rows = [p["x"] if isinstance(p, dict) else p if torch.is_tensor(p) else p[0] for p, _ in parts]
+        if n < size:
+            assert all(torch.equal(r, x) for r in rows) and sum(share for _, share in parts) == pytest.approx(1)
+        else:
+            assert torch.cat(rows).sort().values.equal(x) and {share for _, share in parts} == {1.0}
+
+
+def test_signature_of_fit_has_all_defaults():
+    import inspect
+
+    parameters = inspect.signature(fit).parameters
+    assert {k: v.default for k, v in parameters.items() if k in DEFAULTS and k not in ("device", "progress")} == \
+        {k: v for k, v in DEFAULTS.items() if k not in ("device", "progress")}
+    documented = fit.__doc__
+    assert all(name in documented for name in parameters) and isinstance(History().rows, list)

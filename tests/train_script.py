@@ -1,0 +1,56 @@
+"""Run by test_train.py in processes of its own: one training run, its weights written to a file.
+
+train_script.py OUT [--checkpoint FILE] [--slow SECONDS]     also under torchrun
+"""
+import argparse
+import time
+
+import torch
+from torch import nn
+
+from ftbook.train import fit, is_main
+
+
+class Slow:
+    """Stretches a step, so that a kill can come at any moment."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_step_end(self, state):
+        time.sleep(self.seconds)
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(203, 8, generator=generator)
+    return x, (x[:, 0] + x[:, 1] > 0).long() + (x[:, 2] > 0.5).long()
+
+
+def model(dropout):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 3))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--slow", type=float, default=0.0)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--accumulate", type=int, default=1)
+    args = parser.parse_args(argv)
+    x, y = data()
+    net = model(args.dropout)
+    history = fit(net, (x[:150], y[:150]), (x[150:], y[150:]), epochs=6, lr=0.02, batch_size=16, metrics="accuracy",
+                  schedule="cosine", warmup=0.1, clip_norm=1.0, patience=4, accumulate=args.accumulate,
+                  checkpoint=args.checkpoint, checkpoint_every=1 if args.checkpoint else None,
+                  callbacks=[Slow(args.slow)], device="cpu", progress=False)
+    if is_main():
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+        torch.save({"weights": net.state_dict(), "rows": rows, "processes": history.settings["processes"]}, args.out)
+        print("saved", args.out)
+
+
+if __name__ == "__main__":
+    main()
