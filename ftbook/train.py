@@ -744,6 +744,13 @@ def _compare(self, state):
     state.history.best = self.row
 
 
+def _thaw(self, state):
+    """Weights unfrozen since the best epoch have not moved yet: keep them too."""
+    for name, p in state.model.named_parameters():
+        if self.weights is not None and p.requires_grad and name not in self.weights:
+            self.weights[name] = p.detach().clone()
+
+
 def _restore(self, state):
     """Bring the best weights back."""
     own = state.model.state_dict()
@@ -752,7 +759,7 @@ def _restore(self, state):
             own[name].copy_(value)
 
 # %% ../nbs/04_training_loop.ipynb #1f4da7cf
-EarlyStopping.on_epoch_end, EarlyStopping.on_train_end = _compare, _restore
+EarlyStopping.on_epoch_begin, EarlyStopping.on_epoch_end, EarlyStopping.on_train_end = _thaw, _compare, _restore
 EarlyStopping.state_dict = lambda self: {k: getattr(self, k) for k in ("best", "waited", "weights", "row")}
 EarlyStopping.load_state_dict = lambda self, state: self.__dict__.update(state)
 
@@ -845,7 +852,8 @@ def apply_gradients(s) -> None:
     if s.precision == "fp16":
         s.scaler.unscale_(s.optimizer)
     if s.options.clip_norm is not None:
-        nn.utils.clip_grad_norm_(s.trainable, s.options.clip_norm)
+        trained = (p for group in s.optimizer.param_groups for p in group["params"])
+        nn.utils.clip_grad_norm_(trained, s.options.clip_norm)
     if s.precision == "fp16":
         s.scaler.step(s.optimizer)
         s.scaler.update()
@@ -858,7 +866,7 @@ def set_learning_rate(s) -> None:
     """Each group's rate for this step: its initial rate times the schedule's factor."""
     factor = s.schedule(s.step, s.total_steps)
     for group in s.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
 # %% ../nbs/04_training_loop.ipynb #ed7a2052
 def train_step(s, group: list) -> None:
@@ -1211,8 +1219,7 @@ def prepare_speed(s) -> None:
     s.optimizer = build_optimizer(o.optimizer, s.model, o.lr, o.weight_decay, o.params)
     match_layout(s.optimizer)
     for group in s.optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    s.trainable = [p for g in s.optimizer.param_groups for p in g["params"]]
+        group["initial_lr"] = group["lr"]
     s.schedule = resolve_schedule(o.schedule, o.warmup)
     s.total_steps = count_steps(s)
     ids = [s.device.index] if s.device.type == "cuda" else None
@@ -1269,6 +1276,8 @@ def running(s):
         finally:
             s.bar.bar.close()
             s.optimizer.zero_grad()
+            for group in s.optimizer.param_groups:
+                group["lr"] = group.get("initial_lr", group["lr"])
             if s.channels_last:
                 s.model.to(memory_format=torch.contiguous_format)
                 match_layout(s.optimizer)

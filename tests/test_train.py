@@ -442,6 +442,33 @@ def test_early_stopping_options():
         quiet(net(), toy(), monitor="other", callbacks=[Fake([1])])
 
 
+def test_best_weights_include_what_was_unfrozen_later():
+    model = net()
+    model[0].requires_grad_(False)
+    start = model[0].weight.clone()
+
+    class Unfreeze:
+        def on_epoch_begin(self, state):
+            if state.epoch == 1:
+                model[0].requires_grad_(True)
+                state.optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.1, "fused": True})
+
+    fake = Fake([3, 2, 1])
+    quiet(model, toy(), epochs=3, monitor="score", callbacks=[Unfreeze(), fake], clip_norm=1.0, schedule="linear")
+    reference = net()
+    reference[0].requires_grad_(False)
+    quiet(reference, toy(), max_steps=1, clip_norm=1.0)
+    assert torch.equal(model[0].weight, start) and same(model, reference)
+
+
+def test_an_optimizer_serves_again_after_a_schedule():
+    model = net()
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    quiet(model, toy(), optimizer=own, schedule="linear", epochs=2)
+    assert own.param_groups[0]["lr"] == 0.1
+    assert quiet(model, toy(), optimizer=own)["lr"] == [0.1]
+
+
 def test_callbacks_see_the_run_and_can_stop_it():
     log = []
 
