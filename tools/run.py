@@ -61,9 +61,8 @@ def clean(nb) -> None:
 def write(nb, path: Path) -> None:
     """One rename: a reader or a killed run never sees half a notebook."""
     import nbformat
-
-    from nbdev.clean import write_nb
     from fastcore.nbio import dict2nb
+    from nbdev.clean import write_nb
 
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".ipynb")
     os.close(handle)

@@ -1,0 +1,39 @@
+"""ftbook: pretraining and fine-tuning, the library behind the book.
+
+Names resolve on first use (PEP 562): `import ftbook` is light, `from ftbook import fit` loads PyTorch once, and a chapter's
+methods load what they need. Each module is exported from the notebook of its chapter in nbs/.
+"""
+import importlib
+
+__version__ = "0.1.0"
+
+# module -> the names that are also reachable as ftbook.NAME; everything else through its module, as in ftbook.peft.load
+PUBLIC = {
+    "runtime": "profile pick device seed_everything native_bf16 Meter",
+    "plot": "",
+    "results": "row record say table sweep difference mean_interval",
+    "data": "ImageSet TextSet Batches",
+    "losses": "mse bce_with_logits cross_entropy focal label_smoothing distillation_kl calibration_error",
+    "train": "fit evaluate predict History EarlyStopping",
+    "finetune": "freeze unfreeze param_groups replace_head find_head GradualUnfreezing Alternating two_stage report",
+    "autoencoder": "Autoencoder ConvAutoencoder MaskedViT masked_patches classifier_from",
+    "mlm": "load_bundled mask_tokens fill_mask",
+    "ner": "read_conll entity_f1 NERTagger",
+    "peft": "LoRA DoRA IA3 BitFit Houlsby Pfeiffer PromptTuning PrefixTuning",
+}
+_WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
+__all__ = ["__version__", *PUBLIC, *_WHERE]
+
+
+def __getattr__(name: str):
+    if name in PUBLIC:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its modules are {', '.join(PUBLIC)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

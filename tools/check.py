@@ -1,0 +1,24 @@
+"""All tests, as CI runs them: ruff, then pytest (export, notebooks, wheel, site, library) with the coverage of ftbook/."""
+import os
+import subprocess
+import sys
+import time
+
+from settings import ROOT
+
+
+def main() -> int:
+    start = time.perf_counter()
+    print("test: ruff, then pytest on two workers (library, notebooks in the quick profile, wheel, site in Chromium)", flush=True)
+    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "OMP_WAIT_POLICY": "PASSIVE"}
+    if subprocess.call([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT):
+        raise SystemExit("test: ruff found the lines above; `ruff check --fix .` mends some of them")
+    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", "--durations=15",
+              "--cov=ftbook", "--cov-report=term", *sys.argv[1:]]
+    code = subprocess.call(pytest, cwd=ROOT, env=env)
+    print(f"test: {'passed' if code == 0 else 'FAILED'} after {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
