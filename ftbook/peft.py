@@ -6,10 +6,11 @@ __all__ = ['KINDS', 'Target', 'FEED_FORWARD_OUT', 'METHODS', 'HEADS', 'CONFIG_FI
            'low_rank', 'Layer', 'with_weights', 'LoRALayer', 'DoRALayer', 'IA3Layer', 'BitFitLayer', 'BottleneckLayer',
            'lengthen', 'PromptLayer', 'PrefixCache', 'PrefixLayer', 'HeadLayer', 'Method', 'matches', 'check_positive',
            'LoRA', 'DoRA', 'scalable', 'IA3', 'BitFit', 'Houlsby', 'Pfeiffer', 'PromptTuning', 'PrefixTuning',
-           'Adapted', 'walk', 'plain', 'wrappers', 'outputs', 'near', 'chosen', 'find_heads', 'freeze_base', 'apply',
-           'plan', 'attach', 'Adapter', 'inherit_trainable', 'restore', 'handle', 'normal_float', 'encode_blocks',
-           'decode_blocks', 'QuantLinear', 'quantize', 'base_hash', 'sample_weights', 'read_folder', 'from_config',
-           'as_list', 'owner', 'check_base', 'check_tensors', 'load']
+           'Adapted', 'Place', 'plain', 'walk', 'named', 'wrappers', 'outputs', 'near', 'within', 'chosen',
+           'find_heads', 'freeze_base', 'apply', 'check_name', 'build', 'attach', 'Adapter', 'inherit_trainable',
+           'restore', 'handle', 'normal_float', 'encode_blocks', 'decode_blocks', 'QuantLinear', 'quantize',
+           'base_hash', 'sample_weights', 'read_folder', 'from_config', 'as_list', 'owner', 'check_base', 'fill',
+           'load', 'tune', 'training_memory']
 
 # %% ../nbs/10_peft.ipynb #a3c447b6
 import copy
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -32,8 +33,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .finetune import hold_batchnorm
-from .runtime import atomic_write
+from .finetune import freeze, hold_batchnorm, unfreeze
+from .runtime import atomic_write, seed_everything
+from .train import fit
 
 # %% ../nbs/10_peft.ipynb #8d3b161d
 KINDS = {"Conv1D": "conv1d", "QuantLinear": "linear", "NonDynamicallyQuantizableLinear": None}  # by class name
@@ -474,6 +476,9 @@ class LoRA(Method):
     rslora: bool = False
     builder: ClassVar[type] = LoRALayer
 
+    def __post_init__(self):
+        self.check()
+
 # %% ../nbs/10_peft.ipynb #3b81d5f3
 def _check_lora(self: LoRA) -> None:
     """Raise ValueError for a rank, scale or dropout that no matrix could take."""
@@ -489,7 +494,7 @@ def _lora_scale(self: LoRA) -> float:
     return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
-LoRA.__post_init__, LoRA.scale = _check_lora, property(_lora_scale)
+LoRA.check, LoRA.scale = _check_lora, property(_lora_scale)
 
 
 @dataclass(frozen=True)
@@ -624,16 +629,13 @@ class Adapted(nn.Module):
             return getattr(self.base, name)
 
 # %% ../nbs/10_peft.ipynb #5596076a
-def walk(module: nn.Module, name: str = "", seen: set | None = None) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """(name, parent, attribute, module) of every submodule, once each, under its original name."""
-    seen = set() if seen is None else seen
-    parent = plain(module)
-    for attribute, child in parent.named_children():
-        if id(child) not in seen:
-            seen.add(id(child))
-            path = f"{name}.{attribute}" if name else attribute
-            yield path, parent, attribute, child
-            yield from walk(child, path, seen)
+class Place(NamedTuple):
+    """Where a submodule stands: its original name, the module that holds it and under which attribute, and itself."""
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    module: nn.Module
 
 
 def plain(module: nn.Module) -> nn.Module:
@@ -641,21 +643,39 @@ def plain(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, Adapted) else module
 
 
-def wrappers(model: nn.Module) -> dict[str, Adapted]:
-    """Every adapted place of the model by its original name."""
-    return {name: module for name, _, _, module in walk(model) if isinstance(module, Adapted)}
+def walk(module: nn.Module, prefix: str = "", found: list | None = None, seen: set | None = None) -> list[Place]:
+    """Every place of a submodule, under the name it has without adapters; a shared module has several."""
+    found, seen, parent = [] if found is None else found, set() if seen is None else seen, plain(module)
+    for attribute, child in parent._modules.items():
+        if child is not None:
+            found.append(Place(prefix + attribute, parent, attribute, child))
+            if id(child) not in seen:
+                seen.add(id(child))
+                walk(child, f"{prefix}{attribute}.", found, seen)
+    return found
 
 # %% ../nbs/10_peft.ipynb #17111786
+def named(model: nn.Module) -> dict[str, nn.Module]:
+    """Every submodule once, without the adapter around it, by its original name."""
+    once = {id(p.module): p for p in reversed(walk(model))}
+    return {p.name: plain(p.module) for p in reversed(once.values())}
+
+
+def wrappers(model: nn.Module) -> dict[str, Adapted]:
+    """Every adapted place of the model by its original name."""
+    once = {id(p.module): p for p in reversed(walk(model)) if isinstance(p.module, Adapted)}
+    return {p.name: p.module for p in reversed(once.values())}
+
+# %% ../nbs/10_peft.ipynb #7173a5dd
 HEADS = ("classifier", "score", "qa_outputs")
 
 
 def outputs(model: nn.Module) -> set[str]:
     """Names of the linear layers that make the output: known heads, and layers tied to an embedding's matrix."""
-    modules = [(n, plain(m)) for n, _, _, m in walk(model)]
-    tied = {id(m.weight) for _, m in modules if kind(m) == "embedding"}
-    return {
-        n for n, m in modules if n.split(".")[0] in HEADS or kind(m) == "linear" and id(getattr(m, "weight", 0)) in tied
-    }
+    modules = named(model)
+    tied = {id(m.weight) for m in modules.values() if kind(m) == "embedding"}
+    heads = {n for n in modules if n.split(".")[0] in HEADS}
+    return heads | {n for n, m in modules.items() if isinstance(m, nn.Linear) and id(m.weight) in tied}
 
 
 def near(name: str, known: Sequence[str]) -> str:
@@ -665,25 +685,31 @@ def near(name: str, known: Sequence[str]) -> str:
     return ", ".join(close) or "none at all"
 
 
+def within(name: str, heads: Sequence[str]) -> bool:
+    """Whether a module is one of the heads or inside one."""
+    return any((name + ".").startswith(head + ".") for head in heads)
+
+
 def chosen(model: nn.Module, method: Method, heads: Sequence[str] = ()) -> dict[str, nn.Module]:
     """The modules that a method's target means, by name; heads are left out."""
-    inside = [(n, plain(m)) for n, _, _, m in walk(model) if not any((n + ".").startswith(h + ".") for h in heads)]
-    if method.target == "all-linear":
-        last = outputs(model)
-        inside = [(n, m) for n, m in inside if kind(m) in ("linear", "conv1d") and n not in last]
-    named = {n: m for n, m in inside if method.target == "all-linear" or matches(method.target, n)}
-    found = {n: m for n, m in named.items() if method.fits(m)}
+    target, inside = method.target, {n: m for n, m in named(model).items() if not within(n, heads)}
+    if target == "all-linear":
+        last, target = outputs(model), ".*"
+        inside = {n: m for n, m in inside.items() if kind(m) in ("linear", "conv1d") and n not in last}
+    meant = {n: m for n, m in inside.items() if matches(target, n)}
+    found = {n: m for n, m in meant.items() if method.fits(m)}
     if not found:
-        what = f"modules of a type that {type(method).__name__} cannot adapt" if named else "no module"
-        wanted = method.target if isinstance(method.target, str) else method.target[0]
-        fitting = near(wanted, [n for n, m in inside if method.fits(m)])
+        what = f"modules of a type that {type(method).__name__} cannot adapt" if meant else "no module"
+        fitting = near(
+            target if isinstance(target, str) else target[0], [n for n, m in inside.items() if method.fits(m)]
+        )
         raise ValueError(f"target {method.target!r} matches {what} of {type(model).__name__}; near names: {fitting}")
     return found
 
-# %% ../nbs/10_peft.ipynb #7173a5dd
+# %% ../nbs/10_peft.ipynb #18a9e221
 def find_heads(model: nn.Module, head: Target | None) -> list[str]:
     """Full names of the modules to train as a whole; a warning if the model has a head that nobody named."""
-    names = {n: plain(m) for n, _, _, m in walk(model)}
+    names = named(model)
     if head is None and any(h in names for h in HEADS):
         warnings.warn(
             f"the head {next(h for h in HEADS if h in names)!r} stays frozen and is not saved with the adapter; pass "
@@ -704,17 +730,16 @@ def find_heads(model: nn.Module, head: Target | None) -> list[str]:
 def freeze_base(model: nn.Module) -> None:
     """Freeze everything once, and note on the model what was trainable and which BatchNorm layers were put to rest."""
     if not hasattr(model, "peft_before"):
-        free = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        model.peft_before = {
-            "trainable": [p for p in model.parameters() if p.requires_grad],
-            "batchnorm": [(m, type(m), m.training) for m in free],
-        }
+        parameters = list(model.parameters())
+        norms = [(m, type(m), m.training) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        model.peft_before = {"trainable": [p for p in parameters if p.requires_grad], "batchnorm": norms}
         model.peft_adapters = {}
-        for parameter in model.parameters():
-            parameter.requires_grad_(False).grad = None
-        hold_batchnorm(model)
+        for parameter in parameters:
+            parameter.requires_grad, parameter.grad = False, None
+        if norms:
+            hold_batchnorm(model)
 
-# %% ../nbs/10_peft.ipynb #18a9e221
+# %% ../nbs/10_peft.ipynb #6facd88c
 def apply(
     model: nn.Module,
     method: Method,
@@ -753,43 +778,49 @@ def apply(
     >>> apply(net, LoRA(r=2, target=("0",)), head="2")
     Adapter 'default': LoRA on 1 module, 24 + 18 (head) of 82 parameters trained (51.22 %)
     """
-    heads, layers = plan(model, method, name, head, dtype)
-    freeze_base(model)
-    attach(model, name, layers)
-    model.peft_adapters[name] = (method, heads)
-    return Adapter(model, name, method, heads).activate()
+    check_name(model, name)
+    heads = find_heads(model, head)
+    return attach(model, method, name, heads, build(model, method, chosen(model, method, heads), heads, dtype))
 
-# %% ../nbs/10_peft.ipynb #6facd88c
-def plan(model: nn.Module, method: Method, name: str, head: Target | None, dtype: torch.dtype | None) -> tuple:
-    """Build every layer that `apply` will attach; all errors are raised here, before the model changes."""
-    present = wrappers(model)
+# %% ../nbs/10_peft.ipynb #bbde99cb
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise ValueError for a name that is taken or cannot be one, and for a model with merged weights."""
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ValueError(f"adapter name {name!r}: use letters, digits and _ that make a Python identifier")
-    if any(name in w.layers for w in present.values()):
+    if name in getattr(model, "peft_adapters", {}):
         raise ValueError(f"the model already has an adapter {name!r}: choose another name, or remove() it first")
-    if any(w.aside for w in present.values()):
+    if hasattr(model, "peft_adapters") and any(w.aside for w in wrappers(model).values()):
         raise ValueError("an adapter is merged into the weights: unmerge() it before adding another")
-    heads = find_heads(model, head)
-    everything = {n: plain(m) for n, _, _, m in walk(model)}
+
+
+def build(model: nn.Module, method: Method, modules: dict, heads: Sequence[str], dtype: torch.dtype | None) -> dict:
+    """Every layer that will be attached, by module name; all errors are raised here, before the model changes."""
     layers: dict[str, Layer] = {}
-    for path, module in chosen(model, method, heads).items():
+    for path, module in modules.items():
         like = dtype or next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         try:
             layers[path] = method.layer(path, module, like)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
-    return heads, layers | {h: HeadLayer(everything[h]) for h in heads}
+    everything = named(model) if heads else {}
+    return layers | {h: HeadLayer(everything[h]) for h in heads}
 
 
-def attach(model: nn.Module, name: str, layers: dict[str, Layer]) -> None:
-    """Put each layer at its place, under the adapter's name."""
-    for path, parent, attribute, module in list(walk(model)):
+def attach(model: nn.Module, method: Method, name: str, heads: list[str], layers: dict[str, Layer]) -> "Adapter":
+    """Freeze the base, put each layer at its place under the adapter's name, and switch to it."""
+    freeze_base(model)
+    wrapped: dict[int, Adapted] = {}
+    for path, parent, attribute, module in walk(model):
         if path in layers:
-            if not isinstance(module, Adapted):
-                setattr(parent, attribute, module := Adapted(module).train(module.training))
-            module.layers[name] = layers[path].train(module.training)
+            new = module if isinstance(module, Adapted) else Adapted(module).train(module.training)
+            new.layers[name] = layers[path].train(module.training)
+            wrapped[id(module)] = new
+        if id(module) in wrapped:
+            parent._modules[attribute] = wrapped[id(module)]
+    model.peft_adapters[name] = (method, heads)
+    return Adapter(model, name, method, heads).activate()
 
-# %% ../nbs/10_peft.ipynb #bbde99cb
+# %% ../nbs/10_peft.ipynb #ebadde32
 class Adapter:
     """Handle of one adapter inside a model; `peft.handle(model, name)` makes another for the same adapter."""
 
@@ -797,9 +828,14 @@ class Adapter:
         self.model, self.name, self.method, self.heads = model, name, method, list(heads)
 
     @property
+    def places(self) -> dict[str, Adapted]:
+        """Where the adapter sits."""
+        return {path: w for path, w in wrappers(self.model).items() if self.name in w.layers}
+
+    @property
     def layers(self) -> dict[str, Layer]:
         """The adapter's layers by the name of the module they change."""
-        return {path: w.layers[self.name] for path, w in wrappers(self.model).items() if self.name in w.layers}
+        return {path: w.layers[self.name] for path, w in self.places.items()}
 
     @property
     def merged(self) -> bool:
@@ -816,7 +852,7 @@ class Adapter:
         """What to give to an optimizer."""
         return (p for _, p in self.named_parameters())
 
-# %% ../nbs/10_peft.ipynb #ebadde32
+# %% ../nbs/10_peft.ipynb #5c39415f
 def _activate(self: Adapter) -> Adapter:
     """Switch the model to this adapter: it computes and trains, all others rest.
 
@@ -831,7 +867,8 @@ def _activate(self: Adapter) -> Adapter:
     for w in places:
         w.active = self.name if self.name in w.layers else None
         for name, layer in w.layers.items():
-            layer.requires_grad_(name == self.name)
+            for parameter in layer.parameters():
+                parameter.requires_grad = name == self.name
     return self
 
 
@@ -850,7 +887,7 @@ def _disable(self: Adapter) -> Iterator[nn.Module]:
 
 Adapter.activate, Adapter.disable = _activate, _disable
 
-# %% ../nbs/10_peft.ipynb #5c39415f
+# %% ../nbs/10_peft.ipynb #49916024
 def _merge(self: Adapter) -> Adapter:
     """Put the adapter into the base's weights: the model then costs what the base costs. Merging twice changes nothing.
 
@@ -859,28 +896,26 @@ def _merge(self: Adapter) -> Adapter:
     TypeError
         For a method that does not merge, or a quantized base; the model is then as it was.
     """
-    if not self.merged:
-        places = self.activate().layers
-        found = wrappers(self.model)
-        new = {path: layer.merged(found[path].base) for path, layer in places.items()}
-        for path, module in new.items():
-            found[path].aside, found[path].base = [found[path].base], module
+    places = self.activate().places
+    new = {path: w.layers[self.name].merged(w.base) for path, w in places.items() if not w.aside}
+    for path, module in new.items():
+        places[path].aside, places[path].base = [places[path].base], module
     return self
 
 
 def _unmerge(self: Adapter) -> Adapter:
     """Put the original modules back: the very same objects, so the weights are restored exactly."""
-    if self.merged:
-        for w in wrappers(self.model).values():
-            if w.aside:
-                here = next(w.base.parameters()).device
-                w.base, w.aside = w.aside[0].to(here), []
+    for w in self.places.values():
+        if w.aside and w.active == self.name:
+            old, like = w.aside[0], next(w.base.parameters())
+            moved = next(old.parameters()).device != like.device
+            w.base, w.aside = old.to(like.device) if moved else old, []
     return self
 
 
 Adapter.merge, Adapter.unmerge = _merge, _unmerge
 
-# %% ../nbs/10_peft.ipynb #49916024
+# %% ../nbs/10_peft.ipynb #2a3543e4
 def _remove(self: Adapter, keep_merged: bool = False) -> nn.Module:
     """Take the adapter out; after the last one modules, trainable parameters and BatchNorm are as they were.
 
@@ -898,13 +933,14 @@ def _remove(self: Adapter, keep_merged: bool = False) -> nn.Module:
         inherit_trainable(self.merge().model)
     else:
         self.unmerge()
-    for _, parent, attribute, module in list(walk(self.model)):
-        if isinstance(module, Adapted) and self.name in module.layers:
-            del module.layers[self.name]
-            if module.active == self.name:
-                module.active, module.aside = None, []
+    for _, parent, attribute, module in walk(self.model):
+        if isinstance(module, Adapted):
+            if self.name in module.layers:
+                del module.layers[self.name]
+                if module.active == self.name:
+                    module.active, module.aside = None, []
             if not len(module.layers):
-                setattr(parent, attribute, module.base)
+                parent._modules[attribute] = module.base
     self.model.peft_adapters.pop(self.name)
     if not self.model.peft_adapters:
         restore(self.model)
@@ -987,7 +1023,7 @@ def normal_float(bits: int = 4) -> Tensor:
     tensor([-1.,  0.,  1.])
     """
     half = 2 ** (bits - 1)
-    tail = 0.5 * (2 - 1 / (2 * half) - 1 / (2 * (2 * half - 1)))  # where the normal distribution is cut off
+    tail = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2  # where the normal distribution is cut off
     positive = torch.special.ndtri(torch.linspace(tail, 0.5, half + 1, dtype=torch.float64)[:-1])
     negative = -torch.special.ndtri(torch.linspace(tail, 0.5, half, dtype=torch.float64)[:-1])
     levels = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive]).sort().values
@@ -1079,13 +1115,13 @@ def base_hash(model: nn.Module) -> str:
         known = model.config.to_dict()
         about = {k: v for k, v in known.items() if not any(u in k for u in UNLIKE)}
     else:
-        about = [(n, list(matrix(plain(m)).shape)) for n, _, _, m in walk(model) if kind(plain(m))]
+        about = [(n, list(matrix(m).shape)) for n, m in named(model).items() if kind(m)]
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def sample_weights(model: nn.Module, paths: Sequence[str], n: int = 16) -> list[float]:
     """A few weights of a few adapted layers, to recognize a base of the same shape with other weights."""
-    found = {name: plain(m) for name, _, _, m in walk(model)}
+    found = named(model)
     picked = [matrix(found[p]).flatten() for p in paths[:4] if kind(found[p])]
     return [v for w in picked for v in w.detach()[:: max(1, len(w) // n)][:n].tolist()]
 
@@ -1097,7 +1133,7 @@ def _to_config(self: Adapter, paths: Sequence[str]) -> dict[str, Any]:
     config = {"base_model_name_or_path": base, "inference_mode": True, "task_type": None}
     config |= {"modules_to_save": self.heads or None}
     if isinstance(m, LoRA):
-        transposed = any(kind(plain(x)) == "conv1d" for n, _, _, x in walk(self.model) if n in places)
+        transposed = any(kind(w.base) == "conv1d" for w in self.places.values())
         options = {"r": m.r, "lora_alpha": m.alpha, "lora_dropout": m.dropout, "use_rslora": m.rslora}
         options |= {"use_dora": isinstance(m, DoRA), "bias": "none", "fan_in_fan_out": transposed}
         return config | {"peft_type": "LORA", "target_modules": list(paths)} | options
@@ -1206,21 +1242,18 @@ def _load_into(self: Adapter, path: str | Path) -> Adapter:
         If the file belongs to another base, or has other names or shapes than this adapter.
     """
     _, tensors, about = read_folder(path)
-    own = {f"{p}.{k}": t for p, layer in self.layers.items() for k, t in layer.tensors().items()}
     with self.disable():
         check_base(self.model, about, [p for p in self.layers if p not in self.heads])
-    check_tensors(own, tensors)
-    with torch.no_grad():
-        for key, value in tensors.items():
-            own[key].copy_(value)
+    fill(self.layers, tensors)
     return self
 
 
 Adapter.load = _load_into
 
 # %% ../nbs/10_peft.ipynb #c449ac72
-def check_tensors(own: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise ValueError for a tensor of a file that is missing, unknown or of another shape."""
+def fill(layers: dict[str, Layer], found: dict[str, Tensor]) -> None:
+    """Copy a file's tensors into layers; before the first copy, ValueError for a missing, unknown or misshapen one."""
+    own = {f"{p}.{k}": t for p, layer in layers.items() for k, t in layer.tensors().items()}
     missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
     if missing or unknown:
         what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which this adapter lacks"
@@ -1233,6 +1266,8 @@ def check_tensors(own: dict[str, Tensor], found: dict[str, Tensor]) -> None:
                 f"{key} has shape {tuple(value.shape)} in the file and {tuple(own[key].shape)} in this model: "
                 "the adapter was trained on another base"
             )
+    for key, value in found.items():
+        own[key].copy_(value)
 
 
 def load(model: nn.Module, path: str | Path, name: str = "default", dtype: torch.dtype | None = None) -> Adapter:
@@ -1248,17 +1283,69 @@ def load(model: nn.Module, path: str | Path, name: str = "default", dtype: torch
         As in `apply`.
     """
     config, tensors, about = read_folder(path)
-    heads, names = as_list(config.get("modules_to_save")), {n for n, _, _, _ in walk(model)}
-    owners = {key: owner(key, names) for key in tensors}
+    check_name(model, name)
+    everything = named(model)
+    owners = {key: owner(key, everything) for key in tensors}
     lost = next((key for key, place in owners.items() if not place), None)
     if lost:
-        raise ValueError(f"{type(model).__name__} has no module for {lost!r}; near names: {near(lost, sorted(names))}")
-    saved = [h for h in find_heads(model, [h for h in heads if any(matches(h, n) for n in names)] or ())]
-    paths = tuple(dict.fromkeys(p for p in owners.values() if not any((p + ".").startswith(h + ".") for h in saved)))
+        raise ValueError(
+            f"{type(model).__name__} has no module for {lost!r}; near names: {near(lost, sorted(everything))}"
+        )
+    saved = as_list(config.get("modules_to_save"))
+    heads = find_heads(model, [h for h in saved if any(matches(h, n) for n in everything)])
+    paths = tuple(dict.fromkeys(p for p in owners.values() if not within(p, heads)))
     check_base(model, about, paths)
-    adapter = apply(model, from_config(config, paths), name, saved, dtype)
-    try:
-        return adapter.load(path)
-    except Exception:
-        adapter.remove()
-        raise
+    method = from_config(config, paths)
+    layers = build(model, method, {p: everything[p] for p in paths}, heads, dtype)
+    fill(layers, tensors)
+    return attach(model, method, name, heads, layers)
+
+# %% ../nbs/10_peft.ipynb #4b757bb6
+def tune(model: nn.Module, method: Method | str, batches, *, lr: float, epochs: int = 1, seed: int = 0, **options: Any):
+    """Train one way with linear warm-up and decay; returns the `Adapter`, or None without one.
+
+    Parameters
+    ----------
+    model
+        A transformers classifier: its output carries the loss, its head is named "classifier".
+    method
+        ``LoRA(...)`` or another method, ``"full"`` for all weights, ``"head"`` for the classifier alone.
+    batches
+        Of dicts that the model takes as arguments.
+    options
+        Passed to `ftbook.train.fit`.
+    """
+    seed_everything(seed)
+    if method == "head":
+        freeze(model)
+        unfreeze(model, "classifier")
+    elif method == "full":
+        model.requires_grad_(True)
+    elif not isinstance(method, Method):
+        raise ValueError(f'method={method!r}: give LoRA(...) or another method, "full" or "head"')
+    adapter = apply(model, method, head="classifier") if isinstance(method, Method) else None
+    common = {"schedule": "linear", "warmup": 0.1, "clip_norm": 1.0, "weight_decay": 0.0, "progress": False}
+    fit(model, batches, epochs=epochs, lr=lr, seed=seed, loss=None, **common | options)
+    return adapter
+
+# %% ../nbs/10_peft.ipynb #1b60279f
+def training_memory(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
+    """Megabytes of one training step besides the weights: activations kept for the backward pass; gradients and Adam's
+    moments.
+
+    Counted exactly, tensor by tensor (shared storage once), so the numbers do not depend on the machine's load.
+    """
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = model(**batch)
+    del output
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return {"activations": sum(kept.values()) / 2**20, "optimizer": 3 * trained / 2**20}

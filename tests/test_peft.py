@@ -272,10 +272,15 @@ def test_deepcopy_and_state_dict(method, base):
     assert adapter.counts() == peft.handle(model).counts()
 
 
-@pytest.mark.parametrize(("method", "base"), [("lora_all", "bert"), ("houlsby", "bert"), ("prefix", "bert"), ("prompt", "bert"),
-                                              ("dora", "cnn"), ("ia3", "cnn"), ("bitfit", "cnn"), ("lora_all", "cnn")])
+COMPILED = [("lora", "bert"), ("prefix", "bert")]
+COMPILED += [(m, "cnn") for m in ("lora_all", "dora", "ia3", "bitfit", "houlsby")]
+
+
+@pytest.mark.parametrize(("method", "base"), COMPILED)
 def test_compiles(method, base):
     model = make(base)
+    if base == "bert":
+        del model.bert.encoder.layer[1]
     stir(put(model, method))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
@@ -412,7 +417,7 @@ def test_custom_function_equals_autograd(n_in, n_out, rows, seed, bias, data):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    kernel=st.integers(1, 3), stride=st.integers(1, 2), dilation=st.integers(1, 2), r=st.integers(1, 4),
+    kernel=st.integers(1, 3), stride=st.integers(1, 2), dilation=st.integers(1, 2), r=st.integers(1, 3),
     mode=st.sampled_from(("zeros", "reflect")), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_convolution_update_is_a_convolution(kernel, stride, dilation, r, mode, seed):
@@ -428,17 +433,17 @@ def test_convolution_update_is_a_convolution(kernel, stride, dilation, r, mode, 
 
 
 def test_autocast_gradients_are_close():
+    reference = torch.zeros(())
     for dtype in (torch.float32, torch.bfloat16):
         model = make("bert", mode="eval")
         adapter = stir(put(model, "lora"))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = run(model, "bert").float().square().mean()
         loss.backward()
-        if dtype == torch.float32:
-            reference = {n: p.grad for n, p in adapter.named_parameters()}
-    for n, p in adapter.named_parameters():
-        assert p.grad.dtype == torch.float32
-        assert (p.grad - reference[n]).norm() <= 0.05 * reference[n].norm() + 1e-4, n
+        assert all(p.grad.dtype == torch.float32 for p in adapter.parameters())
+        grads = torch.cat([p.grad.flatten() for p in adapter.parameters()])
+        reference = grads if dtype == torch.float32 else reference
+    assert (grads - reference).norm() <= 0.05 * reference.norm()
 
 
 def saved_bytes(model, name):
@@ -532,7 +537,7 @@ def test_quantized_base(bits, block, tmp_path):
     model = make("bert")
     exact, size = run(model, "bert"), sum(p.numel() * 4 for p in model.bert.encoder.parameters())
     names = peft.quantize(model, bits, block)
-    assert len(names) == 13 and "classifier" not in names
+    assert len(names) == 12 and "classifier" not in names
     rough = run(model, "bert")
     assert (rough - exact).abs().max() < {4: 0.6, 8: 0.03}[bits]
     assert sum(t.numel() * t.element_size() for t in model.bert.encoder.state_dict().values()) < size / 2
@@ -662,7 +667,7 @@ def test_loading_onto_another_base(tmp_path):
             peft.load(other, tmp_path)
         assert [id(m) for m in other.modules()] == before and all(p.requires_grad for p in other.parameters())
     other = bert(num_labels=7)
-    with pytest.raises(ValueError, match="classifier.weight has shape"):
+    with pytest.raises(ValueError, match=r"classifier\.\w+ has shape"):
         peft.load(other, tmp_path)
     assert not peft.wrappers(other) and all(p.requires_grad for p in other.parameters())
     with pytest.raises(ValueError, match="no module for.*near names"):
