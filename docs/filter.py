@@ -33,7 +33,7 @@ def source_of(lines: list) -> list:
 def options_of(lines: list) -> tuple:
     """(options of the leading `#|` lines: name -> value, the lines below them)."""
     options, rest = {}, 0
-    for rest, line in enumerate(lines):
+    for rest, line in enumerate(lines):  # noqa: B007
         match = OPTION.match(line)
         if not match:
             break
