@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torchvision.models import mobilenet_v2, resnet18, vit_b_16
+from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1, vit_b_16
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 
 from ftbook import finetune as ft
+from ftbook.data import ImageSet
 from ftbook.train import fit
 
 
@@ -278,3 +279,94 @@ def test_report_names_what_is_trained_and_what_no_group_holds():
 def test_plain_model_unwraps_ddp():
     model = Small()
     assert ft.plain_model(model) is model
+
+
+class Counting(nn.BatchNorm2d):
+    "A subclass, as users write them; it must come back as what it was."
+
+
+def test_held_batchnorm_keeps_subclasses_and_follows_its_module_without_weights():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 2, 3), Counting(2), nn.BatchNorm2d(2, affine=False)), nn.Linear(2, 2))
+    ft.freeze(model, "1")
+    assert type(model[0][1]) is Counting and model.train()[0][2].training
+    assert ft.hold_batchnorm(model) == []
+    ft.freeze(model, "0")
+    assert isinstance(model[0][1], Counting) and type(model[0][1]) is not Counting
+    assert not any(m.training for m in model.train()[0][1:])
+    ft.unfreeze(model)
+    assert type(model[0][1]) is Counting and type(model[0][2]) is nn.BatchNorm2d and model.train()[0][2].training
+
+
+def test_pointwise_convolution_is_a_head_only_where_it_is_the_last_block():
+    model = squeezenet1_1(num_classes=4).eval()
+    new = ft.replace_head(model, 3)
+    assert isinstance(new, nn.Conv2d) and model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
+def toy_images(n=12):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 255, (4 * n, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return ImageSet(x, torch.arange(4).repeat(n), list("abcd"))
+
+
+class Opened:
+    "Which blocks were open in each epoch, and at which rate."
+
+    def __init__(self):
+        self.rates = []
+
+    def on_epoch_end(self, state):
+        rate = {id(p): g["lr"] for g in state.optimizer.param_groups for p in g["params"] if p.requires_grad}
+        own = dict(state.model.named_parameters())
+        self.rates.append([rate.get(id(own[names[0]]), 0.0) for names in ft.blocks(state.model).values()])
+
+
+MAPS = {
+    "head": [[0, 0, 0, 1]] * 4,
+    "head, moving statistics": [[0, 0, 0, 1]] * 4,
+    "last block": [[0, 0, 1, 1]] * 4,
+    "gradual": [[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]],
+    "layer-wise": [[0.125, 0.25, 0.5, 1]] * 4,
+    "two-stage": [[0, 0, 0, 1]] * 2 + [[0.1] * 4] * 2,
+    "alternating": [[0, 0, 0, 1], [1, 1, 1, 0]] * 2,
+    "full": [[1] * 4] * 4,
+}
+
+
+@pytest.mark.parametrize("strategy", ft.STRATEGIES)
+def test_every_strategy_moves_the_blocks_at_the_rates_it_says(strategy):
+    model, seen = ft.SmallCNN(4), Opened()
+    statistics = model.body[0][1].running_mean.clone()
+    histories = ft.tune(model, toy_images(), strategy=strategy, lr=1.0, epochs=4, callbacks=[seen], progress=False)
+    assert torch.allclose(torch.tensor(seen.rates), torch.tensor(MAPS[strategy], dtype=torch.float))
+    assert len(histories) == (2 if strategy == "two-stage" else 1)
+    held = strategy in ("head", "last block")
+    assert torch.equal(statistics, model.body[0][1].running_mean) is held
+
+
+def test_tune_and_take_classes_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match="'gradual'"):
+        ft.tune(ft.SmallCNN(4), toy_images(), strategy="slow", lr=1.0, epochs=1)
+    with pytest.raises(ValueError, match="classes are 0 to 3"):
+        ft.take_classes(toy_images(), [1, 4])
+
+
+def test_transfer_run_scores_and_leaves_the_pretrained_model_alone():
+    images = toy_images()
+    old, new = ft.take_classes(images, [0, 1]), ft.take_classes(images, [3, 2])
+    assert new.classes == ["d", "c"] and new.y.tolist()[:2] == [1, 0]
+    source = ft.pretrained_cnn(old, per_class=8, epochs=1)
+    state = copy.deepcopy(source.state_dict())
+    before = ft.old_accuracy(source, source, old)
+    few = {"labels": 4, "epochs": 2, "batch_size": 4}
+    head = ft.transfer_run(source, new, new, new, old, strategy="head", lr=0.01, **few)
+    assert head["old_accuracy"] == before and head["trained"] == 66 and head["test_accuracy"] == head["valid_accuracy"]
+    scratch = ft.transfer_run(source, new, new, new, old, strategy="scratch", lr=0.01, **few)
+    assert "old_accuracy" not in scratch
+    assert ft.transfer_run(source, new, new, strategy="full", lr=0.01, head_lr=0.1, **few).keys() == {
+        "valid_accuracy",
+        "trained",
+    }
+    assert all(torch.equal(v, state[k]) for k, v in source.state_dict().items())
+    fresh = ft.fresh_head(source, 2, seed=0, scratch=True)
+    assert not torch.equal(fresh.body[0][0].weight, source.body[0][0].weight)
