@@ -1046,13 +1046,15 @@ def token_classifier(body, labels: Sequence[str], dropout: float | None = None) 
         For example a BertForMaskedLM: its encoder's weights are copied, its own head is left behind.
     labels : list of str
         Label names, stored in the configuration.
+    dropout : float, optional
+        Replaces every dropout rate of the configuration.
     """
     from transformers import AutoModelForTokenClassification
 
     config = type(getattr(body, "config", body)).from_dict(getattr(body, "config", body).to_dict())
     config.id2label, config.label2id = dict(enumerate(labels)), {t: i for i, t in enumerate(labels)}
     if dropout is not None:
-        config.classifier_dropout = dropout
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = config.classifier_dropout = dropout
     model = AutoModelForTokenClassification.from_config(config)
     if isinstance(body, nn.Module):
         weights = {k: v.float() for k, v in body.base_model.state_dict().items() if not k.startswith("pooler.")}
@@ -1398,8 +1400,9 @@ def shuffle_types(corpus: Corpus, share: float, seed: int = 0) -> Corpus:
 
 # %% ../nbs/09_ner.ipynb #2dc9d5ff
 def tagging_run(seed: int, *, body, tokenizer, train_set: Corpus, valid: Corpus, test: Corpus | None = None,
-                trained: str = "full", target: str = "right", lr: float = 5e-4, epochs: int = 3, batch_size: int = 16,
-                max_length: int = 64, progress: bool = False) -> tuple[NERTagger, dict[str, float]]:
+                trained: str = "full", target: str = "right", lr: float = 5e-4, epochs: int = 4, batch_size: int = 8,
+                max_length: int = 64, dropout: float | None = 0.0,
+                progress: bool = False) -> tuple[NERTagger, dict[str, float]]:
     """One run of this chapter's experiment: fine-tune `body` (a model or a config) and score it.
 
     Parameters
@@ -1416,7 +1419,8 @@ def tagging_run(seed: int, *, body, tokenizer, train_set: Corpus, valid: Corpus,
     seed_everything(seed)
     labels = train_set.labels
     train_set = shuffle_types(train_set, 0.2, seed) if target == "noisy types" else train_set
-    tagger = NERTagger(token_classifier(body, labels), tokenizer, max_length=max_length, stride=max_length // 4)
+    model = token_classifier(body, labels, dropout)
+    tagger = NERTagger(model, tokenizer, max_length=max_length, stride=max_length // 4)
     train_only(tagger.model, trained)
     encoded = tagger.encode(train_set, label_pieces="all" if target == "all pieces" else "first")
     encoded = relabel(encoded, "zipped" if target == "zipped" else "right")
