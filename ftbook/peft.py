@@ -37,7 +37,7 @@ from .finetune import freeze, hold_batchnorm, unfreeze
 from .runtime import atomic_write, seed_everything
 from .train import fit
 
-# %% ../nbs/10_peft.ipynb #8d3b161d
+# %% ../nbs/10_peft.ipynb #a4371281
 KINDS = {"Conv1D": "conv1d", "QuantLinear": "linear", "NonDynamicallyQuantizableLinear": None}  # by class name
 
 
@@ -57,7 +57,7 @@ def kind(module: nn.Module) -> str | None:
         return "conv2d" if module.groups == 1 else None
     return "linear" if isinstance(module, nn.Linear) else "embedding" if isinstance(module, nn.Embedding) else None
 
-
+# %% ../nbs/10_peft.ipynb #65a21507
 def matrix(module: nn.Module) -> Tensor:
     """The weight as a matrix of shape (n_out, n_in), whatever the layer's own layout; a view where there is one.
 
@@ -113,7 +113,7 @@ def low_rank_backward(ctx, grad: Tensor) -> tuple:
             grad_x = grad_x.view(shape).to(x_dtype)
     return grad_x, grad_A, grad_B, None, None
 
-
+# %% ../nbs/10_peft.ipynb #79f67da9
 class LowRankLinear(torch.autograd.Function):
     """A frozen linear layer and a low-rank update in one autograd node, equations (10.2) and (10.4)."""
 
@@ -143,7 +143,7 @@ class Layer(nn.Module):
         """The layer's tensors by the name they have in a file; they share memory with the layer."""
         return self.state_dict()
 
-
+# %% ../nbs/10_peft.ipynb #6a585ec0
 def with_weights(base: nn.Module, **new: Tensor) -> nn.Module:
     """A shallow copy of a module with some parameters replaced; the given module keeps its own.
 
@@ -335,7 +335,7 @@ def lengthen(mask: Tensor | None, n: int, queries: bool) -> Tensor | None:
         )
     return F.pad(mask, (n, 0, n, 0) if queries else (n, 0), value=True if mask.dtype == torch.bool else 0.0)
 
-
+# %% ../nbs/10_peft.ipynb #3c946c0e
 class PromptLayer(Layer):
     """Trained vectors of shape (length, H) in front of an encoder's input, cut off from its output."""
 
@@ -353,7 +353,7 @@ class PromptLayer(Layer):
         output["last_hidden_state"] = output["last_hidden_state"][:, n:]
         return output
 
-# %% ../nbs/10_peft.ipynb #3c946c0e
+# %% ../nbs/10_peft.ipynb #cd88b898
 class PrefixCache:
     """The part of transformers' cache that self-attention calls: it puts the prefix before its keys and values."""
 
@@ -367,7 +367,7 @@ class PrefixCache:
             for prefix, own in zip(self.pair, (key, value), strict=True)
         )
 
-
+# %% ../nbs/10_peft.ipynb #c4e1b0d6
 class PrefixLayer(Layer):
     """Trained keys and values of shape (heads, length, d) for one self-attention."""
 
@@ -426,7 +426,7 @@ class Method:
         """The layer for one module; raises ValueError where the method's sizes do not fit it."""
         return self.builder(self, base, dtype)
 
-
+# %% ../nbs/10_peft.ipynb #9893cb0f
 def matches(target: Target, name: str) -> bool:
     """Whether a module's full name is meant by a target.
 
@@ -438,14 +438,14 @@ def matches(target: Target, name: str) -> bool:
     patterns = [target] if isinstance(target, str) else target
     return any(name == p or name.endswith("." + p) or re.fullmatch(p, name) for p in patterns)
 
-# %% ../nbs/10_peft.ipynb #9893cb0f
+# %% ../nbs/10_peft.ipynb #3b81d5f3
 def check_positive(**numbers: float) -> None:
     """Raise ValueError for the first number that is not above 0."""
     for name, value in numbers.items():
         if not value > 0:
             raise ValueError(f"{name}={value}: give a number above 0")
 
-
+# %% ../nbs/10_peft.ipynb #9d3e7f6f
 @dataclass(frozen=True)
 class LoRA(Method):
     """Low-rank adaptation: W + scale B A with trained A of shape (r, n_in) and B of shape (n_out, r).
@@ -479,7 +479,7 @@ class LoRA(Method):
     def __post_init__(self):
         self.check()
 
-# %% ../nbs/10_peft.ipynb #3b81d5f3
+# %% ../nbs/10_peft.ipynb #8b810cef
 def _check_lora(self: LoRA) -> None:
     """Raise ValueError for a rank, scale or dropout that no matrix could take."""
     if self.r < 1 or self.r != int(self.r):
@@ -496,14 +496,14 @@ def _lora_scale(self: LoRA) -> float:
 
 LoRA.check, LoRA.scale = _check_lora, property(_lora_scale)
 
-
+# %% ../nbs/10_peft.ipynb #984029b7
 @dataclass(frozen=True)
 class DoRA(LoRA):
     """LoRA of the rows' directions, with their lengths trained apart; the parameters are LoRA's."""
 
     builder: ClassVar[type] = DoRALayer
 
-# %% ../nbs/10_peft.ipynb #9d3e7f6f
+# %% ../nbs/10_peft.ipynb #c19f8ca8
 FEED_FORWARD_OUT = r".*layer\.\d+\.output\.dense"
 
 
@@ -531,7 +531,7 @@ class IA3(Method):
     def layer(self, name: str, base: nn.Module, dtype: torch.dtype) -> Layer:
         return IA3Layer(matches(self.feedforward, name), base, dtype)
 
-
+# %% ../nbs/10_peft.ipynb #44707eb4
 @dataclass(frozen=True)
 class BitFit(Method):
     """Train the biases only: of every layer that has one, or of those that `target` names."""
@@ -542,7 +542,7 @@ class BitFit(Method):
     )
     builder: ClassVar[type] = BitFitLayer
 
-# %% ../nbs/10_peft.ipynb #8b810cef
+# %% ../nbs/10_peft.ipynb #56e40928
 @dataclass(frozen=True)
 class Houlsby(Method):
     """Bottleneck adapters in two places of each Transformer layer: after attention and after the feed-forward part.
@@ -567,14 +567,14 @@ class Houlsby(Method):
         if self.act not in ("relu", "gelu", "tanh"):
             raise ValueError(f'act={self.act!r}: choose "relu", "gelu" or "tanh"')
 
-
+# %% ../nbs/10_peft.ipynb #46d1fa47
 @dataclass(frozen=True)
 class Pfeiffer(Houlsby):
     """One bottleneck adapter per layer, after the feed-forward part; the parameters are Houlsby's."""
 
     target: Target = (FEED_FORWARD_OUT,)
 
-# %% ../nbs/10_peft.ipynb #984029b7
+# %% ../nbs/10_peft.ipynb #4179b45f
 @dataclass(frozen=True)
 class PromptTuning(Method):
     """`length` trained vectors before the first layer of a transformers encoder; std is their size at the start."""
@@ -590,7 +590,7 @@ class PromptTuning(Method):
     def __post_init__(self):
         check_positive(length=self.length, std=self.std)
 
-
+# %% ../nbs/10_peft.ipynb #b92c3b4f
 @dataclass(frozen=True)
 class PrefixTuning(PromptTuning):
     """`length` trained keys and values in every self-attention of a BERT-like encoder."""
@@ -660,13 +660,13 @@ def named(model: nn.Module) -> dict[str, nn.Module]:
     once = {id(p.module): p for p in reversed(walk(model))}
     return {p.name: plain(p.module) for p in reversed(once.values())}
 
-
+# %% ../nbs/10_peft.ipynb #7173a5dd
 def wrappers(model: nn.Module) -> dict[str, Adapted]:
     """Every adapted place of the model by its original name."""
     once = {id(p.module): p for p in reversed(walk(model)) if isinstance(p.module, Adapted)}
     return {p.name: p.module for p in reversed(once.values())}
 
-# %% ../nbs/10_peft.ipynb #7173a5dd
+# %% ../nbs/10_peft.ipynb #18a9e221
 HEADS = ("classifier", "score", "qa_outputs")
 
 
@@ -684,7 +684,7 @@ def near(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name.split(".")[-1], ends, 5, 0.5) or list(ends)[:5]
     return ", ".join(close) or "none at all"
 
-
+# %% ../nbs/10_peft.ipynb #6facd88c
 def within(name: str, heads: Sequence[str]) -> bool:
     """Whether a module is one of the heads or inside one."""
     return any((name + ".").startswith(head + ".") for head in heads)
@@ -706,7 +706,7 @@ def chosen(model: nn.Module, method: Method, heads: Sequence[str] = ()) -> dict[
         raise ValueError(f"target {method.target!r} matches {what} of {type(model).__name__}; near names: {fitting}")
     return found
 
-# %% ../nbs/10_peft.ipynb #18a9e221
+# %% ../nbs/10_peft.ipynb #bbde99cb
 def find_heads(model: nn.Module, head: Target | None) -> list[str]:
     """Full names of the modules to train as a whole; a warning if the model has a head that nobody named."""
     names = named(model)
@@ -726,7 +726,7 @@ def find_heads(model: nn.Module, head: Target | None) -> list[str]:
         found += hits[:1]
     return found
 
-
+# %% ../nbs/10_peft.ipynb #d2a9dae5
 def freeze_base(model: nn.Module) -> None:
     """Freeze everything once, and note on the model what was trainable and which BatchNorm layers were put to rest."""
     if not hasattr(model, "peft_before"):
@@ -739,28 +739,23 @@ def freeze_base(model: nn.Module) -> None:
         if norms:
             hold_batchnorm(model)
 
-# %% ../nbs/10_peft.ipynb #6facd88c
-def apply(
-    model: nn.Module,
-    method: Method,
-    name: str = "default",
-    head: Target | None = None,
-    dtype: torch.dtype | None = None,
-) -> "Adapter":
+# %% ../nbs/10_peft.ipynb #84594eb3
+def apply(model: nn.Module, method: Method, name: str = "default", head: Target | None = None,
+          dtype: torch.dtype | None = None) -> "Adapter":
     """Freeze a model and put an adapter into it, in place.
 
     Parameters
     ----------
     model
-        Any module; what is trainable and how BatchNorm behaves comes back with `Adapter.remove`.
+        Any module; `Adapter.remove` undoes everything.
     method
         `LoRA`, `DoRA`, `IA3`, `BitFit`, `Houlsby`, `Pfeiffer`, `PromptTuning` or `PrefixTuning`.
     name
-        The adapter's name; a model holds several, one of them active.
+        A model holds several adapters, one of them active.
     head
-        Modules to train and save as a whole with the adapter: each adapter gets its own copy. `()` for none.
+        Modules to train and save as a whole: each adapter gets its own copy. `()` for none.
     dtype
-        Of the adapter's parameters; default: the adapted module's (float32 on a quantized base).
+        Of the adapter; default: the adapted module's (float32 on a quantized base).
 
     Returns
     -------
@@ -770,7 +765,7 @@ def apply(
     Raises
     ------
     ValueError
-        If the target or head matches nothing, a size does not fit, or the name is taken; the model is then as it was.
+        Nothing matches, a size does not fit, the name is taken; the model is then as it was.
 
     Examples
     --------
@@ -782,7 +777,7 @@ def apply(
     heads = find_heads(model, head)
     return attach(model, method, name, heads, build(model, method, chosen(model, method, heads), heads, dtype))
 
-# %% ../nbs/10_peft.ipynb #bbde99cb
+# %% ../nbs/10_peft.ipynb #0f6668d4
 def check_name(model: nn.Module, name: str) -> None:
     """Raise ValueError for a name that is taken or cannot be one, and for a model with merged weights."""
     if not name.isidentifier() or hasattr(nn.ModuleDict, name):
@@ -792,7 +787,7 @@ def check_name(model: nn.Module, name: str) -> None:
     if hasattr(model, "peft_adapters") and any(w.aside for w in wrappers(model).values()):
         raise ValueError("an adapter is merged into the weights: unmerge() it before adding another")
 
-
+# %% ../nbs/10_peft.ipynb #c3460308
 def build(model: nn.Module, method: Method, modules: dict, heads: Sequence[str], dtype: torch.dtype | None) -> dict:
     """Every layer that will be attached, by module name; all errors are raised here, before the model changes."""
     layers: dict[str, Layer] = {}
@@ -805,7 +800,7 @@ def build(model: nn.Module, method: Method, modules: dict, heads: Sequence[str],
     everything = named(model) if heads else {}
     return layers | {h: HeadLayer(everything[h]) for h in heads}
 
-
+# %% ../nbs/10_peft.ipynb #c510e67c
 def attach(model: nn.Module, method: Method, name: str, heads: list[str], layers: dict[str, Layer]) -> "Adapter":
     """Freeze the base, put each layer at its place under the adapter's name, and switch to it."""
     freeze_base(model)
@@ -871,7 +866,7 @@ def _activate(self: Adapter) -> Adapter:
                 parameter.requires_grad = name == self.name
     return self
 
-
+# %% ../nbs/10_peft.ipynb #49916024
 @contextmanager
 def _disable(self: Adapter) -> Iterator[nn.Module]:
     """Inside the block the model is the base model, bit for bit, even if an adapter is merged."""
@@ -887,7 +882,7 @@ def _disable(self: Adapter) -> Iterator[nn.Module]:
 
 Adapter.activate, Adapter.disable = _activate, _disable
 
-# %% ../nbs/10_peft.ipynb #49916024
+# %% ../nbs/10_peft.ipynb #69f4c90e
 def _merge(self: Adapter) -> Adapter:
     """Put the adapter into the base's weights: the model then costs what the base costs. Merging twice changes nothing.
 
@@ -902,7 +897,7 @@ def _merge(self: Adapter) -> Adapter:
         places[path].aside, places[path].base = [places[path].base], module
     return self
 
-
+# %% ../nbs/10_peft.ipynb #323bd8cf
 def _unmerge(self: Adapter) -> Adapter:
     """Put the original modules back: the very same objects, so the weights are restored exactly."""
     for w in self.places.values():
@@ -955,7 +950,7 @@ def inherit_trainable(model: nn.Module) -> None:
         old = dict(w.aside[0].named_parameters())
         before += [p for n, p in w.base.named_parameters() if id(old[n]) in known]
 
-
+# %% ../nbs/10_peft.ipynb #883b89ce
 def restore(model: nn.Module) -> None:
     """Undo `freeze_base`."""
     before = model.__dict__.pop("peft_before")
@@ -971,7 +966,7 @@ def restore(model: nn.Module) -> None:
 
 Adapter.remove = _remove
 
-# %% ../nbs/10_peft.ipynb #883b89ce
+# %% ../nbs/10_peft.ipynb #b7d909fd
 def _counts(self: Adapter) -> dict[str, float]:
     """Parameters of the adapter, of its head, of the whole model and their share; bytes of its file's tensors."""
     head = sum(p.numel() for h in self.heads for p in self.layers[h].parameters())
@@ -982,7 +977,7 @@ def _counts(self: Adapter) -> dict[str, float]:
     total = base + adapter
     return {"adapter": adapter, "head": head, "total": total, "share": (adapter + head) / total, "bytes": size}
 
-
+# %% ../nbs/10_peft.ipynb #5b348cfc
 def _describe(self: Adapter) -> str:
     """One line: method, number of modules, trained parameters."""
     c, n = self.counts(), len(self.layers) - len(self.heads)
@@ -1009,7 +1004,7 @@ def handle(model: nn.Module, name: str = "default") -> Adapter:
         raise ValueError(f"no adapter {name!r} in this model; it has: {', '.join(known) or 'none'}")
     return Adapter(model, name, *known[name])
 
-# %% ../nbs/10_peft.ipynb #afd7209d
+# %% ../nbs/10_peft.ipynb #7f37982c
 def normal_float(bits: int = 4) -> Tensor:
     """The NF4 code: 16 levels in [-1, 1] with equal shares of a normal distribution between them, and an exact 0.
 
@@ -1029,7 +1024,7 @@ def normal_float(bits: int = 4) -> Tensor:
     levels = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive]).sort().values
     return (levels / levels.abs().max()).float()
 
-
+# %% ../nbs/10_peft.ipynb #6e08d609
 def encode_blocks(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     """Codes (uint8, two to a byte for 4 bits) and one float32 scale per block of `block` consecutive weights."""
     flat = weight.detach().float().flatten()
@@ -1042,7 +1037,7 @@ def encode_blocks(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor
     codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2).to(torch.uint8).view(-1, 2)
     return codes[:, 0] * 16 + codes[:, 1], scale
 
-
+# %% ../nbs/10_peft.ipynb #c54a41f5
 def decode_blocks(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     """The float32 weights that codes and scales stand for."""
     if bits == 8:
@@ -1052,7 +1047,7 @@ def decode_blocks(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int])
     whole = (unit.view(len(scale), -1) * scale[:, None]).flatten()
     return whole[: math.prod(shape)].view(*shape)
 
-# %% ../nbs/10_peft.ipynb #f1a682a0
+# %% ../nbs/10_peft.ipynb #cbbab25e
 class QuantLinear(nn.Module):
     """A frozen linear layer kept as 8- or 4-bit codes; `weight` decodes them anew each time it is read."""
 
@@ -1075,7 +1070,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return LowRankLinear.apply(x, None, None, self, 1.0)
 
-
+# %% ../nbs/10_peft.ipynb #458c2b7d
 def quantize(model: nn.Module, bits: int = 4, block: int = 64, target: Target = "all-linear") -> list[str]:
     """Replace linear layers by `QuantLinear`, in place and before any adapter; returns their names.
 
@@ -1142,7 +1137,7 @@ def _to_config(self: Adapter, paths: Sequence[str]) -> dict[str, Any]:
         return config | {"peft_type": "IA3", "target_modules": list(paths), "feedforward_modules": inner}
     return config | {"peft_type": "FTBOOK", "method": type(m).__name__, "fields": asdict(m) | {"target": list(paths)}}
 
-
+# %% ../nbs/10_peft.ipynb #e8cb3f4f
 def _save(self: Adapter, path: str | Path) -> Path:
     """Write adapter_config.json and adapter_model.safetensors into a folder, head included; returns the folder."""
     folder, heads = Path(path), set(self.heads)
@@ -1159,7 +1154,7 @@ def _save(self: Adapter, path: str | Path) -> Path:
 
 Adapter.to_config, Adapter.save = _to_config, _save
 
-# %% ../nbs/10_peft.ipynb #e8cb3f4f
+# %% ../nbs/10_peft.ipynb #96c32ba1
 def read_folder(path: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
     """Configuration, tensors by short name, and what the file says about its base."""
     folder = Path(path)
@@ -1180,7 +1175,7 @@ REFUSED = (
     "use_qalora", "arrow_config", "alora_invocation_tokens", "layers_to_transform",
 )  # fmt: skip
 
-
+# %% ../nbs/10_peft.ipynb #c449ac72
 def from_config(config: dict[str, Any], paths: Sequence[str]) -> Method:
     """The method that an adapter_config.json describes.
 
@@ -1211,13 +1206,13 @@ def as_list(value: Target | None) -> list[str]:
     """None, one string or several as a list."""
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
-# %% ../nbs/10_peft.ipynb #96c32ba1
+# %% ../nbs/10_peft.ipynb #83d30283
 def owner(key: str, names: Sequence[str]) -> str:
     """The longest module name that a tensor's key starts with, or "" if there is none."""
     parts = key.split(".")
     return next((n for i in range(len(parts) - 1, 0, -1) if (n := ".".join(parts[:i])) in names), "")
 
-
+# %% ../nbs/10_peft.ipynb #777a3624
 def check_base(model: nn.Module, about: dict, paths: Sequence[str]) -> None:
     """Compare a file's note about its base with the model; another architecture is an error, other weights warn."""
     mine = base_hash(model)
@@ -1232,7 +1227,7 @@ def check_base(model: nn.Module, about: dict, paths: Sequence[str]) -> None:
             "this base has the right shape but other weights than the one the adapter was trained on", stacklevel=4
         )
 
-
+# %% ../nbs/10_peft.ipynb #ac5ff316
 def _load_into(self: Adapter, path: str | Path) -> Adapter:
     """Read a folder's tensors into this adapter; all are checked before the first is copied.
 
@@ -1250,7 +1245,7 @@ def _load_into(self: Adapter, path: str | Path) -> Adapter:
 
 Adapter.load = _load_into
 
-# %% ../nbs/10_peft.ipynb #c449ac72
+# %% ../nbs/10_peft.ipynb #3ae93895
 def fill(layers: dict[str, Layer], found: dict[str, Tensor]) -> None:
     """Copy a file's tensors into layers; before the first copy, ValueError for a missing, unknown or misshapen one."""
     own = {f"{p}.{k}": t for p, layer in layers.items() for k, t in layer.tensors().items()}
@@ -1269,7 +1264,7 @@ def fill(layers: dict[str, Layer], found: dict[str, Tensor]) -> None:
     for key, value in found.items():
         own[key].copy_(value)
 
-
+# %% ../nbs/10_peft.ipynb #b4340ede
 def load(model: nn.Module, path: str | Path, name: str = "default", dtype: torch.dtype | None = None) -> Adapter:
     """Apply a saved adapter to a model and read its weights; on an error the model is as it was.
 
