@@ -1,0 +1,425 @@
+"""Chapter 6: tokenizer, packing, masking, the head on masked positions, pretraining, checkpoints, measurements."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftbook import mlm
+
+SENTENCES = (
+    "The river runs past the old mill and into the lake.",
+    "Anna wrote a letter to her brother in Paris.",
+    "He bought bread, cheese and two bottles of milk.",
+    "The club played its first match in 1902 and lost.",
+    "Unbelievably, the unhappiest players were replaying it.",
+)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return ["\n".join(SENTENCES[(i + k) % 5] for k in range(4)) for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(documents):
+    return mlm.train_tokenizer(documents, vocab_size=160)
+
+
+@pytest.fixture(scope="module")
+def vocab(tokenizer):
+    return mlm.vocabulary(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def ids(documents, tokenizer):
+    return mlm.pack(documents, tokenizer, length=16)
+
+
+@pytest.fixture
+def model(tokenizer):
+    return mlm.small_bert(len(tokenizer), hidden=32, layers=2, heads=2, positions=32)
+
+
+def test_detokenize_closes_up_punctuation():
+    assert mlm.detokenize("in 1 @,@ 000 @.@ 5 well @-@ known") == "in 1,000.5 well-known"
+    assert mlm.detokenize('he said " no " ; it was <unk> \'s ( old ) % .') == 'he said "no"; it was [UNK]\'s (old)%.'
+    assert mlm.detokenize("they didn 't [ sic ] pay $ 5 !\n next") == "they didn't [sic] pay $5!\n next"
+
+
+def test_read_documents_finds_titles_headings_and_empty_articles():
+    text = "\n = One = \n\n first line \n = = Part = = \n\n second\n = Empty = \n\n = Two = \n x"
+    assert mlm.read_documents(text) == ["One\nfirst line\nPart\nsecond", "Two\nx"]
+
+
+def test_read_documents_without_titles_cuts_by_lines():
+    assert mlm.read_documents("a\nb\n\nc", lines=2) == ["a\nb", "c"]
+    with pytest.raises(ValueError, match="empty"):
+        mlm.read_documents(" \n")
+
+
+def test_split_is_disjoint_complete_and_repeatable():
+    docs = [str(i) for i in range(50)]
+    parts = mlm.split_documents(docs, held_out=0.1, seed=3)
+    assert sorted(sum(parts, [])) == sorted(docs) and [len(p) for p in parts] == [40, 5, 5]
+    assert parts == mlm.split_documents(docs, held_out=0.1, seed=3)
+    for bad in ((docs, 0.5), (docs[:2], 0.1)):
+        with pytest.raises(ValueError, match="held_out"):
+            mlm.split_documents(*bad)
+
+
+def test_tokenizer_has_berts_special_tokens_and_keeps_case(tokenizer):
+    assert tokenizer.convert_tokens_to_ids(list(mlm.SPECIAL)) == [0, 1, 2, 3, 4]
+    assert len(tokenizer) <= 160
+    encoded = tokenizer("Paris paris")["input_ids"]
+    assert encoded[0] == 2 and encoded[-1] == 3 and tokenizer.decode(encoded[1:-1]) == "Paris paris"
+    assert tokenizer("☃")["input_ids"] == [2, 1, 3]
+    with pytest.raises(ValueError, match="list of strings"):
+        mlm.train_tokenizer("one string")
+
+
+def test_pack_loses_and_invents_nothing(documents, tokenizer, ids):
+    stream = [i for d in documents for i in [*tokenizer(d, add_special_tokens=False)["input_ids"], 3]]
+    assert (ids[:, 0] == 2).all() and (ids[:, -1] == 3).all() and not (ids == 0).any()
+    body = ids[:, 1:-1].flatten().tolist()
+    assert body == stream[: len(body)] and len(stream) - len(body) < 14
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(3, 40), st.integers(1, 9))
+def test_pack_any_length(tokenizer, length, n):
+    ids = mlm.pack(list(SENTENCES) * n, tokenizer, length=length)
+    assert ids.shape[1] == length and ids.dtype == torch.int64
+
+
+def test_pack_refuses_what_fills_no_sequence(tokenizer):
+    with pytest.raises(ValueError, match="3 or more"):
+        mlm.pack(["x"], tokenizer, length=2)
+    with pytest.raises(ValueError, match="do not fill"):
+        mlm.pack(["He bought"], tokenizer, length=64)
+    with pytest.raises(ValueError, match="do not fill"):
+        mlm.pack([], tokenizer)
+
+
+@pytest.mark.parametrize("whole_word", [False, True])
+def test_masking_has_the_stated_proportions(ids, vocab, whole_word):
+    generator = torch.Generator().manual_seed(0)
+    many = ids.repeat(300, 1)
+    inputs, labels = mlm.mask_tokens(many, vocab, 0.15, whole_word, generator=generator)
+    chosen, ordinary = labels != -100, ~vocab.special[many]
+    n = int(chosen.sum())
+    close = 0.02 if whole_word else 4 * math.sqrt(0.15 * 0.85 / int(ordinary.sum()))
+    assert abs(n / int(ordinary.sum()) - 0.15) < close
+    masked, changed = inputs == vocab.mask_id, (inputs != many) & (inputs != vocab.mask_id)
+    tolerance = 4 * math.sqrt(0.25 / n)
+    assert abs(float(masked[chosen].float().mean()) - 0.8) < tolerance
+    assert abs(float(changed[chosen].float().mean()) - 0.1) < tolerance  # a random piece is rarely the true one
+    assert torch.equal(labels[chosen], many[chosen]) and torch.equal(inputs[~chosen], many[~chosen])
+
+
+def test_masking_never_touches_special_tokens(ids, vocab):
+    inputs, labels = mlm.mask_tokens(ids, vocab, probability=1.0, replace=(0.5, 0.5))
+    special = vocab.special[ids]
+    assert torch.equal(inputs[special], ids[special]) and (labels[special] == -100).all()
+    assert (labels[~special] >= 0).all()
+    random = inputs[~special & (inputs != vocab.mask_id)]
+    assert not vocab.special[random].any() and len(random.unique()) > 20
+
+
+def test_whole_words_are_chosen_together(tokenizer, vocab):
+    ids = mlm.pack(["unhappiest replaying unbelievably " * 40], tokenizer, length=32)
+    assert vocab.continuation[ids].any()
+    chosen = mlm.choose(ids, vocab, 0.5, True, torch.Generator().manual_seed(1))
+    follows = vocab.continuation[ids[:, 1:]] & ~vocab.special[ids[:, :-1]]
+    assert torch.equal(chosen[:, 1:][follows], chosen[:, :-1][follows])
+    pieces = mlm.choose(ids, vocab, 0.5, False, torch.Generator().manual_seed(1))
+    assert not torch.equal(pieces[:, 1:][follows], pieces[:, :-1][follows])
+    assert 0.3 < float(chosen[~vocab.special[ids]].float().mean()) < 0.7
+
+
+def test_masking_is_repeatable_and_checks_its_settings(ids, vocab, tokenizer):
+    first, second = (mlm.mask_tokens(ids, v, generator=torch.Generator().manual_seed(5)) for v in (vocab, tokenizer))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for bad in ({"probability": 1.5}, {"replace": (0.9, 0.2)}, {"replace": (-0.1, 0.2)}):
+        with pytest.raises(ValueError, match="in \\[0, 1\\]"):
+            mlm.mask_tokens(ids, vocab, **bad)
+    with pytest.raises(ValueError, match="mask token"):
+        mlm.vocabulary(object())
+
+
+def test_batches_cover_every_row_and_go_on_where_an_epoch_stopped(ids, vocab):
+    batches = mlm.Masked(ids, vocab, batch_size=5, steps=4, seed=2)
+    laps = math.ceil(len(ids) / 5) + 2
+    seen = torch.cat([batches.rows(step) for step in range(laps)])
+    assert torch.equal(seen[: len(ids)].sort().values, torch.arange(len(ids))) and len(batches) == 4
+    first = list(batches)
+    batches.set_epoch(1)
+    second = list(batches)
+    assert not torch.equal(first[0]["input_ids"], second[0]["input_ids"])
+    batches.set_epoch(0)
+    assert torch.equal(first[3]["input_ids"], list(batches)[3]["input_ids"])
+
+
+def test_validation_batches_are_the_same_every_time(ids, vocab):
+    batches = mlm.Masked(ids, vocab, batch_size=8, fixed=True)
+    first = [b["labels"] for b in batches]
+    batches.set_epoch(3)
+    assert all(torch.equal(a, b["labels"]) for a, b in zip(first, batches, strict=True))
+    assert sum(len(x) for x in first) == len(ids)
+
+
+def test_head_on_masked_positions_equals_the_dense_head(model, ids, vocab):
+    inputs, labels = mlm.mask_tokens(ids[:8], vocab, generator=torch.Generator().manual_seed(0))
+    dense = model(input_ids=inputs, labels=labels)
+    dense.loss.backward()
+    wanted = {k: p.grad.clone() for k, p in model.named_parameters()}
+    model.zero_grad()
+    ours = mlm.MaskedLM(model)(inputs, labels)
+    ours.loss.backward()
+    assert torch.allclose(ours.loss, dense.loss, atol=1e-6)
+    assert torch.allclose(ours.logits, dense.logits[labels != -100], atol=1e-5)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, wanted[name], atol=1e-6), name
+    assert torch.equal(ours.target, labels[labels != -100])
+
+
+def test_no_label_gives_no_loss_and_no_nan(model, ids):
+    output = mlm.MaskedLM(model)(ids[:2], torch.full_like(ids[:2], -100))
+    assert output.loss == 0 and mlm.masked_accuracy(output.logits, torch.full((2, 3), -100)) == 0.0
+
+
+def test_small_bert_is_seeded_and_leaves_the_global_stream_alone():
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    a, b = (mlm.small_bert(50, hidden=8, layers=1, heads=1, positions=8, seed=4) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert a.get_output_embeddings().weight is a.get_input_embeddings().weight
+
+
+def test_budget_rises_falls_and_ends(monkeypatch):
+    budget = mlm.Budget(warmup=0.5)
+    factors = [budget(step, 100) for step in range(101)]
+    assert max(factors) == pytest.approx(1.0, abs=0.03) and factors[-1] == 0 and 0 < factors[0] < 0.03
+    now = [1000.0]
+    monkeypatch.setattr(mlm.time, "time", lambda: now[0])
+    timed, state = mlm.Budget(seconds=10, warmup=0.1), type("State", (), {"stop": False})()
+    timed(0, 10**6)
+    timed.on_step_end(state)
+    assert not state.stop
+    now[0] = 1011.0
+    resumed = mlm.Budget(seconds=10, warmup=0.1)
+    resumed.load_state_dict(timed.state_dict())
+    assert resumed(5, 10**6) == 0
+    resumed.on_step_end(state)
+    assert state.stop
+    for bad in ({"seconds": 0}, {"warmup": 0}, {"warmup": 1}):
+        with pytest.raises(ValueError, match="warmup"):
+            mlm.Budget(**bad)
+
+
+def test_budget_agrees_across_processes(monkeypatch):
+    monkeypatch.setattr(mlm.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(mlm.dist, "broadcast", lambda tensor, source: tensor.fill_(0.25))
+    assert mlm.Budget().progress(1, 2) == 0.25
+
+
+def test_pretraining_beats_both_counting_baselines(tokenizer, ids, vocab):
+    model = mlm.small_bert(len(tokenizer), hidden=32, layers=2, heads=2, positions=16)
+    history = mlm.pretrain(model, tokenizer, ids, ids, steps=250, every=50, lr=5e-3, batch_size=32, progress=False)
+    assert [row["steps"] for row in history.rows] == [50, 100, 150, 200, 250]
+    scored = mlm.score(model, mlm.Masked(ids, vocab, 16, fixed=True, seed=1))
+    unigram, bigram = (x.mean().item() for x in mlm.ngram_losses(mlm.ngram(ids, vocab), scored.previous, scored.target))
+    assert bigram < unigram and scored.loss.mean() < 0.8 * unigram
+    assert history["valid_loss"][-1] < history["valid_loss"][0] and history["valid_accuracy"][-1] > 0.2
+    assert history.rows[-1]["lr"] < 1e-4
+
+
+def test_a_start_from_counts_knows_frequencies_and_looks_at_neighbors(tokenizer, ids, vocab):
+    model = mlm.small_bert(len(tokenizer), hidden=64, layers=2, heads=2, positions=16)
+    before = mlm.attention_shares(model, ids[:8], vocab).mean(1)
+    mlm.start_from_counts(model, ids, vocab)
+    after = mlm.attention_shares(model, ids[:8], vocab).mean(1)
+    assert after[0, 0, 0] > 3 * before[0, 0, 0] and after[1, 0, 1] > 3 * before[1, 0, 1]
+    scored = mlm.score(model, mlm.Masked(ids, vocab, 16, fixed=True))
+    unigram, _ = mlm.ngram_losses(mlm.ngram(ids, vocab), scored.previous, scored.target)
+    assert scored.loss.mean() < unigram.mean() + 1.0
+    words = model.bert.embeddings.word_embeddings.weight
+    assert torch.allclose(words[vocab.ordinary].norm(dim=1), torch.ones(len(vocab.ordinary)), atol=1e-4)
+    assert model.get_output_embeddings().weight is words
+
+
+def test_neighbor_heads_are_the_rotation_of_the_equation():
+    model = mlm.small_bert(30, hidden=64, layers=1, heads=1, positions=40)
+    mlm.look_at_neighbors(model, offsets=(3,), peak=12.0)
+    attention = model.bert.encoder.layer[0].attention.self
+    waves = mlm.sinusoids(40, 64)  # one head as wide as the model: every sinusoid takes part
+    scores = (waves @ attention.query.weight.T) @ (waves @ attention.key.weight.T).T / 64**0.5
+    assert torch.equal(scores[:37].argmax(1), torch.arange(37) + 3)
+    assert torch.allclose(scores[10, 13], torch.tensor(12.0), atol=1e-3)
+
+
+def test_ppmi_by_hand_and_similar_words_get_similar_vectors(vocab):
+    counts = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
+    assert torch.allclose(mlm.ppmi(counts, smoothing=1.0), torch.log(torch.tensor([[2.0, 1.0], [1.0, 2.0]])))
+    table = mlm.Vocabulary(4, torch.arange(9) < 5, torch.zeros(9).bool(), torch.arange(5, 9))
+    ids = torch.tensor([[2, 5, 7, 3], [2, 6, 7, 3], [2, 8, 8, 3]]).repeat(20, 1)  # 5 and 6 are used alike
+    vectors = mlm.count_embeddings(ids, table, 12)
+    assert vectors.shape == (9, 12) and vectors[:5].abs().sum() == 0
+    assert vectors[5] @ vectors[6] > vectors[5] @ vectors[8]
+    assert torch.equal(mlm.pair_counts(ids, 2, 9)[5], torch.tensor([0, 0, 0, 20.0, 0, 0, 0, 0, 0]))
+
+
+@pytest.fixture(scope="module")
+def slice_(documents):
+    return mlm.prepare(documents, vocab_size=160, length=16, held_out=0.1)
+
+
+@pytest.mark.parametrize("variant", mlm.VARIANTS)
+def test_every_variant_runs_and_is_measured(slice_, variant):
+    found = mlm.variant_run(slice_, variant, steps=4, hidden=16, layers=1, batch_size=8)
+    assert all(math.isfinite(v) for v in found.values()) and found["loss"] > 0
+    assert ("follows_accuracy" in found) == (variant == "next segment too")
+    if variant in ("standard", "random start"):
+        assert found["loss"] == pytest.approx(found["reported_loss"], rel=1e-4)
+
+
+def test_variants_differ_where_they_should(slice_):
+    def batch(variant):
+        return next(iter(mlm.variant_batches(slice_, variant, 16, 1, seed=0)))
+
+    everywhere, special = batch("loss on all positions"), batch("special tokens masked")
+    assert (everywhere["labels"] >= 0).all()
+    assert (special["labels"] >= 0)[:, 0].any()
+    always = batch("always [MASK]")
+    assert (always["input_ids"][always["labels"] >= 0] == 4).all()
+    with pytest.raises(ValueError, match="unknown variant"):
+        mlm.variant_run(slice_, "nonsense")
+
+
+def test_pretraining_resumes_to_the_same_weights(tokenizer, ids, tmp_path):
+    def make():
+        return mlm.small_bert(len(tokenizer), hidden=16, layers=1, heads=1, positions=16)
+
+    class Crash:
+        def __init__(self, at):
+            self.at = at
+
+        def on_step_end(self, state):
+            if state.step == self.at:
+                raise KeyboardInterrupt
+
+    whole, broken = make(), make()
+    options = {"steps": 16, "every": 4, "batch_size": 4, "progress": False, "masking": {"whole_word": True}}
+    mlm.pretrain(whole, tokenizer, ids, **options, checkpoint=tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        mlm.pretrain(broken, tokenizer, ids, **options, checkpoint=tmp_path / "b", callbacks=[Crash(9)])
+    resumed = make()
+    mlm.pretrain(resumed, tokenizer, ids, **options, checkpoint=tmp_path / "b", callbacks=[Crash(None)])
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_save_and_load_round_trip(model, tokenizer, ids, tmp_path):
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    model.eval()
+    mlm.save(model, tokenizer, tmp_path / "m", hidden_dropout_prob=0.1)
+    loaded, words = mlm.load_pretrained(tmp_path / "m")
+    other = AutoModelForMaskedLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    assert torch.equal(loaded(ids[:2]).logits, other(ids[:2]).logits)
+    assert torch.allclose(loaded(ids[:2]).logits, model(ids[:2]).logits, atol=1e-2)  # float16 rounding
+    text = "The unhappiest club, ☃ in Paris."
+    assert words(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "m")(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded.config.hidden_dropout_prob == 0.1 and model.config.hidden_dropout_prob == 0.0
+    assert (tmp_path / "m" / "vocab.txt").read_text(encoding="utf-8").splitlines()[4] == "[MASK]"
+    with pytest.raises(FileNotFoundError, match="ftbook.mlm.save"):
+        mlm.load_pretrained(tmp_path)
+
+
+def test_bundled_checkpoint_loads_everywhere_and_knows_some_english():
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    model, tokenizer = mlm.load_bundled()
+    folder = mlm.asset("bert-mini-en")
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 12e6 and (folder / "README.md").is_file()
+    other = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+    batch = tokenizer("The capital of France is [MASK].", return_tensors="pt")
+    assert torch.equal(model(**batch).logits, other(**batch).logits)
+    assert AutoTokenizer.from_pretrained(folder)("Bush").input_ids == tokenizer("Bush").input_ids
+    text = ["He was born in the year of his father 's death, and he died in 1950."] * 40
+    ids = mlm.pack(text, tokenizer, length=32)
+    vocab = mlm.vocabulary(tokenizer)
+    loss = mlm.score(model, mlm.Masked(ids, vocab, fixed=True)).loss.mean()
+    assert loss < math.log(len(tokenizer)) / 2
+
+
+def test_fill_mask_returns_sorted_probabilities_and_checks_its_input(model, tokenizer):
+    first, second = mlm.fill_mask("The [MASK] runs past the [MASK].", 4, model, tokenizer)
+    for guesses in (first, second):
+        p = [g.probability for g in guesses]
+        assert len(p) == 4 and p == sorted(p, reverse=True) and 0 < sum(p) <= 1
+    assert model.training
+    with pytest.raises(ValueError, match="no \\[MASK\\]"):
+        mlm.fill_mask("nothing hidden", model=model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="reads up to 32"):
+        mlm.fill_mask("[MASK] " * 40, model=model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="both"):
+        mlm.fill_mask("[MASK]", model=model)
+
+
+def test_ngram_by_hand(tokenizer):
+    vocab = mlm.Vocabulary(4, torch.tensor([1, 1, 1, 1, 1, 0, 0, 0]).bool(), torch.zeros(8).bool(), torch.arange(5, 8))
+    counts = mlm.ngram(torch.tensor([[2, 5, 6, 5, 6, 3]]), vocab)
+    assert torch.allclose(counts.unigram[5:], torch.tensor([3.0, 3.0, 1.0]) / 7) and counts.unigram[:5].sum() == 0
+    unigram, bigram = mlm.ngram_losses(counts, torch.tensor([5, 5, 7]), torch.tensor([6, 7, 6]))
+    assert torch.allclose(unigram.exp(), torch.tensor([7 / 3, 7, 7 / 3]).double())
+    # after 5 came 6 twice and nothing else: (2 + 1 * 3/7) / (2 + 1), (0 + 1 * 1/7) / 3; 7 has no follower: unigram
+    assert torch.allclose((-bigram).exp(), torch.tensor([17 / 21, 1 / 21, 3 / 7]).double())
+
+
+def test_score_agrees_with_the_loss_and_restores_the_mode(model, ids, vocab):
+    batches = mlm.Masked(ids[:12], vocab, 5, fixed=True)
+    scored = mlm.score(model, batches)
+    assert model.training
+    with torch.no_grad():
+        total = sum(mlm.MaskedLM(model)(**b).loss * (b["labels"] != -100).sum() for b in batches)
+    assert float(scored.loss.sum()) == pytest.approx(float(total), rel=1e-4)
+    flat = ids[:12]
+    labels = torch.cat([b["labels"] for b in batches])
+    assert torch.equal(scored.previous, flat.roll(1, 1)[labels != -100])
+    assert ((scored.rank == 0) <= (scored.loss < math.log(len(vocab.special)))).all()
+
+
+def test_attention_shares_of_a_uniform_head(model, ids, vocab):
+    flat = mlm.small_bert(len(vocab.special), hidden=32, layers=2, heads=2, positions=32)
+    for layer in flat.bert.encoder.layer:
+        torch.nn.init.zeros_(layer.attention.self.query.weight)
+    shares = mlm.attention_shares(flat, ids[:6], vocab)
+    assert shares.shape == (len(mlm.TARGETS), 6, 2, 2)
+    assert torch.allclose(shares[2], torch.full_like(shares[2], 1 / 16), atol=1e-6)
+    assert (shares[4] >= 1 / 16 - 1e-6).all()
+    assert flat.config._attn_implementation == "sdpa"
+
+
+def test_pairs_of_halves(ids, vocab):
+    pairs, follows, segment = mlm.pair_halves(ids, torch.Generator().manual_seed(0))
+    assert pairs.shape == ids.shape and 0.2 < follows.float().mean() < 0.8
+    own = follows.bool()
+    assert torch.equal(pairs[own, 8:-1], ids[own, 7:-2]) and torch.equal(pairs[:, :7], ids[:, :7])
+    assert (pairs[:, 7] == 3).all() and (pairs[:, -1] == 3).all() and segment[0].tolist() == [0] * 8 + [1] * 8
+    assert not torch.equal(pairs[~own, 8:-1], ids[~own, 7:-2])
+    with pytest.raises(ValueError, match="one sequence"):
+        mlm.pair_halves(ids[:1])
+
+
+def test_next_segment_model_trains(model, ids, vocab):
+    from ftbook.train import fit
+
+    net = mlm.MaskedNextLM(model)
+    history = fit(net, mlm.MaskedPairs(ids, vocab, 8, steps=3), loss=None, progress=False)
+    assert math.isfinite(history["train_loss"][0]) and net.answer.shape == (8, 2)
+    assert mlm.reported(net, mlm.MaskedPairs(ids, vocab, 8, fixed=True))["follows_accuracy"] >= 0
