@@ -11,7 +11,7 @@ import json
 import re
 import sys
 
-OPTION = re.compile(r"^#\|\s*([\w-]+)\s*(?::\s*(.*?))?\s*$")
+OPTION = re.compile(r"^#\|\s*([\w-]+)(?:\s*:\s*|\s+|$)(.*?)\s*$")  # Quarto's `name: value`, nbdev's `name value`
 QUARTO = {"echo", "include", "output", "code-fold", "code-summary", "warning", "error", "label", "fig-cap", "fig-alt"}
 ALERT = re.compile(r"^ {0,3}> ?\[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\s*(.*)$", re.I)
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")

@@ -107,3 +107,8 @@ def test_pictures_are_drawn(pages, address, page):
         assert broken == [], name
         drawn += page.run("document.images.length")
     assert drawn > 10
+
+
+def test_no_directive_of_the_notebooks_reaches_a_page(site):
+    leaked = [f.name for f in (site / "nbs").glob("*.html") if "#|" in f.read_text(encoding="utf-8")]
+    assert leaked == []

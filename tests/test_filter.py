@@ -1,0 +1,44 @@
+"""What the readers' copy of a notebook keeps and drops: docs/filter.py."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+sys.path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parent.parent / "docs"))
+from filter import options_of, transform  # noqa: E402
+
+
+def code(source, outputs=()):
+    return {"cell_type": "code", "id": "a", "metadata": {}, "execution_count": None, "source": source, "outputs": list(outputs)}
+
+
+def text(source):
+    return {"cell_type": "markdown", "id": "b", "metadata": {}, "source": source}
+
+
+@pytest.mark.parametrize(("line", "found"), [("#| default_exp losses", {"default_exp": "losses"}), ("#| export", {"export": ""}),
+                                             ("#| echo: false", {"echo": "false"}), ("#|hide", {"hide": ""}), ("# | no", {}), ("x = 1", {})])
+def test_directives_of_both_kinds_are_read(line, found):
+    assert options_of([line, "y"]) == (found, ["y"] if found else [line, "y"])
+
+
+def test_hidden_cells_go_and_directives_with_them():
+    nb = {"cells": [text("# Title"), code("#| default_exp x"), code("#| hide\na"), code("#| include: false\nb"), code("#| export\nimport os")],
+          "metadata": {}}
+    for target in ("quarto", "sphinx"):
+        kept = transform(nb, target)["cells"]
+        assert ["".join(c["source"]) for c in kept if c["cell_type"] == "code"] == ["import os"]
+        assert all(isinstance(c["source"], list) for c in kept), "one long string would lose its line ends in Quarto"
+
+
+def test_alerts_become_callouts_of_the_builder():
+    nb = {"cells": [text("> [!NOTE]\n> Mind **this**.\n\nAfter.")], "metadata": {}}
+    quarto, sphinx = ("".join(transform(nb, t)["cells"][0]["source"]) for t in ("quarto", "sphinx"))
+    assert "callout-note" in quarto and "{note}" in sphinx and "Mind **this**." in quarto and "[!NOTE]" not in quarto + sphinx
+
+
+def test_it_works_on_standard_input_as_quarto_calls_it(root):
+    nb = {"cells": [text("# Title")], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    run = subprocess.run([sys.executable, root / "docs" / "filter.py"], input=json.dumps(nb), capture_output=True, text=True, cwd=root / "nbs")
+    assert "".join(json.loads(run.stdout)["cells"][0]["source"]).endswith("Title")
