@@ -25,7 +25,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         self.ids |= {v for v in (a.get("id"), a.get("name") if tag == "a" else None) if v}
-        self.titles += tag == "h1"
+        self.titles += (tag == "h1") - (a.get("id") == "jb-print-docs-body")  # the theme repeats the title for printing
         if tag == "a" and a.get("href"):
             self.links.append(a["href"])
         if tag == "link" and a.get("rel", "").lower() in {"stylesheet", "preload", "icon", "shortcut icon", "modulepreload"}:

@@ -42,7 +42,6 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_static_path = [str(DOCS / "static")]
 html_css_files = ["book.css"]
-html_js_files = ["book.js"]
 html_extra_path = [str(EXTRA)]
 html_favicon = str(DOCS / "static" / "favicon.svg")
 html_copy_source = False
@@ -52,6 +51,10 @@ html_last_updated_fmt = None
 html_theme_options = {
     "repository_url": cfg["repository"],
     "use_repository_button": True,
+    "navbar_start": [],
+    "navbar_center": [],
+    "navbar_end": [],
+    "navbar_persistent": [],
     "use_download_button": False,
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
