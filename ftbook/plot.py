@@ -617,7 +617,8 @@ def figure_bytes(figure: Any, format: str = "svg") -> bytes:
 def _slim(svg: bytes) -> bytes:
     text = svg.decode()
     text = re.sub(r"<!--.*?-->\s*|<\?xml.*?\?>\s*|<!DOCTYPE.*?>\s*|<metadata>.*?</metadata>\s*", "", text, flags=re.S)
-    return re.sub(r"\s*\n\s*", "\n", re.sub(r"(\d+\.\d\d)\d+", r"\1", text)).encode()
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d\d)\d+", r"\1", tag[0]), text)  # coordinates, not the words
+    return re.sub(r"\s*\n\s*", "\n", text).encode()
 
 # %% ../nbs/A4_plot.ipynb #98b33d23
 class Picture:

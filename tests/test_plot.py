@@ -167,3 +167,10 @@ def test_widget_leaves_a_note(monkeypatch):
 
 def test_text_size_grows():
     assert plot.text_size("a\nb")[1] > plot.text_size("ab")[1] and plot.text_size("")[0] > 0
+
+
+def test_numbers_in_words_keep_their_decimals():
+    ax = plot.curves({"lr 0.0001": [0.00123456, 2]}, xlabel="0.00025", ylabel="y")
+    svg = plot.figure_bytes(ax.figure).decode()
+    assert "lr 0.0001" in svg and "0.00025" in svg
+    plt.close(ax.figure)
