@@ -57,12 +57,12 @@ def split_batch(batch) -> tuple:
     >>> split_batch((1, 2, 3))
     ((1, 2), {}, 3)
     """
-    if isinstance(batch, Mapping):
-        return (), dict(batch), batch.get("labels")
-    if torch.is_tensor(batch):
-        return (batch,), {}, batch
     if isinstance(batch, (tuple, list)) and batch:
         return tuple(batch[:-1]) or tuple(batch), {}, batch[-1]
+    if torch.is_tensor(batch):
+        return (batch,), {}, batch
+    if isinstance(batch, Mapping):
+        return (), dict(batch), batch.get("labels")
     raise TypeError(f"a batch is a tuple (inputs..., target), a dict or a tensor; got {type(batch).__name__}. "
                     "Let the loader return (x, y)")
 
@@ -139,11 +139,11 @@ def to_device(value, device):
     >>> to_device({"a": torch.ones(2)}, torch.device("cpu"))["a"].device.type
     'cpu'
     """
-    if torch.is_tensor(value):
+    if isinstance(value, torch.Tensor):
         return value if value.device == device else value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {k: to_device(v, device) for k, v in value.items()}
-    return type(value)(to_device(v, device) for v in value) if isinstance(value, (tuple, list)) else value
+    if isinstance(value, (tuple, list)):
+        return tuple([to_device(v, device) for v in value])
+    return {k: to_device(v, device) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def image_input(x: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
@@ -168,7 +168,7 @@ def prepare_batch(batch, device, channels_last: bool = False, transform=None):
     1.0
     """
     batch = to_device(batch, device)
-    if isinstance(batch, Mapping):
+    if not isinstance(batch, (tuple, torch.Tensor)) and isinstance(batch, Mapping):
         return batch if transform is None else transform(batch)
     x, *rest = (batch,) if torch.is_tensor(batch) else batch if isinstance(batch, (tuple, list)) else split_batch(batch)
     if torch.is_tensor(x) and x.ndim == 4:
@@ -211,7 +211,8 @@ def resolve_loss(loss):
 # %% ../nbs/04_training_loop.ipynb #db0b0da4
 def logits_of(output):
     """The tensor that losses and metrics see: `output.logits` of transformers models, in float32."""
-    output = getattr(output, "logits", output)
+    if not torch.is_tensor(output):
+        output = getattr(output, "logits", output)
     half = torch.is_tensor(output) and output.dtype in (torch.bfloat16, torch.float16)
     return output.float() if half else output
 
@@ -296,8 +297,11 @@ def resolve_metrics(metrics) -> dict:
 
 def rows_of(batch) -> int:
     """Number of examples in a batch: the first dimension of its first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else (batch,) if torch.is_tensor(batch) else batch
-    return next((len(value) for value in values if torch.is_tensor(value) and value.ndim), 1)
+    values = batch if isinstance(batch, (tuple, list)) else (batch,) if torch.is_tensor(batch) else batch.values()
+    for value in values:
+        if torch.is_tensor(value) and value.ndim:
+            return len(value)
+    return 1
 
 
 def scored(target, rows: int) -> int:
@@ -838,7 +842,7 @@ def local_part(s, batch) -> tuple:
     if s.size > 1 and not s.sharded:
         batch, share = shard(batch, s.rank, s.size)
     batch = prepare_batch(batch, s.device, s.channels_last, s.options.transform)
-    target = batch.get("labels") if isinstance(batch, Mapping) else batch[-1]
+    target = batch[-1] if isinstance(batch, tuple) else batch.get("labels")
     return batch, scored(target, rows_of(batch)) * share
 
 # %% ../nbs/04_training_loop.ipynb #7d295eb6
@@ -881,7 +885,7 @@ def train_step(s, group: list) -> None:
             output, loss, target = forward(s.net, batch, s.loss, s.autocast)
             if count == 0 and s.size == 1:
                 continue
-            account(s, i, loss.detach(), output, target, count)
+            account(s, i, loss, output, target, count)
             backward(s, loss if alone else loss * weights[i])
     apply_gradients(s)
     s.step += 1
@@ -896,9 +900,9 @@ _KEEP_BATCHES, _KEEP_NUMBERS = 50, 100_000
 
 def account(s, i, loss, output, target, count) -> None:
     """Note a batch's loss and output for the epoch's means; most of the work waits until `settle`."""
-    value = loss.item() if s.device.type == "cpu" else loss
+    value = loss.item() if s.on_cpu else loss.detach()
     s.pending.append((s.step, s.batch + i, count, value))
-    if value is not loss and not math.isfinite(value):
+    if s.on_cpu and not math.isfinite(value):
         settle(s)
     if s.metrics:
         s.kept.append((output.detach() if torch.is_tensor(output) else output, target, count))
@@ -1199,6 +1203,7 @@ def prepare(o) -> SimpleNamespace:
     for callback in s.callbacks:
         check_monitor(callback.monitor if isinstance(callback, EarlyStopping) else None, o, s.metrics)
     s.device = device_for(o.device)
+    s.on_cpu = s.device.type == "cpu"
     s.model.to(s.device)
     where = None if s.device.type == "cpu" else s.device
     s.batches = as_batches(o.train, o.batch_size, shuffle=True, seed=o.seed, device=where)

@@ -609,7 +609,7 @@ def test_nan_names_epoch_step_and_batch():
 
 
 def test_values_on_an_accelerator_are_read_late_but_name_the_step():
-    s = SimpleNamespace(device=torch.device("cuda"), pending=[], kept=[], metrics={}, sums={"loss": 0.0}, count=0,
+    s = SimpleNamespace(device=torch.device("cuda"), on_cpu=False, pending=[], kept=[], metrics={}, sums={"loss": 0.0}, count=0,
                         epoch=0, precision="fp32", step=0, batch=0,
                         optimizer=torch.optim.SGD(net().parameters(), lr=0.1))
     for s.step in range(60):
