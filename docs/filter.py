@@ -84,6 +84,9 @@ def prose(lines: list, target: str) -> list:
     text = re.sub(r"\]\(index\.ipynb(#[^)]*)?\)", "](../index.qmd)" if target == "quarto" else "](../index.md)", text)
     if target == "quarto":  # pandoc's MathML knows no \tag
         text = re.sub(r"\\tag\{([^{}]*)\}", r"\\qquad\\text{(\1)}", text)
+    else:  # Sphinx would wrap a formula of several lines in `split`, which allows no \tag
+        text = re.sub(r"^\$\$((?:(?!\$\$).)*\\\\(?:(?!\$\$).)*)\$\$$",
+                      lambda m: "\\begin{equation*}\n" + m[1].strip() + "\n\\end{equation*}", text, flags=re.M | re.S)
     return text.split("\n")
 
 

@@ -42,3 +42,11 @@ def test_it_works_on_standard_input_as_quarto_calls_it(root):
     nb = {"cells": [text("# Title")], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     run = subprocess.run([sys.executable, root / "docs" / "filter.py"], input=json.dumps(nb), capture_output=True, text=True, cwd=root / "nbs")
     assert "".join(json.loads(run.stdout)["cells"][0]["source"]).endswith("Title")
+
+
+def test_formulas_of_several_lines_keep_their_number():
+    formula = "$$ a \\begin{cases} 1 \\\\ 2 \\end{cases} \\tag{4.1} $$"
+    nb = {"cells": [text(f"Text\n\n{formula}\n\nand $$ b $$ and\n\n$$ c \\tag{{2}} $$")], "metadata": {}}
+    sphinx = "".join(transform(nb, "sphinx")["cells"][0]["source"])
+    assert "\\begin{equation*}\na \\begin{cases} 1 \\\\ 2 \\end{cases} \\tag{4.1}\n\\end{equation*}" in sphinx and "$$ c \\tag{2} $$" in sphinx
+    assert "\\qquad\\text{(4.1)}" in "".join(transform(nb, "quarto")["cells"][0]["source"])

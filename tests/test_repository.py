@@ -163,6 +163,8 @@ def test_form_of_a_notebook(path):
     nb = load(path)
     assert path.stat().st_size < 2_000_000
     prose = re.sub(r"```.*?```", "", "\n\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"), flags=re.S)
+    ids = [c["id"] for c in nb["cells"]]
+    assert len(set(ids)) == len(ids)
     assert len(re.findall(r"^# ", prose, flags=re.M)) == 1
     long = {c["source"][1][:50]: n for c in code_cells(path) if (n := length("".join(c["source"]))) > 40}
     assert long == {}, "cells of more than 40 lines, docstrings aside"
