@@ -235,7 +235,7 @@ def masked_patches(x: Tensor, patch: int = 4, fraction: float = 0.5,
     x : Tensor
         Images (B, C, H, W); H and W divisible by `patch`.
     patch, fraction : int, float
-        Side of a patch in pixels; share of patches to hide, at least one and not all.
+        Side of a patch in pixels; share of patches to hide (some, not all).
 
     Returns
     -------

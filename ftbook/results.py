@@ -633,8 +633,9 @@ def table(rows: Sequence[Mapping], columns: Any = None, caption: str | None = No
     """
     if not rows:
         raise ValueError("table() was given no rows; give at least one")
-    names = dict(columns) if isinstance(columns, Mapping) else None if columns is None else {c: c for c in columns}
-    payload = {"rows": [_reference(r) for r in rows], "columns": names, "caption": caption, "fmt": fmt}
+    names = columns.items() if isinstance(columns, Mapping) else [(c, c) for c in columns or _all_columns(rows, fmt)]
+    pairs = [[key, heading] for key, heading in names]  # a list, because notebooks are stored with sorted keys
+    payload = {"rows": [_reference(r) for r in rows], "columns": pairs, "caption": caption, "fmt": fmt}
     return Markdown({"table": payload})
 
 # %% ../nbs/A3_results.ipynb #fc762bb8
@@ -663,12 +664,16 @@ def _cell(value: Any, key: str, fmt: Any) -> str:
     return f"{value:,}" if type(value) is StoredInt and key == "n" else str(value)
 
 # %% ../nbs/A3_results.ipynb #5f0a8f9e
-def _render_table(rows: list, columns: dict | None, caption: str | None, fmt: Any) -> str:
-    rows = [_resolve(r) for r in rows]
+def _all_columns(rows: Sequence[Mapping], fmt: Any) -> list[str]:
+    """All that varies, in the order of the rows, then the metrics."""
     lines, metrics = _lines(rows, fmt)
-    if columns is None:
-        varied = dict.fromkeys(k for line in lines for k in line if k not in (*metrics, "n", "budget", "seeds"))
-        columns = {k: k for k in (*varied, *metrics)}
+    varied = dict.fromkeys(k for line in lines for k in line if k not in (*metrics, "n", "budget", "seeds"))
+    return [*varied, *metrics]
+
+
+def _render_table(rows: list, columns: list, caption: str | None, fmt: Any) -> str:
+    columns = dict(columns)
+    lines, _ = _lines([_resolve(r) for r in rows], fmt)
     unknown = [k for k in columns if not any(k in line for line in lines)]
     if unknown:
         known = sorted({k for line in lines for k in line})
