@@ -152,7 +152,7 @@ def with_weights(base: nn.Module, **new: Tensor) -> nn.Module:
     TypeError
         For a quantized layer, whose weight is a table of codes and cannot take a float update.
     """
-    if isinstance(base, QuantLinear):
+    if type(base).__name__ == "QuantLinear":
         raise TypeError(
             "a quantized base cannot be merged: rounding would destroy the small update; apply the adapter to the "
             "float model (peft.load on an unquantized base) and merge there"

@@ -108,7 +108,8 @@ METHODS = {
 PROMPTS = ("prompt", "prefix")
 MERGEABLE = ("lora", "lora_all", "dora", "ia3", "bitfit")
 PAIRS = [(m, "bert") for m in METHODS]
-PAIRS += [(m, b) for m in METHODS for b in ("gpt2", "cnn", "bag") if m not in (*PROMPTS, "pfeiffer")]
+PAIRS += [(m, b) for m in METHODS for b in ("cnn", "bag") if m not in (*PROMPTS, "pfeiffer")]
+PAIRS += [(m, "gpt2") for m in ("lora_all", "dora", "ia3")]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 each = pytest.mark.parametrize(("method", "base"), PAIRS)
 
@@ -127,7 +128,7 @@ def stir(adapter, seed=3, size=0.3):
 
 
 @each
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_step_zero_equals_the_base(method, base, dtype):
     model = make(base, dtype)
     before = run(model, base, dtype)

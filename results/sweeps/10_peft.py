@@ -213,13 +213,14 @@ def spectrum():
     net = tagger(train.labels)
     start = {n: p.detach().clone() for n, p in net.model.named_parameters()}
     batches = BucketBatches(net.encode(train), 16, seed=1)
-    peft.tune(net.model, "full", batches, lr=best_rate("full"), epochs=EPOCHS, seed=1)
+    peft.tune(net.model, "full", batches, lr=RATES["full"][0], epochs=EPOCHS, seed=1)
     found = {}
     for name, p in net.model.named_parameters():
-        if name.endswith(("query.weight", "value.weight", "output.dense.weight")):
+        if name.endswith(("query.weight", "value.weight")):
             change = torch.linalg.svdvals(p.detach() - start[name])
             weight = torch.linalg.svdvals(start[name])
-            found[name] = {"change": change.tolist(), "weight": weight.tolist()}
+            found[name] = {k: [round(float(x), 6) for x in v] for k, v in (("change", change), ("weight", weight))}
+    results.record(CHAPTER, "spectrum_rate", RATES["full"][0])
     return results.record(CHAPTER, "spectrum", found)
 
 
