@@ -6,10 +6,12 @@ What it does: nbdev directives go, hidden cells go, `#| echo: false` and the lik
 (`> [!NOTE]`) become callouts, pictures become figures with their alt text, the file's number stands before the title.
 """
 import base64
+import functools
 import html
 import json
 import re
 import sys
+from pathlib import Path
 
 OPTION = re.compile(r"^#\|\s*([\w-]+)(?:\s*:\s*|\s+|$)(.*?)\s*$")  # Quarto's `name: value`, nbdev's `name value`
 QUARTO = {"echo", "include", "output", "code-fold", "code-summary", "warning", "error", "label", "fig-cap", "fig-alt"}
@@ -77,10 +79,22 @@ def callouts(lines: list, target: str) -> list:
     return out
 
 
+@functools.cache
+def drafts() -> frozenset:
+    """Notebooks that _quarto.yml names as being in preparation: they are no pages, so links to them become their text."""
+    text = (Path(__file__).resolve().parent.parent / "_quarto.yml").read_text(encoding="utf-8")
+    return frozenset(re.findall(r"^# in preparation: nbs/([\w-]+\.ipynb)", text, flags=re.M))
+
+
+def unless_draft(link) -> str:
+    return link[1] if link[2] in drafts() else link[0]
+
+
 def prose(lines: list, target: str) -> list:
     """Markdown of a cell or of an output, as the builder wants it."""
     lines = callouts(lines, target)
     text = "\n".join(lines)
+    text = re.sub(r"\[([^\[\]]+)\]\((?:nbs/)?([\w-]+\.ipynb)(?:#[^)]*)?\)", unless_draft, text)
     text = re.sub(r"\]\(index\.ipynb(#[^)]*)?\)", "](../index.qmd)" if target == "quarto" else "](../index.md)", text)
     if target == "quarto":  # pandoc's MathML knows no \tag
         text = re.sub(r"\\tag\{([^{}]*)\}", r"\\qquad\\text{(\1)}", text)

@@ -7,9 +7,9 @@ import sys
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from settings import NBS, RESULTS
+from settings import NBS, RESULTS, drafts
 
-NOTEBOOKS = sorted(NBS.glob("[!.]*.ipynb"))
+NOTEBOOKS = sorted(set(NBS.glob("[!.]*.ipynb")) - set(drafts()))
 
 
 def state() -> dict:

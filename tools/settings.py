@@ -29,6 +29,12 @@ def chapters() -> list:
     return [ROOT / file for file in files]
 
 
+def drafts() -> list:
+    """Notebooks that `_quarto.yml` names as being in preparation: no pages yet, and not executed by the tests."""
+    text = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    return [ROOT / file for file in re.findall(r"^# in preparation: (nbs/[\w-]+\.ipynb)", text, flags=re.M)]
+
+
 def find(chapter: str) -> Path:
     """The notebook that a command line means by `05`, `05_autoencoder` or a path."""
     name = Path(str(chapter)).stem
