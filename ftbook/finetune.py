@@ -4,19 +4,21 @@
 __all__ = ['FROZEN_BATCHNORMS', 'STRATEGIES', 'matching', 'blocks', 'is_norm', 'hold_batchnorm', 'freeze', 'unfreeze',
            'find_head', 'replace_head', 'param_groups', 'undecayed', 'GradualUnfreezing', 'plain_model',
            'check_in_optimizer', 'Alternating', 'two_stage', 'tune', 'even_plan', 'report', 'SmallCNN',
-           'pretrained_cnn', 'take_classes', 'transfer_run', 'fresh_head', 'old_accuracy']
+           'pretrained_cnn', 'take_classes', 'transfer_run', 'fresh_head', 'old_accuracy', 'two_tasks',
+           'compare_strategies']
 
 # %% ../nbs/07_finetuning_strategies.ipynb #633bea19
 import copy
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from .data import ImageSet
-from .results import Markdown, table
+from .results import Markdown, sweep, table
 from .runtime import seed_everything
 from .train import History, evaluate, fit
 
@@ -621,3 +623,76 @@ def old_accuracy(model: nn.Module, pretrained: nn.Module, old: ImageSet) -> floa
     name, head = find_head(pretrained)
     both.set_submodule(name, copy.deepcopy(head))
     return evaluate(both, old, precision="fp32")["accuracy"]
+
+# %% ../nbs/07_finetuning_strategies.ipynb #3c9373c2
+def two_tasks(train: ImageSet, test: ImageSet, *, held_out: int, scored: int = 2500) -> dict[str, ImageSet]:
+    """The first half of the classes to pretrain on, the others to tune on, as parts of one data set.
+
+    Parameters
+    ----------
+    held_out : int
+        Images of `train` kept for validation, all classes together.
+    scored : int
+        At most so many test images, and 1,000 validation images, of each half.
+
+    Returns
+    -------
+    dict
+        ``old``, ``new`` to train on; ``old_valid``, ``valid``; ``old_test``, ``test``.
+    """
+    pool, valid = train.split([len(train) - held_out, held_out], seed=0)
+    half = len(train.classes) // 2
+    parts = {"old": range(half), "new": range(half, len(train.classes))}
+    made = {name: take_classes(pool, classes) for name, classes in parts.items()}
+    for prefix, classes in (("old_", parts["old"]), ("", parts["new"])):
+        made[prefix + "valid"] = take_classes(valid, classes)[:1000]
+        made[prefix + "test"] = take_classes(test, classes)[:scored]
+    return made
+
+# %% ../nbs/07_finetuning_strategies.ipynb #7c2fea90
+def compare_strategies(tasks: dict[str, ImageSet], *, chapter: str, rates: Sequence[float] = (3e-3, 1e-2, 3e-2, 1e-1),
+                       seeds: Sequence[int] = range(3), labels: int = 20, epochs: int = 24,
+                       per_class: int = 1000) -> dict:
+    """Choose each strategy's rate on validation images, then score test images; finished runs are read, not repeated.
+
+    Returns
+    -------
+    dict
+        ``test_accuracy``, ``old_accuracy``, ``valid_accuracy``, ``trained``: strategy to Row; ``before``: Row of old
+        classes before tuning; ``search``, ``rates``: Rows of validation accuracy by rate, by body and head rate.
+    """
+    run, untuned = _runner(tasks, labels, epochs, per_class)
+    budget = f"{epochs * labels // 4} steps of 20 images, {len(rates)} learning rates tried"
+
+    def swept(name, choices, n="valid", run=run):
+        return sweep(run, choices, seeds, chapter=chapter, name=name, n=len(tasks[n]), budget=budget, progress=False)
+
+    found = {k: {} for k in ("test_accuracy", "old_accuracy", "valid_accuracy", "trained")} | {"search": []}
+    for strategy in ["scratch", *STRATEGIES]:
+        search = swept("search", {"strategy": [strategy], "lr": list(rates)})
+        found["search"] += search.summary("valid_accuracy")
+        best = {"strategy": [strategy], "lr": [search.best("valid_accuracy")["lr"]], "test": [True]}
+        final = swept("final", best, "test")
+        for metric in final.metrics:
+            found[metric][strategy] = final.row(metric)
+    pairs = {"strategy": ["full"], "lr": [1e-3, 1e-2], "head_lr": [1e-2, 1e-1]}
+    found["rates"] = swept("rates", pairs).summary("valid_accuracy")
+    return found | {"before": swept("pretrained", {}, "old_test", run=untuned).summary("old_accuracy")[0]}
+
+# %% ../nbs/07_finetuning_strategies.ipynb #8671f39d
+def _runner(tasks: dict[str, ImageSet], labels: int, epochs: int, per_class: int) -> tuple[Callable, Callable]:
+    "The runs of `compare_strategies`: a tuned and an untuned one; one pretrained network per seed."
+
+    @functools.cache
+    def pretrained(seed):
+        return pretrained_cnn(tasks["old"], per_class=per_class, seed=seed)
+
+    def run(seed, strategy, lr, head_lr=None, test=False):
+        more = {"test": tasks["test"], "old": tasks["old_test"]} if test else {}
+        how = {"labels": labels, "epochs": epochs, "head_lr": head_lr, "seed": seed}
+        return transfer_run(pretrained(seed), tasks["new"], tasks["valid"], **more, strategy=strategy, lr=lr, **how)
+
+    def untuned(seed):
+        return {"old_accuracy": old_accuracy(pretrained(seed), pretrained(seed), tasks["old_test"])}
+
+    return run, untuned
