@@ -370,3 +370,17 @@ def test_transfer_run_scores_and_leaves_the_pretrained_model_alone():
     assert all(torch.equal(v, state[k]) for k, v in source.state_dict().items())
     fresh = ft.fresh_head(source, 2, seed=0, scratch=True)
     assert not torch.equal(fresh.body[0][0].weight, source.body[0][0].weight)
+
+
+def test_compare_strategies_stores_every_run_and_reads_it_the_second_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    tasks = ft.two_tasks(toy_images(), toy_images(), held_out=16, scored=6)
+    assert tasks["old"].classes == ["a", "b"] and tasks["test"].classes == ["c", "d"]
+    assert len(tasks["old_test"]) == 6 and len(tasks["old"]) + len(tasks["new"]) == 32
+    small = {"rates": [0.01], "seeds": [0], "labels": 2, "epochs": 2, "per_class": 4}
+    found = ft.compare_strategies(tasks, chapter="07_test", **small)
+    assert list(found["test_accuracy"]) == ["scratch", *ft.STRATEGIES] and "scratch" not in found["old_accuracy"]
+    assert found["old_accuracy"]["head"]["values"] == found["before"]["values"]
+    assert len(found["search"]) == 9 and len(found["rates"]) == 4
+    monkeypatch.setattr(ft, "transfer_run", None)
+    assert ft.compare_strategies(tasks, chapter="07_test", **small)["test_accuracy"] == found["test_accuracy"]
