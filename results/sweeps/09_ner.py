@@ -33,7 +33,6 @@ METHODS = [
     ("pretrained", "full", "zipped"),
     ("pretrained", "full", "all pieces"),
     ("pretrained", "full", "padded"),
-    ("pretrained", "full", "noisy types"),
 ]
 
 
