@@ -307,7 +307,7 @@ def _read(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); restore it with git, or delete it and run again") from error
+        raise ValueError(f"{path} is no valid JSON ({error}); restore it with git, or delete it, run again") from error
 
 
 def _write(path: Path, content: dict) -> None:
@@ -648,7 +648,8 @@ def _lines(rows: list[Mapping], fmt: Any) -> tuple[list[dict], list[str]]:
             lines[str(number)] = {k: _cell(v, k, fmt) for k, v in r.items()}
             continue
         metrics[r["metric"]] = None
-        line = lines.setdefault(json.dumps(r.varied, sort_keys=True), {k: _cell(v, k, fmt) for k, v in r.varied.items()})
+        cells = {k: _cell(v, k, fmt) for k, v in r.varied.items()}
+        line = lines.setdefault(json.dumps(r.varied, sort_keys=True), cells)
         line.update({k: _cell(r[k], k, fmt) for k in ("n", "budget", "seeds") if r.get(k) is not None})
         line[r["metric"]] = format(r, _spec(r["metric"], fmt))
     return list(lines.values()), list(metrics)
@@ -735,10 +736,10 @@ def _sweep_row(stored: dict, source: dict) -> Row:
 
 # %% ../nbs/A3_results.ipynb #d05d885f
 class Sweep:
-    """Finished runs of a sweep. `rows`: one dict per run (choices, seed, metrics, seconds); `failed`: what went wrong."""
+    """Finished runs of a sweep. `rows`: one dict per run (choices, seed, metrics, seconds); `failed`: the others."""
 
-    def __init__(self, chapter: str, name: str, profile: str, stored: dict, wanted: list[tuple[dict, int]] | None = None,
-                 failed: Sequence[dict] = ()):
+    def __init__(self, chapter: str, name: str, profile: str, stored: dict,
+                 wanted: list[tuple[dict, int]] | None = None, failed: Sequence[dict] = ()):
         self.chapter, self.name, self.profile, self.stored, self.failed = chapter, name, profile, stored, list(failed)
         keys = None if wanted is None else {_key(c, s) for c, s in wanted}
         self.runs = [r for r in stored["runs"] if keys is None or _key(r["choice"], r["seed"]) in keys]
@@ -758,7 +759,8 @@ class Sweep:
 def _summary(self: Sweep, metric: str, **where: Any) -> list[Row]:
     """One Row per setting (over its seeds), those that match `where`."""
     if metric not in self.metrics:
-        raise ValueError(f"the sweep has no metric {metric!r}; it has {', '.join(self.metrics) or 'none: no run ended'}")
+        known = ", ".join(self.metrics) or "none: no run ended"
+        raise ValueError(f"the sweep has no metric {metric!r}; it has {known}")
     seeds: dict[str, list[int]] = {}
     choices: dict[str, dict] = {}
     for r in self.runs:
@@ -811,7 +813,8 @@ def _best(self: Sweep, metric: str, by: Sequence[str] = (), mode: str = "max", r
     return chosen if by else chosen[0]
 
 
-def _sweep_table(self: Sweep, *metrics: str, columns: Any = None, caption: str | None = None, fmt: Any = None) -> Markdown:
+def _sweep_table(self: Sweep, *metrics: str, columns: Any = None, caption: str | None = None,
+                 fmt: Any = None) -> Markdown:
     """Table of the settings, mean [low, high] of one or several metrics."""
     rows = [r for m in (metrics or self.metrics) for r in self.summary(m)]
     return table(rows, columns=columns, caption=caption, fmt=fmt)

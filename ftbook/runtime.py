@@ -7,6 +7,7 @@ __all__ = ['PROFILES', 'MB', 'profile', 'pick', 'device', 'device_name', 'seed_e
 
 # %% ../nbs/A2_runtime.ipynb #367c4ff6
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import random
@@ -199,7 +200,7 @@ def native_bf16(device: Any = None) -> bool:
     -------
     bool
         CUDA: compute capability 8.0 or more. CPU: the flag avx512_bf16 or amx_bf16 (x86), or bf16 (Arm).
-        MPS: False, since the arithmetic of Apple's GPUs is no faster in bf16 than in fp16 and PyTorch does not report it.
+        MPS: False, since Apple's GPUs are no faster in bf16 than in fp16 and PyTorch does not report it.
 
     Examples
     --------

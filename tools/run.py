@@ -18,7 +18,6 @@ from settings import NBS, RESULTS, ROOT, find
 
 os.environ.setdefault("FTBOOK_PROFILE", "cpu")
 PROFILE = os.environ["FTBOOK_PROFILE"]
-BAR = re.compile(r"\d+%\|.*\||\d+(it|B|MB)? ?\[\d\d:\d\d|it/s\]|s/it\]")
 MEMORY = "__import__('resource').getrusage(__import__('resource').RUSAGE_SELF).ru_maxrss"
 
 
@@ -38,10 +37,10 @@ def is_fresh(path: Path) -> bool:
     return (run.get("code"), run.get("library")) == (now["code"], now["library"])
 
 
-def is_progress(output: dict) -> bool:
-    """Progress bars are for the one who waits, not for the page."""
+def is_noise(output: dict) -> bool:
+    """Progress bars and library warnings (stderr) and live widgets are for the one who runs, not for the page."""
     if output["output_type"] == "stream":
-        return output["name"] == "stderr" and bool(BAR.search("".join(output["text"])))
+        return output["name"] == "stderr"
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
@@ -52,7 +51,7 @@ def clean(nb) -> None:
     cfg = get_config(path=ROOT)
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
-            cell["outputs"] = [o for o in cell["outputs"] if not is_progress(o)]
+            cell["outputs"] = [o for o in cell["outputs"] if not is_noise(o)]
     nb["metadata"].pop("widgets", None)
     clean_nb(nb, False, cfg.get("allowed_metadata_keys"), cfg.get("allowed_cell_metadata_keys"), cfg.clean_ids,
              cfg.get("allowed_out_metadata_keys"))
