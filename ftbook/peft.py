@@ -1117,7 +1117,7 @@ def base_hash(model: nn.Module) -> str:
 def sample_weights(model: nn.Module, paths: Sequence[str], n: int = 16) -> list[float]:
     """A few weights of a few adapted layers, to recognize a base of the same shape with other weights."""
     found = named(model)
-    picked = [matrix(found[p]).flatten() for p in paths[:4] if kind(found[p])]
+    picked = [matrix(found[p]).flatten() for p in sorted(paths)[:4] if kind(found[p])]
     return [v for w in picked for v in w.detach()[:: max(1, len(w) // n)][:n].tolist()]
 
 # %% ../nbs/10_peft.ipynb #bb3fbd51
