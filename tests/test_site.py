@@ -76,7 +76,7 @@ def test_no_page_scrolls_sideways(pages, address, page, width):
     wide = {}
     for name in pages:
         page.open(f"{address}/{name}")
-        page.wait("!document.querySelector('.math') || document.querySelector('mjx-container, math')")
+        page.wait("!document.querySelector('.math') || !!document.querySelector('mjx-container, math')")
         overhang = page.run("document.documentElement.scrollWidth - window.innerWidth")
         if overhang > 0:
             wide[name] = overhang
