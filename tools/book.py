@@ -37,8 +37,7 @@ def sphinx(out: Path) -> int:
     code = subprocess.call(
         [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-j", "auto", "-c", str(ROOT / "docs"),
          "-d", str(BUILD / "doctrees"), str(STAGE), str(out)], env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
-    for junk in (".buildinfo", "objects.inv"):
-        (out / junk).unlink(missing_ok=True) if junk == "objects.inv" else None
+    (out / "objects.inv").unlink(missing_ok=True)
     if code:
         shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
     return code

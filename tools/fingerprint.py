@@ -86,8 +86,9 @@ def _module(name: str) -> tuple:
 def reached(trees: list) -> set:
     """Every (module, definition) of ftbook that the given code can reach."""
     todo, seen = [], set()
+    imports = _imports(ast.Module(body=[n for t in trees for n in t.body], type_ignores=[]))
     for tree in trees:
-        todo += _uses(tree, _imports(ast.Module(body=[n for t in trees for n in t.body], type_ignores=[])))
+        todo += _uses(tree, imports)
     while todo:
         module, name = todo.pop()
         if not module or (LIBRARY / f"{module}.py").exists() is False:
