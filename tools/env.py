@@ -33,7 +33,10 @@ def main(folder, lock, editable):
     print("environment: installing %s into %s/ (first time: minutes)" % (lock, folder), flush=True)
     os.environ.setdefault("UV_LINK_MODE", "copy" if os.name == "nt" else "hardlink")
     install = [python, "-m", "uv", "pip", "install", "--quiet", "--python", python]
-    run(*install, "--requirements", lock)
+    if subprocess.call(install + ["--requirements", lock]):
+        print("environment: once more, with this system's certificates (networks with their own need it)", flush=True)
+        install.append("--system-certs")
+        run(*install, "--requirements", lock)
     if editable:
         run(*install, "--no-deps", "--editable", ".")
 
