@@ -17,7 +17,7 @@ from settings import EXTRAS, NBS, ROOT, chapters, drafts, requirements, settings
 
 NOTEBOOKS = sorted(NBS.glob("[!.]*.ipynb"))
 FLOORS = [["runtime"], ["plot"], ["results"], ["data"], ["losses", "optim"], ["train"], ["finetune"],
-          ["autoencoder", "mlm", "vision", "ner", "peft", "regularize", "augment"]]
+          ["autoencoder", "mlm", "vision", "ner", "peft", "regularize", "augment", "search"]]
 
 
 def load(path: Path) -> dict:
