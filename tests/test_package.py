@@ -5,6 +5,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import env
 import pytest
 
 PROGRAM = """
@@ -32,7 +33,7 @@ def wheel(root, tmp_path_factory) -> Path:
     for name in filter(None, files):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((root / name).read_bytes())
-    subprocess.run([sys.executable, "-m", "uv", "build", "--quiet", "--wheel", "--out-dir", folder, source], check=True)
+    assert not env.uv(sys.executable, "-m", "uv", "build", "--quiet", "--wheel", "--out-dir", str(folder), str(source))
     return next(folder.glob("*.whl"))
 
 
@@ -47,13 +48,13 @@ def test_the_wheel_holds_the_library_its_assets_and_nothing_else(wheel):
 
 @pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment(wheel, root, tmp_path):
-    env = tmp_path / "env"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
-    python = env / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python, "--constraints",
-                    root / "requirements" / "all.lock", wheel], check=True)
+    where = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", where], check=True)
+    python = where / "bin" / "python"
+    assert not env.uv(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python),
+                      "--constraints", str(root / "requirements" / "all.lock"), str(wheel))
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    run = subprocess.run([python, "-c", PROGRAM.format(env=env)], cwd=elsewhere, env=clean, capture_output=True, text=True)
+    run = subprocess.run([python, "-c", PROGRAM.format(env=where)], cwd=elsewhere, env=clean, capture_output=True, text=True)
     assert run.stdout.split()[:2] == ["1", "True"], run.stderr

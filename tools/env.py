@@ -18,6 +18,11 @@ def run(*command):
         stop("this step failed: " + " ".join(command))
 
 
+def uv(*command):
+    """Run a uv command; where it fails, once more with this system's certificates (some networks have their own)."""
+    return subprocess.call(command) and subprocess.call(command + ("--system-certs",))
+
+
 def main(folder, lock, editable):
     if not LOW <= sys.version_info[:2] <= HIGH:
         stop("Python %d.%d cannot be used: ftbook needs 3.10 to 3.13. Name another one: make PYTHON=python3.12 ..."
@@ -32,13 +37,11 @@ def main(folder, lock, editable):
         run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv")
     print("environment: installing %s into %s/ (first time: minutes)" % (lock, folder), flush=True)
     os.environ.setdefault("UV_LINK_MODE", "copy" if os.name == "nt" else "hardlink")
-    install = [python, "-m", "uv", "pip", "install", "--quiet", "--python", python]
-    if subprocess.call(install + ["--requirements", lock]):
-        print("environment: once more, with this system's certificates (networks with their own need it)", flush=True)
-        install.append("--system-certs")
-        run(*install, "--requirements", lock)
-    if editable:
-        run(*install, "--no-deps", "--editable", ".")
+    install = (python, "-m", "uv", "pip", "install", "--quiet", "--python", python)
+    if uv(*install, "--requirements", lock):
+        stop("the packages of %s could not be installed: see the lines above" % lock)
+    if editable and uv(*install, "--no-deps", "--editable", "."):
+        stop("ftbook itself could not be installed: see the lines above")
 
 
 def locked(folder, job):
