@@ -24,7 +24,7 @@ from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path as Outline
 
 # %% ../nbs/A4_plot.ipynb #36df46f5
-palette = ["#0072B2", "#D55E00", "#007F5C", "#A8457F", "#7A5C00", "#2E8BC0", "#5B4B9A", "#4D4D4D"]
+palette = ["#0072B2", "#B84A00", "#007F5C", "#A8457F", "#7A5C00", "#1F78A8", "#5B4B9A", "#4D4D4D"]
 INK, FAINT, CARD = "#1A1A1A", "#D9D9D9", "#FBFBFA"
 STYLE = {
     "figure.facecolor": CARD, "axes.facecolor": CARD, "savefig.facecolor": CARD,
@@ -451,7 +451,6 @@ def _across(order: list[list], edges: Sequence[tuple], size: Mapping, rounds: in
     for turn in range(rounds):
         for layer in order if turn % 2 == 0 else order[::-1]:
             want = np.array([np.mean([at[m] for m in near[n]]) if near[n] else at[n] for n in layer])
-            want = np.maximum.accumulate(want) + 1e-9 * np.arange(len(layer)) if False else want
             at.update(zip(layer, _keep_order(want, np.array([size[n] for n in layer])), strict=True))
     return at
 
@@ -514,7 +513,7 @@ def concept_map(nodes: Mapping[str, str], edges: Sequence[tuple], *, layers: Seq
     """
     pairs, texts = _checked_graph(nodes, edges, layers, direction)
     layer = layering(list(nodes), pairs) if layers is None else {n: i for i, ns in enumerate(layers) for n in ns}
-    label = {n: textwrap.fill(str(t), wrap, break_long_words=False) for n, t in nodes.items()}
+    label = {n: textwrap.fill(str(t), wrap, break_long_words=False, break_on_hyphens=False) for n, t in nodes.items()}
     box = {n: tuple(np.array(text_size(t)) + (16, 10)) for n, t in label.items()}
     order, short, chains = _with_bends(layer, pairs)
     order = ordering(order, short)

@@ -882,6 +882,11 @@ def sweep(run: Callable[..., Mapping[str, float]], choices: Mapping[str, Sequenc
     Sweep
         Runs that raised are in `.failed`, with their settings, and are tried again next time.
 
+    Raises
+    ------
+    ValueError
+        If runs stored under this name had another budget or another n.
+
     Examples
     --------
     >>> os.environ["FTBOOK_RESULTS"] = tempfile.mkdtemp()
@@ -895,7 +900,7 @@ def sweep(run: Callable[..., Mapping[str, float]], choices: Mapping[str, Sequenc
     wanted = [(c, s) for c in settings(choices, search, trials) for s in seeds]
     profile, path, failed = runtime.profile(), _file(chapter, results_dir()), []
     about = {k: v for k, v in {"n": n, "budget": budget}.items() if v is not None}
-    done = {_key(r["choice"], r["seed"]) for r in _stored_runs(path, profile, name)}
+    done = {_key(r["choice"], r["seed"]) for r in _stored_runs(path, profile, name, about)}
     for choice, seed in _bar([w for w in wanted if _key(*w) not in done], name, progress):
         try:
             _keep(path, profile, name, _one(run, choice, seed), about)
@@ -905,9 +910,15 @@ def sweep(run: Callable[..., Mapping[str, float]], choices: Mapping[str, Sequenc
     stored = _read(path).get(profile, {}).get(name, {"value": {"runs": []}})["value"]
     return Sweep(str(chapter), name, profile, stored, wanted, failed)
 
-
-def _stored_runs(path: Path, profile: str, name: str) -> list[dict]:
-    return _read(path).get(profile, {}).get(name, {}).get("value", {}).get("runs", [])
+# %% ../nbs/A3_results.ipynb #cf2cc95b
+def _stored_runs(path: Path, profile: str, name: str, about: dict) -> list[dict]:
+    """The runs that are already there; runs of another budget or another number of examples are not to be mixed."""
+    value = _read(path).get(profile, {}).get(name, {}).get("value", {})
+    for key in ("budget", "n"):
+        if value.get("runs") and key in about and value.get(key, about[key]) != about[key]:
+            raise ValueError(f"the stored sweep {name!r} in {path.name} has {key} {value[key]!r}, this one "
+                             f"{about[key]!r}; give it another name, or delete the stored one first")
+    return value.get("runs", [])
 
 
 def _bar(items: list, name: str, progress: bool) -> Iterable:

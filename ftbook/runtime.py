@@ -322,17 +322,19 @@ class SampledGauge(Gauge):
 
     def __init__(self, value: Callable[[], float], method: str, every: float = 0.005):
         self.value, self.method, self.every = value, f"{method}, sampled every {1000 * every:.0f} ms", every
-        self.peak, self.halt, self.thread = 0.0, threading.Event(), None
+        self.peak, self.halt, self.lock, self.thread = 0.0, threading.Event(), threading.Lock(), None
 
     def now(self) -> float:
         return self.value()
 
     def read(self) -> float:
-        self.peak = max(self.peak, self.value())
-        return self.peak
+        with self.lock:
+            self.peak = max(self.peak, self.value())
+            return self.peak
 
     def reset(self) -> None:
-        self.peak = self.value()
+        with self.lock:
+            self.peak = self.value()
         if self.thread is None:
             self.halt.clear()
             self.thread = threading.Thread(target=self._watch, daemon=True)

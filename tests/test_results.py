@@ -234,3 +234,13 @@ def test_settings_grid_random_and_errors():
 def test_results_do_not_import_torch():
     code = "import sys; import ftbook.results; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_sweep_does_not_mix_budgets(folder):
+    kept = {"chapter": "00_demo", "name": "mixed", "progress": False}
+    results.sweep(lambda seed: {"loss": 1.0}, {}, [0], budget="1 epoch", n=5, **kept)
+    assert len(results.sweep(lambda seed: {"loss": 1.0}, {}, [0, 1], budget="1 epoch", n=5, **kept).rows) == 2
+    with pytest.raises(ValueError, match="budget '1 epoch', this one '2 epochs'; give it another name"):
+        results.sweep(lambda seed: {"loss": 1.0}, {}, [0], budget="2 epochs", n=5, **kept)
+    with pytest.raises(ValueError, match="n 5, this one 6"):
+        results.sweep(lambda seed: {"loss": 1.0}, {}, [0], budget="1 epoch", n=6, **kept)
