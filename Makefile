@@ -8,9 +8,10 @@ ALL  := .venv
 BOOK := .venv-book
 PY   := $(ALL)/bin/python
 BPY  := $(BOOK)/bin/python
+LOW  := .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve lab run results test bench export lock clean
+.PHONY: help book serve lab run results test lowest bench export lock clean
 
 help:           ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,13 @@ results: $(ALL)/.installed ## run a chapter's long sweeps into results/NN_name.j
 
 test: $(ALL)/.installed    ## ruff, export, every notebook, wheel, site in Chromium, coverage
 	@$(PY) tools/check.py
+
+$(LOW)/.installed: requirements/lowest.lock setup.py settings.ini tools/env.py
+	@$(PYTHON) tools/env.py $(LOW) requirements/lowest.lock --editable
+	@touch $@
+
+lowest: $(LOW)/.installed  ## the library's tests with the oldest packages that settings.ini allows (PYTHON=python3.10)
+	@$(LOW)/bin/python tools/check.py --library
 
 bench: $(ALL)/.installed   ## run benchmarks/*.py side by side with their peers; tables in benchmarks/results/
 	@$(PY) tools/bench.py $(CH)

@@ -7,7 +7,20 @@ import time
 from settings import ROOT
 
 
+ELSEWHERE = ("test_notebooks", "test_site", "test_filter", "test_package", "test_repository", "test_benchmarks")
+
+
+def library(*arguments: str) -> int:
+    """The tests of the modules alone, with whatever versions this environment has."""
+    files = [str(f) for f in sorted((ROOT / "tests").glob("test_*.py")) if f.stem not in ELSEWHERE]
+    print(f"test: the library alone, {len(files)} files, Python {sys.version.split()[0]}", flush=True)
+    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return subprocess.call([sys.executable, "-m", "pytest", "-q", "-n", "2", *files, *arguments], cwd=ROOT, env=env)
+
+
 def main() -> int:
+    if "--library" in sys.argv[1:]:
+        return library(*(a for a in sys.argv[1:] if a != "--library"))
     start = time.perf_counter()
     print("test: ruff, then pytest on two workers (library, notebooks in the quick profile, wheel, site in Chromium)", flush=True)
     env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "OMP_WAIT_POLICY": "PASSIVE"}
