@@ -6,7 +6,6 @@ import time
 
 from settings import ROOT
 
-
 ELSEWHERE = ("test_notebooks", "test_site", "test_filter", "test_package", "test_repository", "test_benchmarks")
 
 
