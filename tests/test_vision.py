@@ -1,0 +1,437 @@
+"""Chapter 8's library: images in, weights found, predictions explained, strategies that move what they say."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix as reference_matrix
+from torch import nn
+
+from ftbook import vision as v
+from ftbook.data import ChecksumError, ImageSet
+from ftbook.finetune import SmallCNN
+from ftbook.train import predict
+
+
+def images(n=24, classes=2, size=8, seed=0):
+    "Bright squares and dark ones: easy to tell apart."
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    x = 60 + 120 * y[:, None, None, None] / max(classes - 1, 1) + 40 * torch.rand(n, 3, size, size, generator=generator)
+    return ImageSet(x.to(torch.uint8), y, [f"class {i}" for i in range(classes)])
+
+
+def small(classes=4, seed=0):
+    torch.manual_seed(seed)
+    return SmallCNN(classes, (3, 6, 8, 8)).eval()
+
+
+# images in
+
+
+def test_the_source_network_has_the_source_shapes():
+    net = v.TwoConvCNN()
+    assert {n: tuple(p.shape) for n, p in net.named_parameters() if n.endswith("weight")} == {
+        "conv1.weight": (64, 3, 3, 3), "conv2.weight": (128, 64, 3, 3),
+        "fc1.weight": (256, 128 * 8 * 8), "fc2.weight": (10, 256)}
+    pooled_first = net.fc2(torch.relu(net.fc1(torch.relu(torch.max_pool2d(net.conv2(torch.relu(torch.max_pool2d(
+        net.conv1(x := torch.rand(2, 3, 32, 32)), 2))), 2)).flatten(1))))
+    torch.testing.assert_close(net(x), pooled_first)
+    with pytest.raises(ValueError, match="size=32"):
+        net(torch.rand(1, 3, 28, 28))
+    with pytest.raises(ValueError, match="divisible by 4"):
+        v.TwoConvCNN(size=30)
+
+
+@pytest.mark.parametrize("x, error, message", [
+    (np.zeros((1, 3, 4, 4)), TypeError, "as_tensor"),
+    (torch.zeros(3, 3), ValueError, "not empty"),
+    (torch.zeros(0, 3, 4, 4), ValueError, "not empty"),
+    (torch.zeros(1, 4, 4, 3), ValueError, "permute"),
+    (torch.zeros(1, 1, 4, 4), ValueError, "1 channels, the model takes 3$"),
+    (torch.zeros(1, 3, 4, 4, dtype=torch.int32), TypeError, "uint8"),
+    (torch.full((1, 3, 4, 4), 200.0), ValueError, "divide by 255"),
+    (torch.full((1, 3, 4, 4), -1.0), ValueError, "normalization"),
+    (torch.full((1, 3, 4, 4), float("nan")), ValueError, "nan"),
+])
+def test_wrong_images_are_named(x, error, message):
+    with pytest.raises(error, match=message):
+        v.as_images(x)
+
+
+def test_right_images_become_floats():
+    assert v.as_images(torch.full((3, 2, 2), 51, dtype=torch.uint8)).flatten()[0] == pytest.approx(0.2)
+    assert v.as_images(torch.rand(2, 1, 4, 4), channels=None).shape == (2, 1, 4, 4)
+    assert v.as_images(torch.rand(2, 3, 4, 4).double()).dtype == torch.float32
+
+
+def picture(format="JPEG", shade=90, size=(40, 24)):
+    out = io.BytesIO()
+    Image.fromarray(np.full((size[1], size[0], 3), shade, np.uint8)).save(out, format)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "WEBP"])
+def test_pictures_are_decoded_square(format):
+    x = v.decode_image(picture(format), size=12)
+    assert x.shape == (3, 12, 12) and x.dtype == torch.uint8 and (x.int() - 90).abs().max() <= 2
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        v.decode_image(picture(format)[: len(picture(format)) // 3])
+
+
+def folder(place, **classes):
+    for name, contents in classes.items():
+        (place / name).mkdir()
+        for i, raw in enumerate(contents):
+            (place / name / f"{i}.jpg").write_bytes(raw)
+    return place
+
+
+def test_a_folder_of_photos(tmp_path, capsys):
+    part = v.read_folder(folder(tmp_path, bees=[picture(shade=200)] * 2, ants=[picture(shade=10)]), size=8)
+    assert part.classes == ["ants", "bees"] and part.y.tolist() == [0, 1, 1] and part.skipped == []
+    assert part.x[0].float().mean() < 20 < 190 < part.x[1].float().mean() and capsys.readouterr().out == ""
+
+
+def test_corrupt_photos_stop_or_are_counted_and_named(tmp_path, capsys):
+    place = folder(tmp_path, ants=[picture(), b"no picture"], bees=[picture()])
+    with pytest.raises(ValueError, match="1.jpg cannot be decoded.*skip_corrupt"):
+        v.read_folder(place, size=8)
+    part = v.read_folder(place, size=8, skip_corrupt=True)
+    assert len(part) == 2 and [p.name for p in part.skipped] == ["1.jpg"]
+    assert "left out 1 corrupt files: 1.jpg" in capsys.readouterr().out
+
+
+def test_folders_that_do_not_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        v.read_folder(tmp_path / "none")
+    with pytest.raises(ValueError, match="no class folders"):
+        v.read_folder(tmp_path)
+    place = folder(tmp_path, ants=[picture()], bees=[])
+    with pytest.raises(ValueError, match="no pictures in the class bees"):
+        v.read_folder(place)
+    (place / "bees" / "0.jpg").write_bytes(b"?")
+    with pytest.raises(ValueError, match="class bees can be decoded"):
+        v.read_folder(place, size=8, skip_corrupt=True)
+    with pytest.raises(ValueError, match="none of the 1 files"):
+        v.load_images([place / "bees" / "0.jpg"], skip_corrupt=True)
+    with pytest.raises(FileNotFoundError, match="1 of 2 files do not exist"):
+        v.load_images([place / "ants" / "0.jpg", place / "x.jpg"])
+
+
+# backbones
+
+
+def test_backbones_compute_what_torchvision_computes():
+    import torchvision
+
+    torch.manual_seed(3)
+    ours = v.backbone("mobilenet_v2", weights=None).eval()
+    torch.manual_seed(3)
+    theirs = torchvision.models.mobilenet_v2().eval()
+    x = torch.rand(2, 3, 64, 64)
+    normalize = torchvision.transforms.Normalize(v.IMAGENET_MEAN, v.IMAGENET_STD)
+    torch.testing.assert_close(ours(x), theirs(normalize(x)), rtol=1e-4, atol=1e-5)
+    assert ours.origin == "random" and v.backbone("resnet18", None, n_classes=3)(x).shape == (2, 3)
+
+
+def test_backbones_that_do_not_exist():
+    with pytest.raises(ValueError, match="mobilenet_v2, resnet18, resnet50"):
+        v.backbone("vgg16")
+    with pytest.raises(ValueError, match="imagenet"):
+        v.backbone("resnet18", weights="cifar")
+
+
+def test_missing_weights_say_what_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_DATA", str(tmp_path))
+    monkeypatch.setenv("FTBOOK_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="resnet50-.*load_bundled"):
+        v.backbone("resnet50")
+    assert not list((tmp_path / "weights").glob("*")) if (tmp_path / "weights").exists() else True
+
+
+def test_weights_are_found_verified_and_downloaded(tmp_path, monkeypatch):
+    import torchvision
+
+    monkeypatch.setenv("FTBOOK_DATA", str(tmp_path))
+    assert v.find_weights("mobilenet_v2") is None
+    name, _ = v.CONVERTED["mobilenet_v2"]
+    (tmp_path / "weights").mkdir()
+    torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "weights" / name)
+    with pytest.raises(ChecksumError, match="remove it"):
+        v.find_weights("mobilenet_v2")
+    right = v.sha256(tmp_path / "weights" / name)
+    monkeypatch.setitem(v.CONVERTED, "mobilenet_v2", (name, right))
+    assert v.backbone("mobilenet_v2").origin == name
+
+    def deliver(url, target, hash_prefix, progress):
+        assert hash_prefix == "f37072fd" and url.endswith("resnet18-f37072fd.pth")
+        torch.save(torchvision.models.resnet18().state_dict(), target)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", deliver)
+    assert v.backbone("resnet18", progress=False).origin == "resnet18-f37072fd.pth"
+
+
+def test_imagenet_has_its_classes():
+    names = v.imagenet_classes()
+    assert len(names) == 1000 and names[309:311] == ["bee", "ant"]
+
+
+def test_a_small_cnn_survives_a_round_trip(tmp_path):
+    model = small(2)
+    model(torch.rand(8, 3, 8, 8))
+    again = v.load_cnn(v.save_cnn(model, tmp_path / "cnn", classes=["a", "b"]))
+    x = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(again(x), model(x), rtol=5e-3, atol=5e-3)
+    assert again.classes == ["a", "b"] and not again.training
+
+
+def test_the_bundled_model_is_small_and_knows_ten_classes(root):
+    folder = root / "ftbook" / "assets" / "cnn-small-cifar10"
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 2_000_000
+    model = v.load_bundled()
+    assert len(model.classes) == 10 and model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "license" in card.lower() and "test" in card and "{" not in card
+
+
+# augmentation and shift
+
+
+def test_torchvision_draws_once_per_call_and_on_batch_says_so():
+    ramp = torch.linspace(0, 1, 8).expand(64, 3, 8, 8)
+    torch.manual_seed(0)
+    together = v.pipeline("flip", 8, per="batch")(ramp)
+    assert all(torch.equal(image, together[0]) for image in together)
+    alone = v.pipeline("flip", 8, per="image")(ramp)
+    assert 10 < sum(torch.equal(image, ramp[0]) for image in alone) < 54
+    assert v.pipeline("photo", 8)(ramp).shape == v.pipeline("crop", 8)(ramp).shape == ramp.shape
+    torch.testing.assert_close(v.pipeline("none", 8)(ramp), ramp)
+    with pytest.raises(ValueError, match="flip, crop, photo"):
+        v.pipeline("spin", 8)
+    with pytest.raises(ValueError, match="image"):
+        v.OnBatch(nn.Identity(), per="epoch")
+
+
+def test_augment_without_draws_is_the_identity_and_mirrors_exactly():
+    x = torch.rand(16, 3, 9, 9)
+    torch.testing.assert_close(v.Augment(zoom=0, shift=0, flip=0)(x), x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(v.Augment(zoom=0, shift=0, flip=1)(x), x.flip(-1), rtol=0, atol=1e-5)
+    torch.manual_seed(0)
+    mixed = v.Augment(zoom=0, shift=0, flip=0.5)(x)
+    same = [torch.allclose(a, b, atol=1e-4) for a, b in zip(mixed, x, strict=True)]
+    mirrored = [torch.allclose(a, b.flip(-1), atol=1e-4) for a, b in zip(mixed, x, strict=True)]
+    assert all(a != b for a, b in zip(same, mirrored, strict=True)) and 2 < sum(same) < 14
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.floats(0, 1), st.floats(0, 0.5), st.floats(0, 4), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_augment_keeps_shape_and_range(zoom, shift, light, contrast, blur, noise):
+    augment = v.Augment(zoom, shift, 0.5, light, contrast, blur, noise)
+    y = augment(torch.rand(5, 3, 16, 16))
+    assert y.shape == (5, 3, 16, 16) and y.isfinite().all() and 0 <= y.min() and y.max() <= 1
+
+
+def test_augment_draws_for_every_image_and_repeats_with_the_seed():
+    x = torch.full((6, 3, 8, 8), 0.5)
+    augment = v.Augment(light=1.0)
+    torch.manual_seed(1)
+    first = augment(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, augment(x)) and len(first.mean((1, 2, 3)).unique()) == 6
+    with pytest.raises(ValueError, match="noise"):
+        v.Augment(noise=2)
+
+
+def test_shifts_do_what_their_names_say():
+    x = torch.rand(3, 3, 64, 64)
+    assert v.blur(x, 0.05).var() < 0.5 * x.var()
+    assert torch.equal(v.noise(x, seed=1), v.noise(x, seed=1)) and not torch.equal(v.noise(x), v.noise(x, seed=1))
+    flat = torch.full((2, 3, 64, 64), 0.5)
+    assert float((v.noise(flat, 0.1) - flat).std()) == pytest.approx(0.1, rel=0.05)
+    torch.testing.assert_close(v.darken(x, 0.7), 0.3 * x)
+    for change in v.SHIFTS.values():
+        y = change((255 * x).to(torch.uint8))
+        assert y.dtype == torch.float32 and 0 <= y.min() and y.max() <= 1
+
+
+# predictions
+
+
+def test_topk_is_sorted_named_and_sums_to_one():
+    model, x = small(4), torch.rand(5, 3, 8, 8)
+    top = v.predict_topk(model, x, k=4)
+    assert (top.probability.diff(dim=1) <= 0).all() and top.probability.sum(1).allclose(torch.ones(5))
+    assert top.index[:, 0].equal(model(x).argmax(1)) and top.names[0][0] == str(int(top.index[0, 0]))
+    named = v.predict_topk(model, images(3, classes=4), k=1)
+    assert named.names[0][0].startswith("class")
+    with pytest.raises(ValueError, match="k is 5"):
+        v.predict_topk(model, x, k=5)
+    with pytest.raises(ValueError, match="2 class names for 4 outputs"):
+        v.predict_topk(model, x, k=1, classes=["a", "b"])
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60))
+def test_the_confusion_matrix_is_scikit_learns(pairs):
+    target, predicted = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    expected = reference_matrix(target.numpy(), predicted.numpy(), labels=range(5))
+    assert np.array_equal(v.confusion_matrix(target, predicted, 5).numpy(), expected)
+
+
+def test_confusion_matrix_refuses_and_is_drawn():
+    with pytest.raises(ValueError, match="3 true labels|\\(3,\\)"):
+        v.confusion_matrix(torch.zeros(3, dtype=torch.long), torch.zeros(2, dtype=torch.long), 2)
+    with pytest.raises(ValueError, match="n_classes is 2"):
+        v.confusion_matrix(torch.tensor([2]), torch.tensor([0]), 2)
+    ax = v.plot_confusion(torch.tensor([[3, 1], [0, 0]]), ["ant", "bee"])
+    assert [t.get_text() for t in ax.texts] == ["75", "25", "0", "0"]
+
+
+def test_saliency_is_the_gradient_of_the_logit():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False))
+    x = torch.rand(1, 3, 2, 2)
+    with torch.no_grad():
+        net[1].weight.copy_(torch.arange(24).reshape(2, 12) - 8.0)
+    expected = net[1].weight[0].reshape(3, 2, 2).abs().amax(0)
+    found = v.saliency(net, x, target=0)[0]
+    top = expected.flatten().quantile(0.99)
+    torch.testing.assert_close(found, (expected / top).clamp(max=1).detach())
+    assert net[1].weight.grad is None
+
+
+def test_explaining_leaves_the_model_as_it_was():
+    model = small(3).train()
+    state = {k: t.clone() for k, t in model.state_dict().items()}
+    x = torch.rand(2, 3, 8, 8)
+    for maps in (v.saliency(model, x), v.grad_cam(model, x, target=1), v.grad_cam(model, x, layer=model.body[0])):
+        assert maps.shape == (2, 8, 8) and maps.min() >= 0 and maps.max() <= 1
+    assert model.training and all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_class_maps_add_up_to_the_logit_of_a_pooled_linear_head():
+    model, x = small(3), torch.rand(4, 3, 8, 8)
+    maps, logits = v.class_maps(model, x, target=2)
+    torch.testing.assert_close(maps.sum((1, 2)), logits - model.head.bias[2].detach(), rtol=1e-4, atol=1e-5)
+    assert v.last_spatial_layer(model, x) is model.body
+    with pytest.raises(ValueError, match="more than one place"):
+        v.last_spatial_layer(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2))
+
+
+def test_overlays_are_pictures():
+    x = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(v.overlay(x, torch.ones(2, 8, 8), strength=0.0), x.expand(-1, 3, -1, -1))
+    assert v.overlay((255 * torch.rand(2, 3, 8, 8)).to(torch.uint8), torch.rand(2, 8, 8)).shape == (2, 3, 8, 8)
+
+
+# strategies
+
+
+def test_features_are_what_the_head_sees():
+    model, part = small(3), images(6)
+    x = v.as_images(part.x)
+    seen = v.features(model, part, precision="fp32")
+    torch.testing.assert_close(seen, model.body(x).mean((2, 3)).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.head(seen), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_on_cached_features_is_the_head_trained_in_place():
+    part = images(32)
+    results = []
+    for way in ("cached", "in place"):
+        model = small(2)
+        if way == "cached":
+            v.fit_cached_head(model, part, lr=0.05, epochs=3, batch_size=8, precision="fp32", progress=False)
+        else:
+            v.tune(model, part, strategy="head", lr=0.05, epochs=3, batch_size=8, precision="fp32", progress=False)
+        results.append(model.state_dict())
+    for key in results[0]:
+        torch.testing.assert_close(results[0][key], results[1][key], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_before_the_head_is_kept_in_cached_training():
+    model = v.backbone("mobilenet_v2", weights=None, n_classes=2)
+    part = images(8, size=32)
+    torch.manual_seed(0)
+    history = v.fit_cached_head(model, part, lr=0.01, epochs=1, progress=False)
+    assert len(history) == 1 and all(not p.requires_grad for n, p in model.named_parameters() if "classifier" not in n)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_probe_is_scikit_learns(classes):
+    model, part = small(classes), images(30, classes=classes)
+    v.fit_probe(model, part, strength=1.0)
+    seen = v.features(model, part).numpy()
+    reference = LogisticRegression(C=1.0, max_iter=2000).fit(seen, part.y.numpy())
+    ours = predict(model, v.as_images(part.x), precision="fp32").softmax(1)
+    np.testing.assert_allclose(ours.numpy(), reference.predict_proba(seen), rtol=1e-3, atol=1e-4)
+
+
+MOVES = {"scratch": "all", "linear probe": "head", "head": "head", "last block": "last", "gradual": "all",
+         "layer-wise": "all", "full": "all", "full, augmented": "all"}
+
+
+@pytest.mark.parametrize("way", list(v.WAYS))
+def test_every_way_moves_what_it_says(way):
+    original, part = small(5), images(16)
+    before = copy.deepcopy(original.state_dict())
+    model, metrics = v.way_run(original, part, part, part, way=way, lr=0.01, epochs=4, batch_size=8, seed=3,
+                               shifted=way == "head")
+    assert all(torch.equal(t, before[k]) for k, t in original.state_dict().items()), "the original was changed"
+    moved = {k.split(".")[0] + "." + k.split(".")[1] for k, t in model.state_dict().items()
+             if k.startswith("body") and not torch.equal(t, before[k])}
+    expected = {"all": {"body.0", "body.1", "body.2"}, "head": set(), "last": {"body.2"}}[MOVES[way]]
+    assert moved == expected and 0 <= metrics["test_accuracy"] <= 1 and metrics["trained"] > 0
+    assert ("blurred_accuracy" in metrics) == (way == "head")
+    assert ("train_loss_4" in metrics) == (way != "linear probe")
+
+
+def test_a_way_with_few_labels_and_a_rate_for_the_head():
+    part = images(24)
+    model, metrics = v.way_run(small(5), part, way="full", lr=0.0, head_lr=0.05, labels=4, epochs=30, batch_size=8)
+    fresh, _ = v.way_run(small(5), part, way="full", lr=0.0, head_lr=0.0, labels=4, epochs=1, batch_size=8)
+    same = [torch.equal(a, b) for a, b in zip(model.body.parameters(), fresh.body.parameters(), strict=True)]
+    assert all(same) and not torch.equal(model.head.weight, fresh.head.weight)
+    assert "train_loss_1" not in metrics  # longer than ten epochs
+    augmented = v.tune_way(small(2), part, "head", lr=0.1, epochs=1, transform=v.Augment(), progress=False)
+    assert len(augmented) == 1
+    with pytest.raises(ValueError, match="strategy is 'magic'"):
+        v.tune_way(small(2), part, "magic", lr=0.1, epochs=1)
+
+
+def test_the_old_task_sees_forgetting():
+    original, part = small(4), images(24, classes=3)
+    old = v.OldTask(original, part, part)
+    assert old.measure(original)["agreement"] == 1.0
+    other = small(4, seed=9)
+    assert 0 <= old.measure(other)["agreement"] <= 1 and 0 <= old.measure(other)["old_probe"] <= 1
+
+
+def test_folds_cover_every_image_once():
+    part = images(26)
+    part = ImageSet(torch.arange(26, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2), part.y, part.classes)
+    seen = [v.hold_out(part, i, folds=4) for i in range(4)]
+    assert sorted(int(i) for _, valid in seen for i in valid.x[:, 0, 0, 0]) == list(range(26))
+    assert all(len(train) + len(valid) == 26 for train, valid in seen)
+    assert all(not set(t.x[:, 0, 0, 0].tolist()) & set(w.x[:, 0, 0, 0].tolist()) for t, w in seen)
+    with pytest.raises(ValueError, match="fold 4 of 4"):
+        v.hold_out(part, 4)
+
+
+def test_the_source_recipe_is_evaluated():
+    part = images(16)
+    model, metrics = v.source_run(part, part, part, epochs=2, batch_size=8)
+    assert isinstance(model.net, v.TwoConvCNN) and {"valid_accuracy_1", "valid_accuracy_2", "test_accuracy"} <= set(metrics)
+    _, metrics = v.source_run(part, part, model=small(2), optimizer="adamw", lr=1e-2, epochs=1)
+    assert "test_accuracy" not in metrics
+
+
+def test_images_are_resized():
+    assert v.resized(images(4), 16).x.shape == (4, 3, 16, 16)
