@@ -7,10 +7,10 @@ __all__ = ['KINDS', 'Target', 'FEED_FORWARD_OUT', 'METHODS', 'HEADS', 'CONFIG_FI
            'lengthen', 'PromptLayer', 'PrefixCache', 'PrefixLayer', 'HeadLayer', 'Method', 'matches', 'check_positive',
            'LoRA', 'DoRA', 'scalable', 'IA3', 'BitFit', 'Houlsby', 'Pfeiffer', 'PromptTuning', 'PrefixTuning',
            'Adapted', 'Place', 'plain', 'walk', 'named', 'wrappers', 'outputs', 'near', 'within', 'chosen',
-           'find_heads', 'freeze_base', 'apply', 'check_name', 'build', 'attach', 'Adapter', 'inherit_trainable',
-           'restore', 'handle', 'normal_float', 'encode_blocks', 'decode_blocks', 'QuantLinear', 'quantize',
-           'base_hash', 'sample_weights', 'read_folder', 'from_config', 'as_list', 'owner', 'check_base', 'fill',
-           'load', 'tune', 'training_memory']
+           'find_heads', 'freeze_base', 'apply', 'check_name', 'build', 'attach', 'switch', 'Adapter',
+           'inherit_trainable', 'restore', 'handle', 'normal_float', 'encode_blocks', 'decode_blocks', 'QuantLinear',
+           'quantize', 'base_hash', 'sample_weights', 'read_folder', 'from_config', 'as_list', 'owner', 'check_base',
+           'fill', 'load', 'tune', 'training_memory']
 
 # %% ../nbs/10_peft.ipynb #a3c447b6
 import copy
@@ -20,7 +20,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -172,15 +172,12 @@ class LoRALayer(Layer):
         n_out, n_in = matrix(base).shape
         if not 1 <= spec.r <= min(n_out, n_in):
             raise ValueError(f"rank r={spec.r} on a matrix of {n_out} × {n_in}: choose 1 to {min(n_out, n_in)}")
-        self.spec, self.embedding = spec, kind(base) == "embedding"
+        vars(self).update(spec=spec, embedding=kind(base) == "embedding")
         kernel = tuple(base.weight.shape[1:]) if kind(base) == "conv2d" else (n_in,)
         make = dict(device=base.weight.device, dtype=dtype)
-        self.lora_A = nn.Parameter(torch.zeros(spec.r, *kernel, **make))
-        self.lora_B = nn.Parameter(torch.zeros(n_out, spec.r, *(1,) * (len(kernel) - 1), **make))
-        if self.embedding:
-            nn.init.normal_(self.lora_B)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        A, B = torch.zeros(spec.r, *kernel, **make), torch.zeros(n_out, spec.r, *(1,) * (len(kernel) - 1), **make)
+        B.normal_() if self.embedding else A.uniform_(-(n_in**-0.5), n_in**-0.5)
+        self._parameters.update(lora_A=nn.Parameter(A), lora_B=nn.Parameter(B))
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         dropout = self.spec.dropout if self.training else 0.0
@@ -436,7 +433,9 @@ def matches(target: Target, name: str) -> bool:
     [True, False, True, True]
     """
     patterns = [target] if isinstance(target, str) else target
-    return any(name == p or name.endswith("." + p) or re.fullmatch(p, name) for p in patterns)
+    return any(
+        name == p or name.endswith("." + p) or (not p.isidentifier() and re.fullmatch(p, name)) for p in patterns
+    )
 
 # %% ../nbs/10_peft.ipynb #3b81d5f3
 def check_positive(**numbers: float) -> None:
@@ -609,11 +608,13 @@ METHODS = {m.__name__: m for m in (LoRA, DoRA, IA3, BitFit, Houlsby, Pfeiffer, P
 class Adapted(nn.Module):
     """Stands where `base` stood: calls it, or the layer of the active adapter, which calls it."""
 
+    active: str | None
+    aside: list[nn.Module]  # the module that merging replaced
+
     def __init__(self, base: nn.Module):
-        super().__init__()
-        self.base, self.layers = base, nn.ModuleDict()
-        self.active: str | None = None
-        self.aside: list[nn.Module] = []  # the module that merging replaced
+        super().__init__()  # what follows goes past nn.Module's own setattr, which looks at every value: 3 times faster
+        self._modules.update(base=base, layers=nn.ModuleDict())
+        vars(self).update(active=None, aside=[], training=base.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.active is None or self.aside:
@@ -655,9 +656,9 @@ def walk(module: nn.Module, prefix: str = "", found: list | None = None, seen: s
     return found
 
 # %% ../nbs/10_peft.ipynb #17111786
-def named(model: nn.Module) -> dict[str, nn.Module]:
-    """Every submodule once, without the adapter around it, by its original name."""
-    once = {id(p.module): p for p in reversed(walk(model))}
+def named(model: nn.Module, places: list[Place] | None = None) -> dict[str, nn.Module]:
+    """Every submodule once, without the adapter around it, by its original name; `places` as `walk` found them."""
+    once = {id(p.module): p for p in reversed(walk(model) if places is None else places)}
     return {p.name: plain(p.module) for p in reversed(once.values())}
 
 # %% ../nbs/10_peft.ipynb #7173a5dd
@@ -670,9 +671,8 @@ def wrappers(model: nn.Module) -> dict[str, Adapted]:
 HEADS = ("classifier", "score", "qa_outputs")
 
 
-def outputs(model: nn.Module) -> set[str]:
+def outputs(modules: dict[str, nn.Module]) -> set[str]:
     """Names of the linear layers that make the output: known heads, and layers tied to an embedding's matrix."""
-    modules = named(model)
     tied = {id(m.weight) for m in modules.values() if kind(m) == "embedding"}
     heads = {n for n in modules if n.split(".")[0] in HEADS}
     return heads | {n for n, m in modules.items() if isinstance(m, nn.Linear) and id(m.weight) in tied}
@@ -690,11 +690,12 @@ def within(name: str, heads: Sequence[str]) -> bool:
     return any((name + ".").startswith(head + ".") for head in heads)
 
 
-def chosen(model: nn.Module, method: Method, heads: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """The modules that a method's target means, by name; heads are left out."""
-    target, inside = method.target, {n: m for n, m in named(model).items() if not within(n, heads)}
+def chosen(model: nn.Module, method: Method, heads: Sequence[str] = (), names: dict | None = None) -> dict:
+    """The modules that a method's target means, by name; heads are left out. `names` as `named` found them."""
+    names = named(model) if names is None else names
+    target, inside = method.target, {n: m for n, m in names.items() if not within(n, heads)}
     if target == "all-linear":
-        last, target = outputs(model), ".*"
+        last, target = outputs(names), ".*"
         inside = {n: m for n, m in inside.items() if kind(m) in ("linear", "conv1d") and n not in last}
     meant = {n: m for n, m in inside.items() if matches(target, n)}
     found = {n: m for n, m in meant.items() if method.fits(m)}
@@ -707,9 +708,8 @@ def chosen(model: nn.Module, method: Method, heads: Sequence[str] = ()) -> dict[
     return found
 
 # %% ../nbs/10_peft.ipynb #bbde99cb
-def find_heads(model: nn.Module, head: Target | None) -> list[str]:
-    """Full names of the modules to train as a whole; a warning if the model has a head that nobody named."""
-    names = named(model)
+def find_heads(names: dict[str, nn.Module], head: Target | None) -> list[str]:
+    """Full names of the modules to train as a whole; a warning if there is a head that nobody named."""
     if head is None and any(h in names for h in HEADS):
         warnings.warn(
             f"the head {next(h for h in HEADS if h in names)!r} stays frozen and is not saved with the adapter; pass "
@@ -730,8 +730,9 @@ def find_heads(model: nn.Module, head: Target | None) -> list[str]:
 def freeze_base(model: nn.Module) -> None:
     """Freeze everything once, and note on the model what was trainable and which BatchNorm layers were put to rest."""
     if not hasattr(model, "peft_before"):
-        parameters = list(model.parameters())
-        norms = [(m, type(m), m.training) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        modules = list(model.modules())
+        parameters = list({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values())
+        norms = [(m, type(m), m.training) for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         model.peft_before = {"trainable": [p for p in parameters if p.requires_grad], "batchnorm": norms}
         model.peft_adapters = {}
         for parameter in parameters:
@@ -774,8 +775,11 @@ def apply(model: nn.Module, method: Method, name: str = "default", head: Target 
     Adapter 'default': LoRA on 1 module, 24 + 18 (head) of 82 parameters trained (51.22 %)
     """
     check_name(model, name)
-    heads = find_heads(model, head)
-    return attach(model, method, name, heads, build(model, method, chosen(model, method, heads), heads, dtype))
+    places = walk(model)
+    names = named(model, places)
+    heads = find_heads(names, head)
+    layers = build(names, method, chosen(model, method, heads, names), heads, dtype)
+    return attach(model, method, name, heads, layers, places)
 
 # %% ../nbs/10_peft.ipynb #0f6668d4
 def check_name(model: nn.Module, name: str) -> None:
@@ -788,7 +792,7 @@ def check_name(model: nn.Module, name: str) -> None:
         raise ValueError("an adapter is merged into the weights: unmerge() it before adding another")
 
 # %% ../nbs/10_peft.ipynb #c3460308
-def build(model: nn.Module, method: Method, modules: dict, heads: Sequence[str], dtype: torch.dtype | None) -> dict:
+def build(names: dict, method: Method, modules: dict, heads: Sequence[str], dtype: torch.dtype | None) -> dict:
     """Every layer that will be attached, by module name; all errors are raised here, before the model changes."""
     layers: dict[str, Layer] = {}
     for path, module in modules.items():
@@ -797,23 +801,35 @@ def build(model: nn.Module, method: Method, modules: dict, heads: Sequence[str],
             layers[path] = method.layer(path, module, like)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
-    everything = named(model) if heads else {}
-    return layers | {h: HeadLayer(everything[h]) for h in heads}
+    return layers | {h: HeadLayer(names[h]) for h in heads}
 
 # %% ../nbs/10_peft.ipynb #c510e67c
-def attach(model: nn.Module, method: Method, name: str, heads: list[str], layers: dict[str, Layer]) -> "Adapter":
+def attach(model: nn.Module, method: Method, name: str, heads: list[str], layers: dict[str, Layer],
+           places: list[Place]) -> "Adapter":
     """Freeze the base, put each layer at its place under the adapter's name, and switch to it."""
     freeze_base(model)
     wrapped: dict[int, Adapted] = {}
-    for path, parent, attribute, module in walk(model):
+    for path, parent, attribute, module in places:
         if path in layers:
-            new = module if isinstance(module, Adapted) else Adapted(module).train(module.training)
+            new = module if isinstance(module, Adapted) else Adapted(module)
             new.layers[name] = layers[path].train(module.training)
             wrapped[id(module)] = new
+        elif isinstance(module, Adapted):
+            wrapped.setdefault(id(module), module)
         if id(module) in wrapped:
             parent._modules[attribute] = wrapped[id(module)]
     model.peft_adapters[name] = (method, heads)
-    return Adapter(model, name, method, heads).activate()
+    switch(wrapped.values(), name)
+    return Adapter(model, name, method, heads)
+
+
+def switch(places: Iterable[Adapted], active: str) -> None:
+    """Let every place compute with the adapter of this name if it has it; that one trains, all others rest."""
+    for w in places:
+        vars(w)["active"] = active if active in w.layers else None
+        for name, layer in w.layers.items():
+            for parameter in layer.parameters():
+                parameter.requires_grad = name == active
 
 # %% ../nbs/10_peft.ipynb #ebadde32
 class Adapter:
@@ -859,11 +875,7 @@ def _activate(self: Adapter) -> Adapter:
     places = wrappers(self.model).values()
     if any(w.aside and w.active != self.name for w in places):
         raise ValueError("another adapter is merged into the weights: unmerge() it before switching")
-    for w in places:
-        w.active = self.name if self.name in w.layers else None
-        for name, layer in w.layers.items():
-            for parameter in layer.parameters():
-                parameter.requires_grad = name == self.name
+    switch(places, self.name)
     return self
 
 # %% ../nbs/10_peft.ipynb #49916024
@@ -1114,9 +1126,8 @@ def base_hash(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def sample_weights(model: nn.Module, paths: Sequence[str], n: int = 16) -> list[float]:
+def sample_weights(found: dict[str, nn.Module], paths: Sequence[str], n: int = 16) -> list[float]:
     """A few weights of a few adapted layers, to recognize a base of the same shape with other weights."""
-    found = named(model)
     picked = [matrix(found[p]).flatten() for p in sorted(paths)[:4] if kind(found[p])]
     return [v for w in picked for v in w.detach()[:: max(1, len(w) // n)][:n].tolist()]
 
@@ -1144,7 +1155,7 @@ def _save(self: Adapter, path: str | Path) -> Path:
     paths = [p for p in self.layers if p not in heads]
     tensors = {f"{PREFIX}{p}.{k}": t.cpu().contiguous() for p, x in self.layers.items() for k, t in x.tensors().items()}
     with self.disable():
-        about = {"base": base_hash(self.model), "sample": sample_weights(self.model, paths)}
+        about = {"base": base_hash(self.model), "sample": sample_weights(named(self.model), paths)}
     with atomic_write(folder / WEIGHTS_FILE) as file:
         save_file(tensors, file, metadata={"format": "pt", "ftbook": json.dumps(about)})
     with atomic_write(folder / CONFIG_FILE) as file:
@@ -1213,7 +1224,7 @@ def owner(key: str, names: Sequence[str]) -> str:
     return next((n for i in range(len(parts) - 1, 0, -1) if (n := ".".join(parts[:i])) in names), "")
 
 # %% ../nbs/10_peft.ipynb #777a3624
-def check_base(model: nn.Module, about: dict, paths: Sequence[str]) -> None:
+def check_base(model: nn.Module, about: dict, paths: Sequence[str], names: dict[str, nn.Module]) -> None:
     """Compare a file's note about its base with the model; another architecture is an error, other weights warn."""
     mine = base_hash(model)
     if about.get("base", mine) != mine:
@@ -1221,7 +1232,7 @@ def check_base(model: nn.Module, about: dict, paths: Sequence[str]) -> None:
             f"the adapter was trained on a base with configuration {about['base']}, this model has {mine}: "
             "load it onto a model of the same architecture"
         )
-    a, b = torch.tensor(about.get("sample", [])), torch.tensor(sample_weights(model, paths))
+    a, b = torch.tensor(about.get("sample", [])), torch.tensor(sample_weights(names, paths))
     if len(a) and len(a) == len(b) and F.cosine_similarity(a, b, dim=0) < 0.9:
         warnings.warn(
             "this base has the right shape but other weights than the one the adapter was trained on", stacklevel=4
@@ -1238,7 +1249,7 @@ def _load_into(self: Adapter, path: str | Path) -> Adapter:
     """
     _, tensors, about = read_folder(path)
     with self.disable():
-        check_base(self.model, about, [p for p in self.layers if p not in self.heads])
+        check_base(self.model, about, [p for p in self.layers if p not in self.heads], named(self.model))
     fill(self.layers, tensors)
     return self
 
@@ -1279,7 +1290,8 @@ def load(model: nn.Module, path: str | Path, name: str = "default", dtype: torch
     """
     config, tensors, about = read_folder(path)
     check_name(model, name)
-    everything = named(model)
+    places = walk(model)
+    everything = named(model, places)
     owners = {key: owner(key, everything) for key in tensors}
     lost = next((key for key, place in owners.items() if not place), None)
     if lost:
@@ -1287,13 +1299,13 @@ def load(model: nn.Module, path: str | Path, name: str = "default", dtype: torch
             f"{type(model).__name__} has no module for {lost!r}; near names: {near(lost, sorted(everything))}"
         )
     saved = as_list(config.get("modules_to_save"))
-    heads = find_heads(model, [h for h in saved if any(matches(h, n) for n in everything)])
+    heads = find_heads(everything, [h for h in saved if any(matches(h, n) for n in everything)])
     paths = tuple(dict.fromkeys(p for p in owners.values() if not within(p, heads)))
-    check_base(model, about, paths)
+    check_base(model, about, paths, everything)
     method = from_config(config, paths)
-    layers = build(model, method, {p: everything[p] for p in paths}, heads, dtype)
+    layers = build(everything, method, {p: everything[p] for p in paths}, heads, dtype)
     fill(layers, tensors)
-    return attach(model, method, name, heads, layers)
+    return attach(model, method, name, heads, layers, places)
 
 # %% ../nbs/10_peft.ipynb #4b757bb6
 def tune(model: nn.Module, method: Method | str, batches, *, lr: float, epochs: int = 1, seed: int = 0, **options: Any):

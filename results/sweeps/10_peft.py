@@ -17,9 +17,9 @@ from ftbook.ner import BucketBatches, Corpus, NERTagger, read_conll, token_class
 
 CHAPTER = "10_peft"
 SEEDS = [1, 2, 3]
-SIZE = runtime.pick(quick=48, cpu=400, gpu=1_000)
-EPOCHS = runtime.pick(quick=1, cpu=3, gpu=5)
-SCORED = runtime.pick(quick=24, cpu=500, gpu=1_287)
+SIZE = runtime.pick(quick=48, cpu=800, gpu=1_000)
+EPOCHS = runtime.pick(quick=1, cpu=4, gpu=5)
+SCORED = runtime.pick(quick=24, cpu=1_287)
 LAYER = r".*layer\.\d+\..*dense"
 METHODS = {
     "full": "full",
@@ -34,9 +34,9 @@ METHODS = {
     "DoRA": peft.DoRA(r=8, alpha=16),
     "LoRA, 4-bit base": peft.LoRA(r=8, alpha=16),
 }
-RATES = dict.fromkeys(METHODS, (2e-3, 6e-3)) | {
-    "full": (3e-4, 1e-3), "head": (5e-3, 2e-2), "(IA)³": (6e-3, 2e-2), "BitFit": (3e-3, 1e-2), "prefix": (1e-2, 3e-2),
-    "prompt": (1e-2, 3e-2),
+RATES = dict.fromkeys(METHODS, (2e-3, 6e-3, 2e-2)) | {
+    "full": (3e-4, 1e-3, 3e-3), "head": (2e-2, 6e-2, 2e-1), "(IA)³": (6e-3, 2e-2, 6e-2), "BitFit": (1e-2, 3e-2, 1e-1),
+    "prefix": (1e-2, 3e-2, 1e-1), "prompt": (1e-2, 3e-2, 1e-1),
 }  # fmt: skip
 BUDGET = f"{SIZE} sentences with an entity, {EPOCHS} epochs of batches of 16, {len(RATES['full'])} learning rates tried"
 
@@ -157,8 +157,9 @@ def labels():
 
 
 def ranks():
-    "Rank and learning rate of LoRA at alpha = 16."
-    choice = {"method": ["LoRA"], "r": runtime.pick(quick=[2], cpu=[1, 16]), "alpha": [16], "lr": list(RATES["LoRA"])}
+    "Rank, alpha and learning rate of LoRA."
+    choice = {"method": ["LoRA"], "r": runtime.pick(quick=[2], cpu=[1, 16]), "alpha": [4, 16],
+              "lr": list(RATES["LoRA"][:2])}
     results.sweep(run, choice, SEEDS, name="ranks", **about())
 
 
@@ -213,14 +214,14 @@ def spectrum():
     net = tagger(train.labels)
     start = {n: p.detach().clone() for n, p in net.model.named_parameters()}
     batches = BucketBatches(net.encode(train), 16, seed=1)
-    peft.tune(net.model, "full", batches, lr=RATES["full"][0], epochs=EPOCHS, seed=1)
+    peft.tune(net.model, "full", batches, lr=best_rate("full"), epochs=EPOCHS, seed=1)
     found = {}
     for name, p in net.model.named_parameters():
         if name.endswith(("query.weight", "value.weight")):
             change = torch.linalg.svdvals(p.detach() - start[name])
             weight = torch.linalg.svdvals(start[name])
             found[name] = {k: [round(float(x), 6) for x in v] for k, v in (("change", change), ("weight", weight))}
-    results.record(CHAPTER, "spectrum_rate", RATES["full"][0])
+    results.record(CHAPTER, "spectrum_rate", best_rate("full"))
     return results.record(CHAPTER, "spectrum", found)
 
 
