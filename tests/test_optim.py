@@ -1,0 +1,423 @@
+"""The optimizers of chapter 3 against torch.optim and against the papers' listings; schedules; the range test."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ftbook import optim, train
+
+SHAPES = [(3, 4), (5,), (4, 2), (7, 7)]
+MATRICES = [(3, 4), (6, 2), (5, 5)]
+PAIRS = {
+    "gradient descent": (optim.SGD, torch.optim.SGD, {}),
+    "gradient descent, L2": (optim.SGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.2}),
+    "momentum": (optim.SGD, torch.optim.SGD, {"lr": 0.02, "momentum": 0.9}),
+    "Nesterov": (optim.SGD, torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "AdaGrad": (optim.AdaGrad, torch.optim.Adagrad, {}),
+    "AdaGrad, L2": (optim.AdaGrad, torch.optim.Adagrad, {"lr": 0.1, "weight_decay": 0.1}),
+    "RMSProp": (optim.RMSProp, torch.optim.RMSprop, {}),
+    "RMSProp, L2": (optim.RMSProp, torch.optim.RMSprop, {"lr": 1e-3, "alpha": 0.9, "weight_decay": 0.1}),
+    "Adam": (optim.Adam, torch.optim.Adam, {}),
+    "Adam, L2": (optim.Adam, torch.optim.Adam, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}),
+    "AdamW": (optim.AdamW, torch.optim.AdamW, {}),
+    "AdamW, no decay": (optim.AdamW, torch.optim.AdamW, {"weight_decay": 0.0, "eps": 1e-3}),
+    "Muon": (optim.Muon, torch.optim.Muon, {}),
+    "Muon, plain": (optim.Muon, torch.optim.Muon, {"lr": 0.02, "nesterov": False, "weight_decay": 0.0}),
+}
+
+
+def weights(shapes, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def give_gradients(params, generator):
+    scale = 10.0 ** torch.randint(-3, 3, (), generator=generator).item()
+    for p in params:
+        p.grad = scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def walk(params, rule, steps, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        give_gradients(params, generator)
+        rule.step()
+        yield [p.detach().clone() for p in params]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_equal_to_torch_bit_by_bit_over_200_random_steps(name):
+    ours, theirs, options = PAIRS[name]
+    shapes = MATRICES if "Muon" in name else SHAPES
+    a, b = weights(shapes), weights(shapes)
+    if "gradient" in name and "lr" not in options:
+        assert optim.SGD(a).defaults["lr"] == torch.optim.SGD(b).defaults["lr"]
+    for left, right in zip(walk(a, ours(a, **options), 200), walk(b, theirs(b, **options), 200), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("ours, theirs", {(o, t) for o, t, _ in PAIRS.values()})
+def test_defaults_are_those_of_torch(ours, theirs):
+    shapes = MATRICES if ours is optim.Muon else SHAPES
+    a, b = ours(weights(shapes)).defaults, theirs(weights(shapes)).defaults
+    assert {k: v for k, v in a.items() if k != "adjust"} == {k: b[k] for k in a if k != "adjust"}
+
+
+def test_muon_with_the_scale_of_adamw_equals_torch():
+    a, b = weights(MATRICES), weights(MATRICES)
+    ours = walk(a, optim.Muon(a, adjust="match_rms_adamw"), 20)
+    theirs = walk(b, torch.optim.Muon(b, adjust_lr_fn="match_rms_adamw"), 20)
+    assert all(torch.equal(p, q) for x, y in zip(ours, theirs, strict=True) for p, q in zip(x, y, strict=True))
+
+
+def test_lion_is_program_1_of_its_paper():
+    (w,) = weights([(4, 3)])
+    lr, beta1, beta2, decay, m, expected = 0.01, 0.9, 0.99, 0.1, torch.zeros(4, 3).double(), w.detach().clone()
+    generator = torch.Generator().manual_seed(1)
+    rule = optim.Lion([w], lr=lr, betas=(beta1, beta2), weight_decay=decay)
+    for _ in range(200):
+        give_gradients([w], generator)
+        c = beta1 * m + (1 - beta1) * w.grad
+        m = beta2 * m + (1 - beta2) * w.grad
+        expected = expected - lr * (c.sign() + decay * expected)
+        rule.step()
+        assert torch.allclose(w, expected, rtol=0, atol=1e-12)
+
+
+def test_newton_schulz_brings_singular_values_near_one():
+    matrix = weights([(40, 15)], dtype=torch.float32)[0].detach()
+    values = torch.linalg.svdvals(optim.orthogonalize(matrix, dtype=torch.float32))
+    assert 0.6 < values.min() and values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    exact = optim.orthogonalize(matrix.double(), steps=40, coefficients=(1.5, -0.5, 0.0), dtype=torch.float64)
+    assert torch.allclose(exact, (u @ v).double(), atol=1e-4)
+    assert optim.orthogonalize(torch.zeros(2, 3)).abs().max() == 0
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_every_optimizer_resumes_from_its_state_to_the_bit(name):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+
+    whole, halted = model(), model()
+    rule = optim.optimizer(name, whole, lr=0.01)
+    path = list(walk(list(whole.parameters()), rule, 6))
+    first = optim.optimizer(name, halted, lr=0.01)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        give_gradients(list(halted.parameters()), generator)
+        first.step()
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = optim.optimizer(name, halted, lr=0.5)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    for _ in range(3):
+        give_gradients(list(halted.parameters()), generator)
+        second.step()
+    assert all(torch.equal(p, q) for p, q in zip(path[-1], halted.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["momentum", "AdaGrad", "RMSProp", "Adam", "AdamW", "Muon"])
+@pytest.mark.parametrize("back", [False, True])
+def test_state_goes_over_to_torch_and_back(name, back):
+    ours, theirs, options = PAIRS[name]
+    if back:
+        ours, theirs = theirs, ours
+    shapes = MATRICES if name == "Muon" else SHAPES
+    a, b = weights(shapes), weights(shapes)
+    first, other = ours(a, **options), theirs(b, **options)
+    for _ in walk(a, first, 5):
+        pass
+    with torch.no_grad():
+        for p, q in zip(a, b, strict=True):
+            q.copy_(p)
+    state = copy.deepcopy(first.state_dict())
+    state["param_groups"] = other.state_dict()["param_groups"]
+    other.load_state_dict(state)
+    for left, right in zip(walk(a, first, 5, seed=2), walk(b, other, 5, seed=2), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("name", ["Nesterov", "Adam", "Lion"])
+def test_missing_gradients_are_left_out_and_counted_apart(name):
+    params = weights(SHAPES)
+    rule = optim.optimizer(name, params, lr=0.1)
+    before = [p.detach().clone() for p in params]
+    params[0].grad = torch.ones_like(params[0])
+    rule.step()
+    assert not torch.equal(before[0], params[0])
+    assert all(torch.equal(p, q) for p, q in zip(before[1:], params[1:], strict=True))
+    assert params[1] not in rule.state
+    if name == "Adam":  # a late gradient gets the first step's bias correction: a step of the full rate
+        params[1].grad = torch.full_like(params[1], 7.0)
+        rule.step()
+        assert torch.allclose(before[1] - params[1], torch.tensor(0.1).double())
+        assert rule.state[params[0]]["step"] == 2 and rule.state[params[1]]["step"] == 1
+
+
+def test_no_gradient_at_all_is_no_step():
+    params = weights(SHAPES)
+    assert optim.Adam(params).step() is None
+
+
+def test_the_gradients_are_left_as_they_are():
+    for name in ("Nesterov", "Adam", "AdaGrad", "RMSProp", "Lion"):
+        params = weights(SHAPES)
+        rule = optim.optimizer(name, params, lr=0.1, weight_decay=0.1)
+        give_gradients(params, torch.Generator().manual_seed(0))
+        grads = [p.grad.clone() for p in params]
+        rule.step()
+        rule.step()
+        assert all(torch.equal(g, p.grad) for g, p in zip(grads, params, strict=True)), name
+
+
+def test_groups_have_their_own_options_and_a_closure_is_called():
+    a, b = weights([(2,), (2,)])
+    rule = optim.SGD([{"params": [a], "lr": 0.5}, {"params": [b]}], lr=0.0)
+    before = b.detach().clone()
+
+    def closure():
+        rule.zero_grad()
+        loss = (a**2).sum() + (b**2).sum()
+        loss.backward()
+        return loss
+
+    loss = rule.step(closure)
+    assert loss.item() > 0 and a.abs().max() == 0 and torch.equal(b, before)
+
+
+def test_cutting_into_chunks_changes_nothing_and_types_stay_apart():
+    params = [*weights([(300,)] * 5, dtype=torch.float32), *weights([(300,)])]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    assert [len(piece) for piece in optim.chunks(params, size=600)] == [2, 2, 1, 1]
+    assert [len(piece) for piece in optim.chunks(params, size=1)] == [1] * 6
+    assert [len(piece) for piece in optim.chunks(params, size=10**6)] == [5, 1]
+    optim.Adam(params).step()
+    assert list(optim.chunks([])) == []
+
+
+def test_sparse_and_complex_gradients_are_refused():
+    table = nn.Embedding(5, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="sparse=False"):
+        optim.Adam(table.parameters()).step()
+    z = torch.zeros(2, dtype=torch.complex64, requires_grad=True)
+    z.grad = torch.ones_like(z)
+    with pytest.raises(TypeError, match="complex"):
+        optim.SGD([z]).step()
+
+
+@pytest.mark.parametrize("kind, options, match", [
+    (optim.SGD, {"lr": -1.0}, "lr is -1.0"),
+    (optim.SGD, {"lr": math.nan}, "lr is nan"),
+    (optim.SGD, {"lr": math.inf}, "lr is inf"),
+    (optim.SGD, {"lr": "fast"}, "lr is 'fast'"),
+    (optim.SGD, {"momentum": 1.0}, "momentum is 1.0"),
+    (optim.SGD, {"nesterov": True}, "momentum above 0"),
+    (optim.Adam, {"betas": (0.9, 1.0)}, "betas"),
+    (optim.Adam, {"betas": (0.9,)}, "two numbers"),
+    (optim.Adam, {"betas": 0.9}, "two numbers"),
+    (optim.Adam, {"eps": -1e-8}, "eps"),
+    (optim.AdamW, {"weight_decay": -0.1}, "weight_decay"),
+    (optim.RMSProp, {"alpha": 1.0}, "alpha"),
+    (optim.Muon, {"adjust": "none"}, "match_rms_adamw"),
+])
+def test_bad_hyper_parameters_are_refused(kind, options, match):
+    with pytest.raises(ValueError, match=match):
+        kind(weights([(2, 2)]), **options)
+
+
+def test_bad_groups_are_refused():
+    with pytest.raises(ValueError, match="Adam: lr is -1"):
+        optim.Adam([{"params": weights([(2,)]), "lr": -1}])
+    with pytest.raises(TypeError):
+        optim.Adam([{"params": weights([(2,)])}, 3])
+    with pytest.raises(ValueError, match=r"shape \(2,\)"):
+        optim.Muon(weights([(2,)]))
+    with pytest.raises(ValueError, match="unknown optimizer 'adam'"):
+        optim.optimizer("adam", nn.Linear(2, 2))
+    with pytest.raises(NotImplementedError, match="update"):
+        params = weights([(2,)])
+        params[0].grad = torch.ones(2).double()
+        optim.Foreach(params, lr=0.1).step()
+
+
+def test_muon_with_adamw_is_both():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    twin = copy.deepcopy(net)
+    both = optim.optimizer("Muon", net, lr=0.01)
+    hidden = [twin[0].weight, twin[2].weight]
+    others = [p for p in twin.parameters() if all(p is not h for h in hidden)]
+    muon = torch.optim.Muon(hidden, lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=0.01)
+    for seed in range(10):
+        give_gradients(list(net.parameters()), torch.Generator().manual_seed(seed))
+        give_gradients(list(twin.parameters()), torch.Generator().manual_seed(seed))
+        for rule in (both, muon, adamw):
+            rule.step()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
+    net[0].weight.requires_grad_(False)
+    assert sum(len(g["params"]) for g in optim.muon_groups(net)) == 7
+    assert [g["matrix"] for g in optim.muon_groups(nn.Linear(2, 2))] == [False]
+
+
+def test_fit_and_torch_schedulers_take_them():
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long()
+    for name in optim.OPTIMIZERS:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        rule = optim.optimizer(name, net, lr=0.05)
+        history = train.fit(net, (x, y), epochs=8, batch_size=16, optimizer=rule,
+                            schedule=optim.schedule("cosine", warmup=0.2), progress=False)
+        assert history["train_loss"][-1] < history["train_loss"][0], name
+    by_class = train.fit(nn.Linear(3, 2), (x, y), epochs=2, lr=0.01, optimizer=optim.AdamW, progress=False)
+    assert len(by_class) == 2
+    rule = optim.SGD(nn.Linear(2, 1).parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(rule, 1, 0.5)
+    rule.step()
+    scheduler.step()
+    assert rule.param_groups[0]["lr"] == 0.5
+
+
+def rates(make, steps):
+    rule = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
+    scheduler, found = make(rule), []
+    for _ in range(steps):
+        found.append(rule.param_groups[0]["lr"])
+        rule.step()
+        scheduler.step()
+    return found
+
+
+T = 24
+S = torch.optim.lr_scheduler
+SAME = {
+    "constant": (optim.constant, lambda o: S.ConstantLR(o, factor=1.0)),
+    "linear": (optim.linear, lambda o: S.LinearLR(o, 1.0, 0.0, T)),
+    "linear to a tenth": (optim.schedule("linear", end=0.1), lambda o: S.LinearLR(o, 1.0, 0.1, T)),
+    "cosine": (optim.cosine, lambda o: S.CosineAnnealingLR(o, T)),
+    "cosine to a tenth": (optim.schedule("cosine", end=0.1), lambda o: S.CosineAnnealingLR(o, T, 0.1)),
+    "exponential": (optim.exponential, lambda o: S.ExponentialLR(o, 0.01 ** (1 / T))),
+    "staircase": (optim.staircase, lambda o: S.StepLR(o, T // 3, 0.1)),
+    "one cycle": (optim.one_cycle, lambda o: S.OneCycleLR(o, 1.0, T, cycle_momentum=False)),
+    "warm-up": (optim.schedule("linear", warmup=0.25), lambda o: S.SequentialLR(
+        o, [S.LinearLR(o, 1 / 6, 1.0, 5), S.LinearLR(o, 1.0, 0.0, 18)], [6])),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_schedules_are_those_of_torch(name):
+    ours, theirs = SAME[name]
+    assert [ours(t, T) for t in range(T)] == pytest.approx(rates(theirs, T), abs=1e-12)
+
+
+@given(st.sampled_from(sorted(optim.SCHEDULES)), st.integers(1, 300), st.floats(0, 0.9))
+@settings(max_examples=60, deadline=None)
+def test_factors_lie_between_zero_and_one(name, total, warmup):
+    factor = optim.schedule(name, warmup=warmup)
+    values = [factor(t, total) for t in range(total + 3)]
+    assert all(-1e-12 <= v <= 1 + 1e-12 for v in values)
+    assert max(values) == pytest.approx(1, abs=0.7 if name == "one_cycle" else 1e-9) or total < 4
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_schedules_agree_with_the_training_loop(name):
+    ours, theirs = optim.schedule(name, warmup=0.3), train.resolve_schedule(name, 0.3)
+    assert [ours(t, 17) for t in range(17)] == pytest.approx([theirs(t, 17) for t in range(17)], abs=1e-15)
+    assert ours.__qualname__ == name
+
+
+def test_schedules_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match="unknown schedule 'fast'"):
+        optim.schedule("fast")
+    with pytest.raises(ValueError, match="warmup is 1"):
+        optim.schedule("linear", warmup=1)
+    assert optim.schedule(lambda step, total: 0.5)(3, 10) == 0.5
+    assert optim.one_cycle(0, 1) == 1.0 and optim.one_cycle(5, 5, rise=1.0) == 4e-6
+
+
+def net_with_everything():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+
+def test_the_range_test_leaves_the_model_as_it_was():
+    net = net_with_everything()
+    net[1].eval()
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    modes = [m.training for m in net.modules()]
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+    found = optim.model_range_test(net, [(x, (x[:, 0] > 0).long())], nn.functional.cross_entropy, steps=30, high=10.0)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state()) and modes == [m.training for m in net.modules()]
+    assert torch.equal(net[0].weight.grad, torch.ones(8, 3)) and net[0].bias.grad is None
+    assert len(found.rates) == len(found.losses) == len(found.smooth) > 5
+    assert len(found.plot().lines) >= 3
+
+
+def test_the_range_test_restores_after_an_error_and_names_empty_batches():
+    net = net_with_everything()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="empty"):
+        optim.model_range_test(net, [], nn.functional.cross_entropy)
+    with pytest.raises(ValueError, match="ran out"):
+        optim.model_range_test(net, iter([(torch.ones(4, 3), torch.zeros(4).long())]), nn.functional.cross_entropy)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_the_range_test_of_a_dict_model():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(loss=(self.w * x).square().mean())
+
+    found = optim.model_range_test(Own(), [{"x": torch.ones(3)}], optimizer=optim.SGD, high=100.0, steps=60)
+    assert found.rates[-1] < 100 and 1e-3 < found.suggestion < found.lowest < 100
+
+
+def test_the_range_test_of_a_step_function_stops_when_it_diverges():
+    position = [1.0]
+
+    def step(rate):
+        loss = position[0] ** 2
+        position[0] -= rate * 2 * position[0]
+        return loss
+
+    found = optim.range_test(step, 1e-3, 1e3, steps=80)
+    assert found.rates[-1] < 100 and found.suggestion < found.lowest < 30
+    with pytest.raises(ValueError, match="needs 0 < low < high"):
+        optim.range_test(step, 1.0, 0.1)
+    with pytest.raises(ValueError, match="start lower"):
+        optim.range_test(lambda rate: math.nan)
+    assert optim.steepest([1.0, 2.0], [0.0, 1.0]) == pytest.approx(math.sqrt(2))
+
+
+def test_paths_end_at_the_lowest_point():
+    for name, make in {
+        "valley": lambda p: optim.SGD(p, lr=0.02, momentum=0.8),
+        "Beale": lambda p: optim.Adam(p, lr=0.1),
+        "saddle": lambda p: optim.Adam(p, lr=0.1),
+        "Rosenbrock": lambda p: optim.Adam(p, lr=0.1),
+    }.items():
+        surface = optim.SURFACES[name]
+        end = optim.path(surface, make, steps=1200)[-1]
+        assert torch.allclose(end, torch.tensor(surface.lowest).double(), atol=0.05), name
+        assert float(surface.f(*surface.lowest)) <= float(surface.f(*surface.start))
+    assert len(optim.path(optim.SURFACES["Rosenbrock"], lambda p: optim.SGD(p, lr=1.0), steps=50)) < 20
