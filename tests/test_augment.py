@@ -1,0 +1,263 @@
+"""Chapter 13's library: parity with torchvision, one draw per image, labels that follow, runs through fit."""
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from ftbook import augment as au
+from ftbook import data, mlm, ner
+from ftbook.finetune import SmallCNN
+from ftbook.train import fit
+
+X = torch.rand(16, 3, 12, 10, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(16) % 5
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("kind", ["MixUp", "CutMix"])
+@pytest.mark.parametrize("seed", range(5))
+def test_mixing_equals_torchvision(kind, seed):
+    reference = getattr(v2, kind)(num_classes=5)
+    torch.manual_seed(seed)
+    want_x, want_y = reference(X, Y)
+    torch.manual_seed(seed)
+    drawn = reference.make_params([X])
+    previous = torch.arange(16).roll(1)
+    if kind == "MixUp":
+        x, y = au.mixup(X, Y, drawn["lam"], previous, 5)
+    else:
+        x, y = au.cutmix(X, Y, torch.tensor(drawn["box"]), previous, 5)
+    torch.testing.assert_close(x, want_x, atol=1e-6, rtol=0)
+    torch.testing.assert_close(y, want_y, atol=1e-6, rtol=0)
+
+
+@given(b=st.floats(0, 2), c=st.floats(0, 2), s=st.floats(0, 2))
+@settings(max_examples=20, deadline=None)
+def test_color_equals_torchvision(b, c, s):
+    f = v2.functional
+    want = f.adjust_saturation(f.adjust_contrast(f.adjust_brightness(X, b), c), s)
+    ours = au.adjust_color(X, *(torch.full((16,), v) for v in (b, c, s)))
+    torch.testing.assert_close(ours, want, atol=2e-6, rtol=0)
+
+
+def test_gray_images_keep_their_saturation():
+    one, x = torch.ones(4), torch.rand(4, 1, 5, 5)
+    torch.testing.assert_close(au.adjust_color(x, one, one, 0 * one), x)
+
+
+@pytest.mark.parametrize("name", [n for n in au.STRENGTHS if n not in ("none", "flip", "upside down", "randaugment")])
+def test_every_image_has_its_own_draw(name):
+    same = X[:1].expand(16, -1, -1, -1).contiguous()
+    transform = au.policy(name, 5)
+    if transform.takes_target:
+        x, y = transform(X, Y)
+        assert y.shape == (16, 5) and torch.allclose(y.sum(1), torch.ones(16))
+        assert len({tuple(row) for row in y.round(decimals=4).tolist()}) > 4
+    else:
+        x = transform(same)
+        assert len({row.numpy().tobytes() for row in x}) > 4
+    assert x.shape == X.shape and x.dtype == X.dtype and x.min() >= 0 and x.max() <= 1
+
+
+def test_flip_crop_and_zoom():
+    assert torch.equal(au.random_flip(X, 1.0, -2), v2.functional.vertical_flip(X))
+    assert torch.equal(au.random_flip(X, 0.0), X) and torch.equal(au.random_crop(X, 0), X)
+    share = (au.random_flip(torch.arange(4.0).view(1, 1, 1, 4).expand(4000, -1, -1, -1))[:, 0, 0, 0] == 3).float().mean()
+    assert abs(share - 0.5) < 0.04
+    windows = F.pad(X, [2] * 4).unfold(2, 12, 1).unfold(3, 10, 1).reshape(16, 3, 25, 12, 10)
+    shifted = au.random_crop(X, 2)
+    assert all((windows[i] == shifted[i][:, None]).all(0).all(-1).all(-1).any() for i in range(16))
+    torch.testing.assert_close(au.random_resized_crop(X, (1.0, 1.0)), X)
+    uint8 = (255 * X).to(torch.uint8)
+    assert au.random_crop(uint8).dtype == torch.uint8 and au.random_flip(uint8).dtype == torch.uint8
+
+
+def test_erasing_keeps_to_its_area_and_probability():
+    ones = torch.ones(4000, 1, 20, 20)
+    erased = (au.random_erasing(ones, p=0.3, area=(0.1, 0.2)) == 0).float().mean((1, 2, 3))
+    assert abs((erased > 0).float().mean() - 0.3) < 0.04
+    assert 0.05 < erased[erased > 0].min() and erased.max() < 0.25
+
+
+def test_boxes_share_and_bounds():
+    lam = torch.rand(500)
+    boxes = au.draw_boxes(lam, 12, 10)
+    assert boxes.min() >= 0 and boxes[:, 2].max() <= 10 and boxes[:, 3].max() <= 12
+    assert (au.box_mask(boxes, 12, 10).float().mean((1, 2, 3)) <= 1 - lam + 1e-6).all()
+
+
+def test_soft_labels_and_accuracy():
+    soft = torch.eye(5)[Y]
+    x, y = au.mixup(X, soft, torch.full((16,), 0.5), torch.arange(16), 5)
+    torch.testing.assert_close(x, X)
+    torch.testing.assert_close(y, soft)
+    assert au.soft_accuracy(soft, Y) == au.soft_accuracy(soft, soft) == 1.0
+    whole = au.MixUp(5, per_image=False)(X, Y)[1]
+    assert len(whole.max(1).values.round(decimals=4).unique()) <= 2
+
+
+def test_pipeline_and_groups():
+    x, y = au.policy("flip + mixup", 5)(X, Y)
+    assert y.shape == (16, 5) and torch.equal(au.policy("none")(X), X)
+    calls = []
+    au.Grouped(lambda part: calls.append(len(part)) or part, 4)(X)
+    au.Grouped(lambda part: calls.append(len(part)) or part)(X)
+    assert calls == [4] * 4 + [1] * 16
+    assert au.policy("randaugment")(X).shape == X.shape
+
+
+@pytest.mark.parametrize("call", [
+    lambda: au.random_flip(X[0]), lambda: au.random_flip([1]), lambda: au.random_crop(X, -1),
+    lambda: au.random_resized_crop(X, (0.0, 1.0)), lambda: au.MixUp(5, 0), lambda: au.Grouped(abs, 0),
+    lambda: au.policy("sharpen"), lambda: au.text_policy("synonyms", None, None), lambda: au.WordSwap(None, 2),
+    lambda: au.mix_labels(torch.tensor([3]), torch.tensor([0]), torch.tensor(1.0), 3),
+    lambda: au.augment_tagged(["a"], ["O"], "shuffle"), lambda: au.augment_tagged(["a"], [], "swap")])
+def test_bad_input_is_refused(call):
+    with pytest.raises(ValueError):
+        call()
+
+
+def test_fit_takes_soft_targets_and_runs_repeat():
+    digits = data.load("digits", "train")
+    few, rest = digits.split([200, 200], seed=0)[:2]
+    out = [au.few_label_run(3, train=few, valid=rest, test=rest, method=m, labels=8, steps=30, channels=(8, 16))
+           for m in ("cutmix", "cutmix", "none")]
+    assert out[0] == out[1] != out[2] and set(out[0]) == {"valid_accuracy", "train_accuracy", "test_accuracy"}
+    model = SmallCNN(10, (1, 8))
+    history = fit(model, few, epochs=3, lr=1e-2, transform=au.MixUp(10), metrics={"top": au.soft_accuracy}, progress=False)
+    assert history["train_loss"][-1] < history["train_loss"][0]
+
+
+def test_the_judge_sees_flips_and_puts_the_stream_back():
+    digits = data.load("digits", "train")
+    torch.manual_seed(0)
+    net = SmallCNN(10, (1, 16, 32))
+    fit(net, digits, epochs=6, lr=1e-2, progress=False)
+    state = torch.get_rng_state()
+    before, after = au.changed_predictions(net, digits, au.policy("flip", strength=1.0))
+    assert torch.equal(state, torch.get_rng_state()) and (before != after).float().mean() > 0.2
+    same = au.changed_predictions(net, digits, au.policy("none"))
+    assert torch.equal(*same) and au.changed_predictions(net, digits, au.policy("mixup"))[0].shape == same[0].shape
+    wrong = data.ImageSet(digits.x, (digits.y + 1) % 10, digits.classes)
+    with pytest.raises(ValueError, match="no image right"):
+        au.changed_predictions(_Fixed(), wrong[wrong.y != 3], au.policy("none"))
+
+
+class _Fixed(torch.nn.Module):
+    def forward(self, x):
+        return F.one_hot(torch.full((len(x),), 3), 10).float()
+
+
+@pytest.fixture(scope="module")
+def bert():
+    body, tokenizer = mlm.load_bundled()
+    return {"body": body, "tokenizer": tokenizer, "vocab": mlm.vocabulary(tokenizer)}
+
+
+TEXTS = ["an unpretentious film about friendship", "dull", "never boring , and quite charming from start to end"]
+
+
+def words(batch, tokenizer):
+    rows = (tokenizer.convert_ids_to_tokens(i[m == 1].tolist())
+            for i, m in zip(batch["input_ids"], batch["attention_mask"], strict=True))
+    return [" ".join(r[1:-1]).replace(" ##", "").split() for r in rows]
+
+
+def test_word_changes(bert):
+    batch = au.encode_texts(TEXTS, bert["tokenizer"])
+    number = au.word_numbers(batch, bert["vocab"])
+    assert (number.max(1).values + 1).tolist() == [len(t.split()) for t in TEXTS]
+    plain = words(batch, bert["tokenizer"])
+    swap = words(au.WordSwap(bert["vocab"], 1.0)(batch), bert["tokenizer"])
+    assert all(sorted(a) == sorted(b) for a, b in zip(plain, swap, strict=True)) and swap[2] != plain[2]
+    for a, b in zip(plain, swap, strict=True):
+        assert all(abs(a.index(w) - i) <= 1 for i, w in enumerate(b) if a.count(w) == 1)
+    dropped = words(au.WordDropout(bert["vocab"], 0.5)(batch), bert["tokenizer"])
+    assert all(set(b) <= set(a) and b for a, b in zip(plain, dropped, strict=True))
+    assert words(au.WordDropout(bert["vocab"], 1.0)(batch), bert["tokenizer"]) == plain
+    hidden = au.WordMasking(bert["vocab"], 1.0)(batch)["input_ids"]
+    assert ((hidden == bert["vocab"].mask) == (number >= 0)).all()
+    for change in (au.WordSwap, au.WordDropout, au.WordMasking):
+        same = change(bert["vocab"], 0.0)(batch)
+        assert torch.equal(same["input_ids"], batch["input_ids"])
+
+
+def test_pieces_of_a_word_stay_together(bert):
+    batch = au.encode_texts(TEXTS * 20, bert["tokenizer"])
+    vocab = bert["vocab"]
+    for change in (au.WordSwap(vocab, 0.5), au.WordDropout(vocab, 0.5)):
+        out = change(batch)
+        number = au.word_numbers(out, vocab)
+        pieces = [[tuple(i[n == k].tolist()) for k in range(int(n.max()) + 1)] for i, n in
+                  zip(out["input_ids"], number, strict=True)]
+        known = au.word_numbers(batch, vocab)
+        for row, found in enumerate(pieces):
+            whole = {tuple(batch["input_ids"][row][known[row] == k].tolist()) for k in range(int(known[row].max()) + 1)}
+            assert set(found) <= whole
+
+
+@pytest.mark.parametrize("method", au.TEXT_STRENGTHS)
+def test_text_run(bert, method):
+    texts = data.load("sst2", bundled=True)
+    small = texts.per_class(12, seed=0)
+    out = au.text_run(0, **bert, train=small, valid=small, test=small, method=method, labels=6, steps=3, batch_size=4)
+    assert set(out) == {"valid_accuracy", "test_accuracy"} and all(0 <= v <= 1 for v in out.values())
+
+
+def test_classifier_ignores_what_is_hidden(bert):
+    net = au.TextClassifier(bert["body"]).eval()
+    batch = au.encode_texts(TEXTS, bert["tokenizer"])
+    alone = au.encode_texts(TEXTS[1:2], bert["tokenizer"])
+    torch.testing.assert_close(net(**batch)[1:2], net(**alone), atol=1e-4, rtol=1e-4)
+
+
+TAGS = st.lists(st.sampled_from(["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]), max_size=12)
+
+
+@given(tags=TAGS)
+@settings(max_examples=200, deadline=None)
+def test_mentions_agree_with_the_scorer(tags):
+    assert au.mention_spans(tags) == ner.spans(tags, strict=True)
+    lenient = [m for m in ner.spans(tags) if not tags[m[1]].startswith("B")]
+    assert au.iob2_violations(tags) == len(lenient)
+
+
+@given(tags=TAGS, seed=st.integers(0, 99), how=st.sampled_from(["swap", "delete", "crop"]))
+@settings(max_examples=200, deadline=None)
+def test_whole_mentions_survive(tags, seed, how):
+    while au.iob2_violations(tags):
+        tags = [t if not (t[0] == "I" and (not i or tags[i - 1][1:] != t[1:])) else "O" for i, t in enumerate(tags)]
+    text = [f"w{i}" for i in range(len(tags))]
+    new, new_tags = au.augment_tagged(text, tags, how, 0.5, random.Random(seed))
+    assert au.iob2_violations(new_tags) == 0 and len(new) == len(new_tags)
+    before = {(k, tuple(text[a:b])) for k, a, b in au.mention_spans(tags)}
+    after = {(k, tuple(new[a:b])) for k, a, b in au.mention_spans(new_tags)}
+    assert after <= before and (how == "crop" or after == before)
+    assert all(tags[int(w[1:])] == t for w, t in zip(new, new_tags, strict=True))
+
+
+def test_word_by_word_breaks_labels():
+    rng = random.Random(0)
+    broken = sum(au.iob2_violations(au.augment_tagged(["New", "York", "x"], ["B-LOC", "I-LOC", "O"], how, 0.5, rng, False)[1])
+                 for how in ("swap", "delete", "crop") for _ in range(50))
+    assert broken > 20
+
+
+def test_replacing_mentions():
+    sentences = [(["in", "New", "York", "with", "Ann"], ["O", "B-LOC", "I-LOC", "O", "B-PER"]), (["Oslo"], ["B-LOC"])]
+    table = au.mention_table(sentences)
+    assert table == {"LOC": [("New", "York"), ("Oslo",)], "PER": [("Ann",)]}
+    rng = random.Random(0)
+    for _ in range(20):
+        new, tags = au.replace_mentions(*sentences[0], table, 1.0, rng)
+        assert [k for k, *_ in au.mention_spans(tags)] == ["LOC", "PER"] and au.iob2_violations(tags) == 0
+        assert len(new) == len(tags) and new[0] == "in" and new[-1] == "Ann"
+    assert au.replace_mentions(*sentences[0], {}, 1.0) == tuple(map(list, sentences[0]))

@@ -1,0 +1,148 @@
+"""Chapter 14's library: schedules equal scikit-learn's, estimators equal enumeration, searches that resume."""
+import builtins
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftbook import data, search
+from ftbook.search import Options, Range
+
+SPACE = {"x": Range(1.0, 100.0, log=True), "k": Range(2, 9, integer=True), "kind": Options("a", "b")}
+
+
+@pytest.fixture(autouse=True)
+def own_results(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+
+
+def test_draws_keep_to_the_space_and_extend():
+    some = search.draw(SPACE, 500)
+    assert all(1 <= s["x"] <= 100 and s["k"] in range(2, 10) and s["kind"] in "ab" for s in some)
+    assert abs(np.mean([s["x"] < 10 for s in some]) - 0.5) < 0.08
+    assert some[:7] == search.draw(SPACE, 7) and some[0] != search.draw(SPACE, 1, seed=1)[0]
+    assert {s["kind"] for s in some} == {"a", "b"} and Options("a", "b").at(1.0) == "b"
+    assert search.grid_choices(SPACE, 3) == {"x": [1.0, 10.0, 100.0], "k": [2, 6, 9], "kind": ["a", "b"]}
+    assert Range(0, 2).grid(1) == [1.0]
+
+
+def sklearn_schedule(candidates, most, least, factor):
+    from sklearn.dummy import DummyClassifier
+    from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+    from sklearn.model_selection import HalvingGridSearchCV
+
+    class Dummy(DummyClassifier):
+        def __init__(self, a=0, units=1):
+            super().__init__(strategy="most_frequent")
+            self.a, self.units = a, units
+
+    found = HalvingGridSearchCV(Dummy(), {"a": list(range(candidates))}, factor=factor, resource="units", cv=2,
+                                max_resources=most, min_resources=least, refit=False)
+    found.fit(np.zeros((4, 1)), [0, 0, 1, 1])
+    return list(zip(found.n_candidates_, found.n_resources_, strict=True))
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 5, 9, 20])
+@pytest.mark.parametrize(("most", "least", "factor"), [(27, "exhaust", 3), (100, 1, 2), (600, "exhaust", 2), (50, 7, 3)])
+def test_schedule_equals_scikit_learn(candidates, most, least, factor):
+    ours = search.halving_schedule(candidates, most, 1 if least == "exhaust" else least, factor, least == "exhaust")
+    assert ours == sklearn_schedule(candidates, most, least, factor)
+
+
+@given(value=st.integers(1, 10**6), base=st.integers(2, 7))
+@settings(max_examples=100, deadline=None)
+def test_whole_log(value, base):
+    k = search.whole_log(value, base)
+    assert base**k <= value < base ** (k + 1)
+
+
+@given(scores=st.lists(st.floats(-5, 5), min_size=1, max_size=6), n=st.integers(1, 4))
+@settings(max_examples=80, deadline=None)
+def test_expected_best_equals_enumeration(scores, n):
+    both = [max(p) for p in itertools.product(scores, repeat=n)]
+    assert math.isclose(search.expected_best(scores, n, replacement=True), np.mean(both), abs_tol=1e-9)
+    if n <= len(scores):
+        subsets = list(itertools.combinations(scores, n))
+        assert math.isclose(search.expected_best(scores, n), np.mean([max(s) for s in subsets]), abs_tol=1e-9)
+        least = np.mean([min(s) for s in subsets])
+        assert math.isclose(search.expected_best(scores, n, mode="min"), least, abs_tol=1e-9)
+
+
+def test_best_of_equals_enumeration_and_brackets():
+    rng = np.random.default_rng(0)
+    valid, test = rng.random(8), rng.random(8)
+    found = {r["n"]: r for r in search.best_of(valid, test, [1, 3, 8], resamples=200)}
+    subsets = [max(s, key=lambda i: valid[i]) for s in itertools.combinations(range(8), 3)]
+    assert math.isclose(found[3]["valid"][0], valid[subsets].mean()) and math.isclose(found[3]["test"][0], test[subsets].mean())
+    assert math.isclose(found[3]["gap"][0], (valid - test)[subsets].mean())
+    assert math.isclose(found[1]["valid"][0], valid.mean()) and found[8]["valid"][0] == valid.max()
+    assert all(r[k][1] <= r[k][2] for r in found.values() for k in ("valid", "test", "gap"))
+
+
+def test_halving_finds_the_best_resumes_and_counts():
+    calls = []
+
+    def run(seed, x, steps):
+        calls.append((x, steps))
+        return {"score": -(x - 4) ** 2 - 3 / steps}
+
+    def go(**more):
+        return search.successive_halving(run, [{"x": x} for x in range(9)], resource="steps",
+                                         schedule=search.halving_schedule(9, 9), metric="score", chapter="toy", name="h",
+                                         **more)
+
+    first = go()
+    assert first.best == {"x": 4} and [len(r) for r in first.rungs] == [9, 3, 1] and first.cost == 9 + 9 + 9
+    assert len(calls) == 13 and go().best == {"x": 4} and len(calls) == 13
+    assert go(mode="min").best["x"] in (0, 8)
+
+
+def test_run_settings_keeps_what_ran(capsys):
+    def run(seed, x):
+        if x == 2:
+            raise RuntimeError("no")
+        return {"y": x + seed}
+
+    with pytest.warns(UserWarning, match="failed"):
+        rows = search.run_settings(run, [{"x": 1}, {"x": 2}], [0, 1], chapter="toy", name="s", progress=True)
+    assert [(r["x"], r["seed"], r["y"]) for r in rows] == [(1, 0, 1.0), (1, 1, 2.0)]
+
+
+def test_mlp_run_repeats_and_scores():
+    train, valid = data.load("digits", "train").split([150, 150], seed=0)[:2]
+    one, two = (search.mlp_run(0, train=train, valid=valid, test=valid, lr=1e-2, steps=60, valid_sizes=(50, 150))
+                for _ in range(2))
+    assert one == two and one["test_accuracy"] > 0.5
+    assert one["valid_150_accuracy"] == pytest.approx(one["test_accuracy"])
+    assert set(one) == {"valid_50_accuracy", "valid_150_accuracy", "test_accuracy"}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_optuna(sampler):
+    pytest.importorskip("optuna")
+    study = search.optuna_search(lambda seed, x, k, kind: {"loss": abs(x - 9) + k + (kind == "b")}, SPACE, 8,
+                                 metric="loss", mode="min", sampler=sampler)
+    assert len(study.trials) == 8 and 2 <= study.best_params["k"] <= 9 and study.best_params["kind"] in "ab"
+
+
+def test_without_optuna_the_message_helps(monkeypatch):
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: (_ for _ in ()).throw(ImportError(name))
+                        if name == "optuna" else real(name, *a, **k))
+    with pytest.raises(ImportError, match="pip install optuna"):
+        search.optuna_search(lambda seed, **s: {"y": 0}, SPACE, 1, metric="y")
+
+
+@pytest.mark.parametrize("call", [
+    lambda: Range(2, 1), lambda: Range(0, 1, log=True), lambda: Options(), lambda: search.draw(SPACE, 0),
+    lambda: search.halving_schedule(0, 9), lambda: search.halving_schedule(9, 9, factor=1),
+    lambda: search.selection_weights(5, 6), lambda: search.selection_weights(5, 0), lambda: search.best_of([1], [1, 2], [1]),
+    lambda: search.optuna_search(None, SPACE, 1, metric="y", sampler="grid"),
+    lambda: search.successive_halving(None, [], resource="r", schedule=[(1, 1)], metric="m", chapter="c", name="n"),
+    lambda: search.successive_halving(None, [{}], resource="r", schedule=[(1, 1)], metric="m", chapter="c", name="n", mode="x")])
+def test_bad_input_is_refused(call):
+    with pytest.raises(ValueError):
+        call()
