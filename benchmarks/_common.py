@@ -1,4 +1,5 @@
-"""What all measurements share: arguments, paired timing, peers that may be missing, fresh processes, the result file."""
+"""What all measurements share: arguments, paired timing, peers that may be missing, fresh processes, result files."""
+
 import argparse
 import contextlib
 import importlib
@@ -20,8 +21,14 @@ from ftbook import runtime
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
 PACKAGES = ("torch", "transformers", "numpy", "peft", "accelerate", "lightning", "fastai", "datasets", "seqeval")
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-         "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
 
 
 def arguments(doc: str, argv=None) -> argparse.Namespace:
@@ -80,15 +87,37 @@ def quartiles(values) -> list[float]:
     return [float(np.quantile(values, q)) for q in (0.5, 0.25, 0.75)]
 
 
-def row(what: str, *, target: str, values=None, unit: str = "×", digits: int = 2, met=None, peer: str = "",
-        limit: str = "", note: str = "") -> dict:
+def row(
+    what: str,
+    *,
+    target: str,
+    values=None,
+    unit: str = "×",
+    digits: int = 2,
+    met=None,
+    peer: str = "",
+    limit: str = "",
+    note: str = "",
+) -> dict:
     """One line of the table; `met` gets the median and says whether the target is reached."""
     measured = quartiles(values) if values is not None and len(values) else None
     reached = bool(met(measured[0])) if measured and callable(met) else None
-    line = {"what": what, "target": target, "measured": measured, "unit": unit, "digits": digits, "peer": peer,
-            "limit": limit, "met": reached, "note": note}
-    print(f"  {what}: {shown(line)} (target {target or 'none'}; {'met' if reached else 'NOT met' if reached is False else '-'})"
-          f"{'; limit: ' + limit if limit else ''}", flush=True)
+    line = {
+        "what": what,
+        "target": target,
+        "measured": measured,
+        "unit": unit,
+        "digits": digits,
+        "peer": peer,
+        "limit": limit,
+        "met": reached,
+        "note": note,
+    }
+    print(
+        f"  {what}: {shown(line)} (target {target or 'none'}; { {True: 'met', False: 'NOT met', None: '-'}[reached] })"
+        f"{'; limit: ' + limit if limit else ''}",
+        flush=True,
+    )
     return line
 
 
@@ -106,15 +135,28 @@ def machine() -> dict:
     import torch
 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return {"device": runtime.device_name("cpu"), "threads": torch.get_num_threads(), "load": round(load, 1),
-            "python": platform.python_version(), "system": platform.system(), "versions": runtime.versions(*PACKAGES),
-            "native bf16": runtime.native_bf16("cpu")}
+    return {
+        "device": runtime.device_name("cpu"),
+        "threads": torch.get_num_threads(),
+        "load": round(load, 1),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "versions": runtime.versions(*PACKAGES),
+        "native bf16": runtime.native_bf16("cpu"),
+    }
 
 
 def save(name: str, rows: list, args, **extra) -> Path:
     """Write the result file in one step; `make bench` turns all of them into the table."""
     seconds = time.perf_counter() - STARTED
-    content = {"name": name, "rows": rows, "tiny": args.tiny, "seconds": round(seconds, 1), "machine": machine(), **extra}
+    content = {
+        "name": name,
+        "rows": rows,
+        "tiny": args.tiny,
+        "seconds": round(seconds, 1),
+        "machine": machine(),
+        **extra,
+    }
     path = args.out / f"{name}.json"
     with runtime.atomic_write(path) as file:
         file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -141,17 +183,34 @@ def silent():
         yield
 
 
-def bert(hidden: int = 384, layers: int = 6, heads: int = 6, vocab: int = 8192, positions: int = 512, labels: int = 9,
-         dropout: float = 0.1, seed: int = 0):
+def bert(
+    hidden: int = 384,
+    layers: int = 6,
+    heads: int = 6,
+    vocab: int = 8192,
+    positions: int = 512,
+    labels: int = 9,
+    dropout: float = 0.1,
+    seed: int = 0,
+):
     """A BERT token classifier with random weights: no download, the same work as a pretrained one."""
     import torch
     from transformers import BertConfig, BertForTokenClassification
 
     torch.manual_seed(seed)
-    return BertForTokenClassification(BertConfig(
-        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=4 * hidden, max_position_embeddings=positions, num_labels=labels,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout))
+    return BertForTokenClassification(
+        BertConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * hidden,
+            max_position_embeddings=positions,
+            num_labels=labels,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+    )
 
 
 def token_batch(rows: int, length: int, vocab: int = 8192, labels: int = 9, seed: int = 0) -> dict:
@@ -159,6 +218,8 @@ def token_batch(rows: int, length: int, vocab: int = 8192, labels: int = 9, seed
     import torch
 
     g = torch.Generator().manual_seed(seed)
-    return {"input_ids": torch.randint(5, vocab, (rows, length), generator=g),
-            "attention_mask": torch.ones(rows, length, dtype=torch.long),
-            "labels": torch.randint(0, labels, (rows, length), generator=g)}
+    return {
+        "input_ids": torch.randint(5, vocab, (rows, length), generator=g),
+        "attention_mask": torch.ones(rows, length, dtype=torch.long),
+        "labels": torch.randint(0, labels, (rows, length), generator=g),
+    }

@@ -1,4 +1,5 @@
 """A generated corpus as large as CoNLL-2003's training part, for questions in which only counts and lengths matter."""
+
 import numpy as np
 
 from ftbook import data
@@ -24,7 +25,14 @@ def vocabulary(size: int, seed: int = 0) -> list[str]:
     parts = [p[2:] for p in pieces if p.startswith("##") and p[2:].isalpha()]
     rng, made = np.random.default_rng(seed), dict.fromkeys(whole)
     while len(made) < size:
-        made["".join([whole[rng.integers(len(whole))], *(parts[i] for i in rng.integers(len(parts), size=rng.integers(1, 3)))])] = None
+        made[
+            "".join(
+                [
+                    whole[rng.integers(len(whole))],
+                    *(parts[i] for i in rng.integers(len(parts), size=rng.integers(1, 3))),
+                ]
+            )
+        ] = None
     return list(made)[:size]
 
 

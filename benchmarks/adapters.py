@@ -1,4 +1,5 @@
 """How long does it take to put a LoRA adapter into a model, to load it from a file, to merge it?"""
+
 import copy
 import gc
 import tempfile
@@ -19,14 +20,16 @@ def twin(model):
 
 def peer_setup(peft, model, target, folder):
     """peft's side of the three questions, as its quick tour writes them."""
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(target) if target != "all-linear" else target,
-                             modules_to_save=None)
+    config = peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=list(target) if target != "all-linear" else target, modules_to_save=None
+    )
     peft.get_peft_model(twin(model), config).save_pretrained(folder)
     return config
 
 
 def timed(setup, act):
     """A function that returns the seconds of `act(setup())` without the set-up and without garbage collection."""
+
     def once():
         state, now = setup(), bench.clock_for()
         gc.collect()
@@ -49,12 +52,21 @@ def measure(model, peft, place: str, target, repeats: int) -> list:
         copied = lambda: twin(model)  # noqa: E731
         lora = ours.LoRA(target, r=8, alpha=16)
         actions = {
-            "wrap": ((copied, lambda m: ours.apply(m, lora, head=())),
-                     (copied, lambda m: peft.get_peft_model(m, config)), 8),
-            "load": ((copied, lambda m: ours.load(m, f"{folder}/ours")),
-                     (copied, lambda m: peft.PeftModel.from_pretrained(m, f"{folder}/peft")), 5),
-            "merge": ((lambda: ours.apply(copied(), lora, head=()), lambda a: a.merge()),
-                      (lambda: peft.get_peft_model(copied(), config), lambda m: m.merge_and_unload()), 4),
+            "wrap": (
+                (copied, lambda m: ours.apply(m, lora, head=())),
+                (copied, lambda m: peft.get_peft_model(m, config)),
+                8,
+            ),
+            "load": (
+                (copied, lambda m: ours.load(m, f"{folder}/ours")),
+                (copied, lambda m: peft.PeftModel.from_pretrained(m, f"{folder}/peft")),
+                5,
+            ),
+            "merge": (
+                (lambda: ours.apply(copied(), lora, head=()), lambda a: a.merge()),
+                (lambda: peft.get_peft_model(copied(), config), lambda m: m.merge_and_unload()),
+                4,
+            ),
         }
         for name, (own, other, target_ratio) in actions.items():
             sides = [timed(*own)] + ([timed(*other)] if peft else [])
@@ -64,16 +76,27 @@ def measure(model, peft, place: str, target, repeats: int) -> list:
             limit += f", peft {1e3 * bench.quartiles(seconds[:, 1])[0]:.1f} ms" if peft else ""
             if name == "merge":
                 limit += f"; the products B A alone {1e3 * products(model, target):.1f} ms"
-            rows.append(bench.row(f"adapter {name}, {place}", target=f"≥ {target_ratio}×", values=ratio, peer="peft",
-                                  met=lambda v, t=target_ratio: v >= t, limit=limit))
+            rows.append(
+                bench.row(
+                    f"adapter {name}, {place}",
+                    target=f"≥ {target_ratio}×",
+                    values=ratio,
+                    peer="peft",
+                    met=lambda v, t=target_ratio: v >= t,
+                    limit=limit,
+                )
+            )
     return rows
 
 
 def products(model, target) -> float:
     """Seconds of the unavoidable part of merging: W + B A into a new matrix, for every layer."""
     adapter = ours.apply(twin(model), ours.LoRA(target, r=8), head=())
-    parts = [(w.base.weight.detach(), x.lora_B.detach(), x.lora_A.detach()) for w in adapter.places.values()
-             for x in [w.layers["default"]]]
+    parts = [
+        (w.base.weight.detach(), x.lora_B.detach(), x.lora_A.detach())
+        for w in adapter.places.values()
+        for x in [w.layers["default"]]
+    ]
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
@@ -89,7 +112,7 @@ def main(argv=None):
     model = bench.bert(32, 2, 2, 100) if args.tiny else bench.bert()
     rows = []
     for place, target in PLACES.items():
-        rows += measure(model.eval(), peft, place, target, 2 if args.tiny else 21)
+        rows += measure(model.eval(), peft, place, target, 2 if args.tiny else 15)
     bench.save("adapters", rows, args)
 
 

@@ -1,4 +1,5 @@
 """How long does one epoch of in-memory batches take, without any model?"""
+
 import _common as bench
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,21 +23,31 @@ def main(argv=None):
     def selected():
         order = torch.randperm(n)
         for i in range(0, n, 128):
-            x.index_select(0, order[i:i + 128])
-            y.index_select(0, order[i:i + 128])
+            x.index_select(0, order[i : i + 128])
+            y.index_select(0, order[i : i + 128])
 
     repeats = 2 if args.tiny else 9
     raw = bench.paired(lambda: epoch(Batches(x, y, shuffle=True)), lambda: epoch(loader), selected, repeats=repeats)
-    scaled = bench.paired(lambda: epoch(Batches(x, y, shuffle=True, transform=normalize)),
-                          lambda: epoch(loader, normalize), repeats=repeats)
+    scaled = bench.paired(
+        lambda: epoch(Batches(x, y, shuffle=True, transform=normalize)),
+        lambda: epoch(loader, normalize),
+        repeats=repeats,
+    )
     rows = []
     for what, t, target in (("raw", raw, 20), ("normalized", scaled, 9)):
         own, other = (1e3 * bench.quartiles(t[:, i])[0] for i in (0, 1))
         limit = f"ours {own:.1f} ms, DataLoader {other:.0f} ms"
         limit += f"; index_select alone {1e3 * bench.quartiles(t[:, 2])[0]:.1f} ms" if t.shape[1] > 2 else ""
-        rows.append(bench.row(f"in-memory batches of {n:,} images, {what}", target=f"≥ {target}×",
-                              values=t[:, 1] / t[:, 0], met=lambda v, g=target: v >= g, peer="torch DataLoader",
-                              limit=limit))
+        rows.append(
+            bench.row(
+                f"in-memory batches of {n:,} images, {what}",
+                target=f"≥ {target}×",
+                values=t[:, 1] / t[:, 0],
+                met=lambda v, g=target: v >= g,
+                peer="torch DataLoader",
+                limit=limit,
+            )
+        )
     bench.save("batches", rows, args)
 
 

@@ -1,9 +1,10 @@
-"""The same questions on CUDA with full-size models: step time, tokens/s, peak memory, share of the matrix-product peak.
+"""The same questions on CUDA with full-size models: step time, tokens/s, peak memory, share of the matrix peak.
 
-Weights are random, so nothing is downloaded; the work of a step is that of a pretrained model. Each workload runs in five
-settings that add up (fp32, bf16 with fused optimizer, pinned asynchronous transfer, torch.compile) and next to its peer on
-the same batches. `--tiny` runs everything once on the CPU with small models and proves only that the script works.
+Weights are random, so nothing is downloaded; the work of a step is that of a pretrained model. Each workload runs in
+five settings that add up (fp32, bf16, fused optimizer, pinned asynchronous transfer, torch.compile) and next to its
+peer on the same batches. `--tiny` runs everything once on the CPU with small models and proves only that it works.
 """
+
 import gc
 import time
 
@@ -60,8 +61,13 @@ def token_batches(tiny: bool, n: int, masked: bool = False) -> list:
 def image_batches(tiny: bool, n: int) -> list:
     rows, side, classes = (2, 32, 10) if tiny else (64, 224, 1000)
     g = torch.Generator().manual_seed(0)
-    return [(torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=g),
-             torch.randint(0, classes, (rows,), generator=g)) for _ in range(n)]
+    return [
+        (
+            torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8, generator=g),
+            torch.randint(0, classes, (rows,), generator=g),
+        )
+        for _ in range(n)
+    ]
 
 
 def with_lora(model: nn.Module) -> nn.Module:
@@ -75,8 +81,12 @@ WORK = {  # name -> (model, batches, loss of fit, what one example is)
     "ResNet-50": (resnet_model, image_batches, "cross_entropy", "images"),
     "LoRA on BERT-base": (lambda tiny: with_lora(tagging_model(tiny)), token_batches, None, "tokens"),
     "LoRA on ResNet-50": (lambda tiny: with_lora(resnet_model(tiny)), image_batches, "cross_entropy", "images"),
-    "MLM on BERT-base": (lambda tiny: MaskedLM(mlm_model(tiny)), lambda tiny, n: token_batches(tiny, n, masked=True),
-                         None, "tokens"),
+    "MLM on BERT-base": (
+        lambda tiny: MaskedLM(mlm_model(tiny)),
+        lambda tiny, n: token_batches(tiny, n, masked=True),
+        None,
+        "tokens",
+    ),
 }
 
 
@@ -85,7 +95,9 @@ class Pinned:
 
     def __init__(self, batches):
         pin = lambda t: t.pin_memory() if torch.cuda.is_available() else t  # noqa: E731
-        self.batches = [{k: pin(v) for k, v in b.items()} if isinstance(b, dict) else tuple(map(pin, b)) for b in batches]
+        self.batches = [
+            {k: pin(v) for k, v in b.items()} if isinstance(b, dict) else tuple(map(pin, b)) for b in batches
+        ]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -143,8 +155,17 @@ def run_ours(name: str, setting: dict, tiny: bool, steps: int, warmup: int) -> t
     if options.get("optimizer") == "plain":
         options["optimizer"] = lambda params: torch.optim.AdamW(params, lr=1e-5)
     clock = StepClock(warmup)
-    fit(model, data, loss=loss, lr=1e-5, epochs=-(-(steps + warmup) // 4), max_steps=steps + warmup, callbacks=[clock],
-        progress=False, **options)
+    fit(
+        model,
+        data,
+        loss=loss,
+        lr=1e-5,
+        epochs=-(-(steps + warmup) // 4),
+        max_steps=steps + warmup,
+        callbacks=[clock],
+        progress=False,
+        **options,
+    )
     return clock.seconds(), peak_mb()
 
 
@@ -152,8 +173,11 @@ def run_peer(name: str, tiny: bool, steps: int, warmup: int, folder: str) -> tup
     """HF Trainer (and peft for the adapters) on the same batches, bf16 where the device has it."""
     import transformers
 
-    make = {"BERT-base token classification": tagging_model, "LoRA on BERT-base": tagging_model,
-            "MLM on BERT-base": mlm_model}.get(name)
+    make = {
+        "BERT-base token classification": tagging_model,
+        "LoRA on BERT-base": tagging_model,
+        "MLM on BERT-base": mlm_model,
+    }.get(name)
     if make is None:
         return None
     model = make(tiny)
@@ -161,14 +185,23 @@ def run_peer(name: str, tiny: bool, steps: int, warmup: int, folder: str) -> tup
         peft = bench.peer("peft")
         if peft is None:
             return None
-        model = peft.get_peft_model(model, peft.LoraConfig(task_type="TOKEN_CLS", r=8, lora_alpha=16,
-                                                           target_modules="all-linear"))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(task_type="TOKEN_CLS", r=8, lora_alpha=16, target_modules="all-linear")
+        )
     clock = StepClock(warmup)
     ticks = type("Ticks", (transformers.TrainerCallback,), {"on_step_end": lambda *a, **k: clock.on_step_end()})()
     rows = [{k: v[i] for k, v in b.items()} for b in WORK[name][1](tiny, 4) for i in range(len(b["labels"]))]
     settings = transformers.TrainingArguments(
-        folder, per_device_train_batch_size=len(rows) // 4, max_steps=steps + warmup, save_strategy="no", learning_rate=1e-5,
-        report_to="none", disable_tqdm=True, bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available())
+        folder,
+        per_device_train_batch_size=len(rows) // 4,
+        max_steps=steps + warmup,
+        save_strategy="no",
+        learning_rate=1e-5,
+        report_to="none",
+        disable_tqdm=True,
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+    )
     with bench.silent():
         transformers.Trainer(model, settings, train_dataset=rows, callbacks=[ticks]).train()
     return clock.seconds(), peak_mb()
@@ -226,11 +259,17 @@ def measure(name: str, args, ceiling: float, folder: str) -> list:
         seconds, memory = np.array(values).T
         step = float(np.median(seconds))
         label = s if s != "peer" else "HF Trainer" + (" and peft" if "LoRA" in name else "")
-        lines.append(bench.row(
-            f"{name}, {label}", target="", values=other / seconds if len(other) else None,
-            peer="HF Trainer" if len(other) else "none for images", limit=f"{1e3 * step:.1f} ms a step, {size / step:,.0f} "
-            f"{WORK[name][3]}/s, peak {np.median(memory):,.0f} MB, {100 * flops / step / ceiling:.0f} % of the measured "
-            "matrix-product peak"))
+        lines.append(
+            bench.row(
+                f"{name}, {label}",
+                target="",
+                values=other / seconds if len(other) else None,
+                peer="HF Trainer" if len(other) else "none for images",
+                limit=f"{1e3 * step:.1f} ms a step, {size / step:,.0f} "
+                f"{WORK[name][3]}/s, peak {np.median(memory):,.0f} MB, {100 * flops / step / ceiling:.0f} % of the "
+                "measured matrix-product peak",
+            )
+        )
     return lines
 
 

@@ -1,4 +1,5 @@
 """How do time and memory grow? One figure each: tokens, rank, adapters, corpus, processes, steps."""
+
 import json
 import os
 import socket
@@ -22,7 +23,9 @@ from ftbook.runtime import Meter, atomic_write
 matplotlib.use("Agg")
 
 
-def figure(name: str, x, series: dict, args, *, xlabel: str, ylabel: str, logx: bool = False, logy: bool = False) -> None:
+def figure(
+    name: str, x, series: dict, args, *, xlabel: str, ylabel: str, logx: bool = False, logy: bool = False
+) -> None:
     """Write one SVG and its points; the table shows the figure."""
     ax = plot.curves(series, x, xlabel=xlabel, ylabel=ylabel, logx=logx, logy=logy)
     folder = args.out if args.tiny else bench.FIGURES
@@ -51,10 +54,22 @@ def tokens(args) -> dict:
     model = bench.bert(32, 2, 2, 100) if args.tiny else bench.bert(256, 4, 4)
     step = lambda n: step_of(model.train(), bench.token_batch(rows, n, 100))  # noqa: E731
     found = [[1e3 * v for v in best(step(n), 1 if args.tiny else 5)] for n in lengths]
-    figure("tokens", lengths, {"training step": bands(found)}, args, xlabel=f"tokens in a row ({rows} rows)",
-           ylabel="milliseconds a step", logx=True, logy=True)
-    return {"x": lengths, "ms": found, "says": f"Step time against tokens in a row (BERT 4×256, {rows} rows): the last "
-            f"doubling multiplies it by {found[-1][0] / found[-2][0]:.2f}; attention's share grows with the square."}
+    figure(
+        "tokens",
+        lengths,
+        {"training step": bands(found)},
+        args,
+        xlabel=f"tokens in a row ({rows} rows)",
+        ylabel="milliseconds a step",
+        logx=True,
+        logy=True,
+    )
+    return {
+        "x": lengths,
+        "ms": found,
+        "says": f"Step time against tokens in a row (BERT 4×256, {rows} rows): the last "
+        f"doubling multiplies it by {found[-1][0] / found[-2][0]:.2f}; attention's share grows with the square.",
+    }
 
 
 def rank(args) -> dict:
@@ -65,10 +80,21 @@ def rank(args) -> dict:
     for r in ranks:
         adapted = lora.apply(twin(model), lora.LoRA("all-linear", r=r), head=()).model.train()
         found.append([1e3 * v for v in best(step_of(adapted, batch), 1 if args.tiny else 7)])
-    figure("rank", ranks, {"LoRA step": bands(found)}, args, xlabel="rank r, all linear layers",
-           ylabel="milliseconds a step", logx=True)
-    return {"x": ranks, "ms": found, "says": f"LoRA step against rank (BERT 4×256, 8×64 tokens): from r = {ranks[0]} to "
-            f"r = {ranks[-1]} it grows by {100 * (found[-1][0] / found[0][0] - 1):.0f} %."}
+    figure(
+        "rank",
+        ranks,
+        {"LoRA step": bands(found)},
+        args,
+        xlabel="rank r, all linear layers",
+        ylabel="milliseconds a step",
+        logx=True,
+    )
+    return {
+        "x": ranks,
+        "ms": found,
+        "says": f"LoRA step against rank (BERT 4×256, 8×64 tokens): from r = {ranks[0]} to "
+        f"r = {ranks[-1]} it grows by {100 * (found[-1][0] / found[0][0] - 1):.0f} %.",
+    }
 
 
 def adapters(args) -> dict:
@@ -81,10 +107,23 @@ def adapters(args) -> dict:
         if n in counts:
             switches.append([1e3 * v for v in best(adapter.activate, 2 if args.tiny else 9)])
             steps.append([1e3 * v for v in best(step_of(held.train(), batch), 1 if args.tiny else 7)])
-    figure("adapters", counts, {"training step": bands(steps), "switch": bands(switches)}, args,
-           xlabel="LoRA adapters in one model, one of them active", ylabel="milliseconds", logx=True, logy=True)
-    return {"x": counts, "step ms": steps, "switch ms": switches, "says": f"Adapters held by one model: with {counts[-1]} "
-            f"instead of 1 a step takes {steps[-1][0] / steps[0][0]:.2f} times as long, switching {switches[-1][0]:.1f} ms."}
+    figure(
+        "adapters",
+        counts,
+        {"training step": bands(steps), "switch": bands(switches)},
+        args,
+        xlabel="LoRA adapters in one model, one of them active",
+        ylabel="milliseconds",
+        logx=True,
+        logy=True,
+    )
+    return {
+        "x": counts,
+        "step ms": steps,
+        "switch ms": switches,
+        "says": f"Adapters held by one model: with {counts[-1]} "
+        f"instead of 1 a step takes {steps[-1][0] / steps[0][0]:.2f} times as long, a switch {switches[-1][0]:.1f} ms.",
+    }
 
 
 def preparation(args) -> dict:
@@ -100,9 +139,14 @@ def preparation(args) -> dict:
         memory.append(1e6 * meter.peak_mb / n)
         del rows
     figure("preparation", sizes, {"encode": found}, args, xlabel="sentences", ylabel="seconds", logx=True, logy=True)
-    return {"x": sizes, "seconds": found, "bytes a sentence": memory, "says": f"Preparation against corpus size: "
-            f"{sizes[-1]:,} sentences in {found[-1]:.1f} s, growth to the power {slope(sizes, found):.2f} at the end; peak "
-            f"memory {memory[-1] / 1000:.2f} kB a sentence (at {sizes[-2]:,} {memory[-2] / 1000:.2f})."}
+    return {
+        "x": sizes,
+        "seconds": found,
+        "bytes a sentence": memory,
+        "says": f"Preparation against corpus size: "
+        f"{sizes[-1]:,} sentences in {found[-1]:.1f} s, growth to the power {slope(sizes, found):.2f} at the end; peak "
+        f"memory {memory[-1] / 1000:.2f} kB a sentence (at {sizes[-2]:,} {memory[-2] / 1000:.2f}).",
+    }
 
 
 def workload(tiny: bool) -> dict:
@@ -126,17 +170,37 @@ def processes(args) -> dict:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(port),
-                   __file__, "--part", "workload"] + ["--tiny"] * args.tiny
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(n),
+            "--master-port",
+            str(port),
+            __file__,
+            "--part",
+            "workload",
+        ] + ["--tiny"] * args.tiny
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
             raise RuntimeError(f"torchrun with {n} processes failed:\n{done.stderr[-1500:]}")
         found.append(next(line["seconds"] for line in lines if line["main"]))
-    figure("processes", counts, {"fit": found}, args, xlabel="processes under torchrun, one thread each",
-           ylabel="seconds for the same work")
-    return {"x": counts, "seconds": found, "says": f"`fit` under torchrun, the same batches shared out: 2 processes take "
-            f"{found[1] / found[0]:.2f} of the time of 1 (0.5 would be perfect)."}
+    figure(
+        "processes",
+        counts,
+        {"fit": found},
+        args,
+        xlabel="processes under torchrun, one thread each",
+        ylabel="seconds for the same work",
+    )
+    return {
+        "x": counts,
+        "seconds": found,
+        "says": f"`fit` under torchrun, the same batches shared out: 2 processes take "
+        f"{found[1] / found[0]:.2f} of the time of 1 (0.5 would be perfect).",
+    }
 
 
 def memory(args) -> dict:
@@ -149,11 +213,23 @@ def memory(args) -> dict:
         with Meter("cpu") as meter:
             fit(model, (x, y), epochs=n, max_steps=n, batch_size=64, progress=False, metrics="accuracy")
         peaks.append(meter.peak_mb)
-    figure("memory", steps, {"fit": peaks}, args, xlabel="training steps", ylabel="peak memory above the start (MB)",
-           logx=True)
-    return {"x": steps, "MB": peaks, "says": f"Peak memory of `fit` against steps: {peaks[0]:.1f} MB at {steps[0]}, "
-            f"{peaks[-1]:.1f} MB at {steps[-1]}: it stays flat."
-            if peaks[-1] < peaks[0] + 8 else f"Peak memory of `fit` grows from {peaks[0]:.1f} to {peaks[-1]:.1f} MB."}
+    figure(
+        "memory",
+        steps,
+        {"fit": peaks},
+        args,
+        xlabel="training steps",
+        ylabel="peak memory above the start (MB)",
+        logx=True,
+    )
+    return {
+        "x": steps,
+        "MB": peaks,
+        "says": f"Peak memory of `fit` against steps: {peaks[0]:.1f} MB at {steps[0]}, "
+        f"{peaks[-1]:.1f} MB at {steps[-1]}: it stays flat."
+        if peaks[-1] < peaks[0] + 8
+        else f"Peak memory of `fit` grows from {peaks[0]:.1f} to {peaks[-1]:.1f} MB.",
+    }
 
 
 PARTS = {f.__name__: f for f in (tokens, rank, adapters, preparation, processes, memory)}

@@ -1,4 +1,5 @@
-"""What does `fit` cost over a bare PyTorch loop, with metrics and progress bar on, on a model that takes no time itself?"""
+"""What does `fit` cost over a bare PyTorch loop, with metrics and bar on, on a model that takes no time itself?"""
+
 import tempfile
 
 import _common as bench
@@ -31,6 +32,7 @@ def ours(batches):
 
 def hugging_face(transformers, folder):
     """Trainer with its defaults (bar on, a line every 500 steps); no files, no reports."""
+
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -45,8 +47,9 @@ def hugging_face(transformers, folder):
             return torch.utils.data.DataLoader(self.train_dataset, batch_size=None)
 
     def run(batches):
-        settings = transformers.TrainingArguments(folder, num_train_epochs=1, save_strategy="no", report_to="none",
-                                                  use_cpu=True)
+        settings = transformers.TrainingArguments(
+            folder, num_train_epochs=1, save_strategy="no", report_to="none", use_cpu=True
+        )
         data = [{"x": x, "labels": y} for x, y in batches]
         with bench.silent():
             Trainer(Model(), settings, train_dataset=data).train()
@@ -56,6 +59,7 @@ def hugging_face(transformers, folder):
 
 def lightning(lightning, folder):
     """Trainer with its defaults: bar on; loss and accuracy logged to it."""
+
     class Model(lightning.LightningModule):
         def __init__(self):
             super().__init__()
@@ -73,20 +77,31 @@ def lightning(lightning, folder):
 
     def run(batches):
         with bench.silent():
-            trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-                                        enable_model_summary=False, default_root_dir=folder)
-            trainer.fit(Model(), batches)
+            trainer = lightning.Trainer(
+                max_epochs=1,
+                accelerator="cpu",
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                default_root_dir=folder,
+            )
+            trainer.fit(Model(), torch.utils.data.DataLoader(batches, batch_size=None))
 
     return run
 
 
 def fastai(basics):
     """Learner with its defaults: recorder and bar on."""
+
     def run(batches):
         loader = torch.utils.data.DataLoader(batches, batch_size=None)
         with bench.silent():
-            learner = basics.Learner(basics.DataLoaders(loader, loader[:0] if isinstance(loader, list) else []),
-                                     nn.Linear(8, 10), loss_func=nn.functional.cross_entropy, train_bn=False)
+            learner = basics.Learner(
+                basics.DataLoaders(loader, []),
+                nn.Linear(8, 10),
+                loss_func=nn.functional.cross_entropy,
+                train_bn=False,
+            )
             learner.fit(1, lr=1e-3)
 
     return run
@@ -97,8 +112,11 @@ def main(argv=None):
     steps, repeats = (5, 2) if args.tiny else (250, 11)
     few, many = batches_of(1), batches_of(steps)
     with tempfile.TemporaryDirectory() as folder:
-        found = {"transformers": lambda m: hugging_face(m, folder), "lightning": lambda m: lightning(m, folder),
-                 "fastai.basics": fastai}
+        found = {
+            "transformers": lambda m: hugging_face(m, folder),
+            "lightning": lambda m: lightning(m, folder),
+            "fastai.basics": fastai,
+        }
         peers = {}
         for name, make in found.items() if not args.tiny else ():
             module = bench.peer(name)
@@ -114,11 +132,27 @@ def main(argv=None):
     more, start, alone = times["ours"]
     others = [", ".join(f"{n} +{np.median(times[n][i]):.{d}f} ms" for n in peers) for i, d in ((0, 2), (1, 0))]
     rows = [
-        bench.row("loop overhead of `fit`, a step", target="≤ 0.03 ms", values=more, unit="ms", digits=3,
-                  met=lambda v: v <= 0.03, peer=others[0], limit=f"a bare step {np.median(alone):.3f} ms",
-                  note="The loss of every step is read and checked, each batch and target counted: a bare loop does neither."),
-        bench.row("start-up of `fit`", target="< 5 ms", values=start, unit="ms", digits=1, met=lambda v: v < 5,
-                  peer=others[1], limit="0"),
+        bench.row(
+            "loop overhead of `fit`, a step",
+            target="≤ 0.03 ms",
+            values=more,
+            unit="ms",
+            digits=3,
+            met=lambda v: v <= 0.03,
+            peer=others[0],
+            limit=f"a bare step {np.median(alone):.3f} ms",
+            note="The loss of every step is read and checked, each batch and target counted: a bare loop does neither.",
+        ),
+        bench.row(
+            "start-up of `fit`",
+            target="< 5 ms",
+            values=start,
+            unit="ms",
+            digits=1,
+            met=lambda v: v < 5,
+            peer=others[1],
+            limit="0",
+        ),
     ]
     bench.save("loop", rows, args)
 

@@ -1,4 +1,5 @@
 """What does an un-merged LoRA adapter on all linear layers cost at inference?"""
+
 import _common as bench
 import torch
 from adapters import twin
@@ -20,11 +21,20 @@ def main(argv=None):
         m.eval()
         return forward
 
-    t = bench.paired(*map(run, models), repeats=2 if args.tiny else 31)
+    t = bench.paired(*map(run, models), repeats=2 if args.tiny else 15)
     other = f"peft {bench.quartiles(t[:, 2] / t[:, 0])[0]:.2f}" if peft else ""
-    rows = [bench.row("un-merged LoRA inference, all linears, batch 16 × 64", target="≤ 1.10 of the base",
-                      values=t[:, 1] / t[:, 0], unit="", digits=3, met=lambda v: v <= 1.10, peer=other,
-                      limit=f"the base {1e3 * bench.quartiles(t[:, 0])[0]:.0f} ms")]
+    rows = [
+        bench.row(
+            "un-merged LoRA inference, all linears, batch 16 × 64",
+            target="≤ 1.10 of the base",
+            values=t[:, 1] / t[:, 0],
+            unit="",
+            digits=3,
+            met=lambda v: v <= 1.10,
+            peer=other,
+            limit=f"the base {1e3 * bench.quartiles(t[:, 0])[0]:.0f} ms",
+        )
+    ]
     bench.save("lora_inference", rows, args)
 
 

@@ -1,4 +1,5 @@
 """How long is a LoRA training step, and how much memory does it keep, next to Hugging Face peft?"""
+
 import copy
 import json
 
@@ -61,23 +62,50 @@ def main(argv=None):
         frozen = copy.deepcopy(model).requires_grad_(False)
         frozen.classifier.requires_grad_(True)
         steps = [step_of(m, batch) for m in (*sides, frozen)]
-        t = bench.paired(*steps, repeats=2 if args.tiny else 21)
+        t = bench.paired(*steps, repeats=2 if args.tiny else 11)
         goal = TARGETS[place]
-        rows.append(bench.row(
-            f"LoRA step, {place}", target=f"≤ {goal}", values=t[:, 0] / t[:, 1] if peft else None, unit="", digits=3,
-            met=lambda v, g=goal: v <= g, peer="peft", limit=f"ours {1e3 * bench.quartiles(t[:, 0])[0]:.0f} ms"
-            + f"; forward pass and head of the base alone {1e3 * bench.quartiles(t[:, -1])[0]:.0f} ms"))
+        rows.append(
+            bench.row(
+                f"LoRA step, {place}",
+                target=f"≤ {goal}",
+                values=t[:, 0] / t[:, 1] if peft else None,
+                unit="",
+                digits=3,
+                met=lambda v, g=goal: v <= g,
+                peer="peft",
+                limit=f"ours {1e3 * bench.quartiles(t[:, 0])[0]:.0f} ms"
+                + f"; forward pass and head of the base alone {1e3 * bench.quartiles(t[:, -1])[0]:.0f} ms",
+            )
+        )
         kept = [ours.training_memory(m, batch)["activations"] for m in sides]
-    rows.append(bench.row("memory kept for the backward pass, all linears", target="≤ 0.75",
-                          values=[kept[0] / kept[1]] if peft else None, unit="", met=lambda v: v <= 0.75, peer="peft",
-                          limit=f"ours {kept[0]:.1f} MiB" + (f", peft {kept[1]:.1f} MiB" if peft else "") +
-                          ", counted tensor by tensor"))
-    rounds = range(1 if args.tiny else 3) if peft else ()
+    rows.append(
+        bench.row(
+            "memory kept for the backward pass, all linears",
+            target="≤ 0.75",
+            values=[kept[0] / kept[1]] if peft else None,
+            unit="",
+            met=lambda v: v <= 0.75,
+            peer="peft",
+            limit=f"ours {kept[0]:.1f} MiB"
+            + (f", peft {kept[1]:.1f} MiB" if peft else "")
+            + ", counted tensor by tensor",
+        )
+    )
+    rounds = range(1 if args.tiny else 2) if peft else ()
     peaks = [[bench.in_fresh_process(__file__, side, args) for side in ("ours", "peft")] for _ in rounds]
-    rows.append(bench.row("peak memory of a step, all linears", target="≤ 0.75",
-                          values=[a / max(b, 1e-9) for a, b in peaks], unit="", met=lambda v: v <= 0.75, peer="peft",
-                          limit=f"ours {peaks[0][0]:.0f} MB, peft {peaks[0][1]:.0f} MB above the model, fresh processes"
-                          if peaks else ""))
+    rows.append(
+        bench.row(
+            "peak memory of a step, all linears",
+            target="≤ 0.75",
+            values=[a / max(b, 1e-9) for a, b in peaks],
+            unit="",
+            met=lambda v: v <= 0.75,
+            peer="peft",
+            limit=f"ours {peaks[0][0]:.0f} MB, peft {peaks[0][1]:.0f} MB above the model, fresh processes"
+            if peaks
+            else "",
+        )
+    )
     bench.save("lora_step", rows, args)
 
 

@@ -1,4 +1,5 @@
 """How many tokens a second does masked-language-model pretraining process, and does bf16 learn the same?"""
+
 import tempfile
 
 import _common as bench
@@ -22,19 +23,36 @@ class ClockCallback:
 
 def hugging_face(transformers, ids, tok, hidden, layers, rows, folder):
     """The way of run_mlm.py: Trainer with its defaults and DataCollatorForLanguageModeling on packed sequences."""
-    config = transformers.BertConfig(vocab_size=len(tok), hidden_size=hidden, num_hidden_layers=layers,
-                                     num_attention_heads=4, intermediate_size=4 * hidden, max_position_embeddings=256)
+    config = transformers.BertConfig(
+        vocab_size=len(tok),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=256,
+    )
     collator = transformers.DataCollatorForLanguageModeling(tok, mlm_probability=0.15)
     data = [{"input_ids": row} for row in ids.tolist()]
 
     def seconds(steps: int) -> float:
         clock = Clock()
         settings = transformers.TrainingArguments(
-            folder, per_device_train_batch_size=rows, max_steps=steps + 1, save_strategy="no", report_to="none",
-            use_cpu=True, disable_tqdm=True)
+            folder,
+            per_device_train_batch_size=rows,
+            max_steps=steps + 1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
         with bench.silent():
-            transformers.Trainer(transformers.BertForMaskedLM(config), settings, train_dataset=data, data_collator=collator,
-                                 callbacks=[ClockCallback(transformers, clock)]).train()
+            transformers.Trainer(
+                transformers.BertForMaskedLM(config),
+                settings,
+                train_dataset=data,
+                data_collator=collator,
+                callbacks=[ClockCallback(transformers, clock)],
+            ).train()
         return float(np.mean(clock.times))
 
     return seconds
@@ -42,11 +60,13 @@ def hugging_face(transformers, ids, tok, hidden, layers, rows, folder):
 
 def ours(ids, tok, hidden, layers, rows, precision):
     """`ftbook.mlm.pretrain` as chapter 6 calls it: no dropout, the head on masked positions only."""
+
     def seconds(steps: int) -> float:
         clock = Clock()
         model = mlm.small_bert(len(tok), hidden, layers, 4)
-        mlm.pretrain(model, tok, ids, steps=steps + 1, batch_size=rows, precision=precision, callbacks=[clock],
-                     progress=False)
+        mlm.pretrain(
+            model, tok, ids, steps=steps + 1, batch_size=rows, precision=precision, callbacks=[clock], progress=False
+        )
         return float(np.mean(clock.times))
 
     return seconds
@@ -55,8 +75,18 @@ def ours(ids, tok, hidden, layers, rows, precision):
 def curve(ids, tok, precision: str, seed: int, steps: int) -> np.ndarray:
     """Training loss in ten parts of a short run of a small model."""
     model = mlm.small_bert(len(tok), 64, 2, 4, seed=seed)
-    history = mlm.pretrain(model, tok, ids[:, :64].contiguous(), steps=steps, every=max(1, steps // 10), batch_size=16,
-                           lr=2e-3, precision=precision, seed=seed, progress=False)
+    history = mlm.pretrain(
+        model,
+        tok,
+        ids[:, :64].contiguous(),
+        steps=steps,
+        every=max(1, steps // 10),
+        batch_size=16,
+        lr=2e-3,
+        precision=precision,
+        seed=seed,
+        progress=False,
+    )
     return np.array(history["train_loss"])
 
 
@@ -78,23 +108,37 @@ def main(argv=None):
             sides.append(lambda: other(2))
         except ImportError as error:
             print(f"  HF Trainer cannot run ({error}): its rows stay empty", flush=True)
-        t = bench.paired(*sides, repeats=1 if args.tiny else 5, warmup=0)
+        t = bench.paired(*sides, repeats=1 if args.tiny else 3, warmup=0)
     speed = [rows * length / np.median(t[:, i]) for i in range(t.shape[1])]
     for i, (precision, target) in enumerate((("fp32", 1.8), ("bf16", 3.8))):
-        lines.append(bench.row(
-            f"MLM pretraining, BERT {layers}×{hidden}, {rows}×{length} tokens, {precision}", target=f"≥ {target}×",
-            values=t[:, 2] / t[:, i] if t.shape[1] > 2 else None, met=lambda v, g=target: v >= g,
-            peer="HF Trainer, run_mlm.py's way", limit=f"ours {speed[i]:,.0f} tokens/s" + (
-                f", HF {speed[2]:,.0f}" if len(speed) > 2 else "")))
-    steps, seeds = (10, 2) if args.tiny else (100, 5)
+        lines.append(
+            bench.row(
+                f"MLM pretraining, BERT {layers}×{hidden}, {rows}×{length} tokens, {precision}",
+                target=f"≥ {target}×",
+                values=t[:, 2] / t[:, i] if t.shape[1] > 2 else None,
+                met=lambda v, g=target: v >= g,
+                peer="HF Trainer, run_mlm.py's way",
+                limit=f"ours {speed[i]:,.0f} tokens/s" + (f", HF {speed[2]:,.0f}" if len(speed) > 2 else ""),
+            )
+        )
+    steps, seeds = (10, 2) if args.tiny else (60, 5)
     full = np.array([curve(ids, tok, "fp32", s, steps) for s in range(seeds)])
     half = np.array([curve(ids, tok, "bf16", s, steps) for s in range(min(3, seeds))]).mean(0)
     low, high = full.min(0), full.max(0)
     inside = 100 * float(np.mean((half >= low) & (half <= high)))
-    lines.append(bench.row(
-        "bf16 loss curve inside the range of the fp32 seeds", target="100 %", values=[inside], unit=" %", digits=0,
-        met=lambda v: v == 100, peer="precision='fp32'", limit=f"{seeds} seeds of fp32, mean of {min(3, seeds)} of bf16, 10 "
-        f"points of {steps} steps of BERT 2×64; largest gap of the means {abs(half - full.mean(0)).max():.4f} nats"))
+    lines.append(
+        bench.row(
+            "bf16 loss curve inside the range of the fp32 seeds",
+            target="100 %",
+            values=[inside],
+            unit=" %",
+            digits=0,
+            met=lambda v: v == 100,
+            peer="precision='fp32'",
+            limit=f"{seeds} seeds of fp32, mean of {min(3, seeds)} of bf16, 10 "
+            f"points of {steps} steps of BERT 2×64; largest gap of the means {abs(half - full.mean(0)).max():.4f} nats",
+        )
+    )
     bench.save("mlm", lines, args)
 
 

@@ -1,4 +1,5 @@
 """How long is an epoch of token classification when rows of similar length share a batch?"""
+
 import _common as bench
 import numpy as np
 import torch
@@ -50,13 +51,31 @@ def main(argv=None):
     seconds = np.median(t, 0)
     about = f"{len(encoded):,} rows, {sample} of {len(bucket)} batches timed in each of {repeats} rounds"
     rows = [
-        bench.row("NER epoch in length buckets, over all rows padded to 128", target="≥ 6.5×", values=t[:, 2] / t[:, 0],
-                  met=lambda v: v >= 6.5, peer="padding='max_length'",
-                  limit=f"ours {seconds[0]:.0f} s, padded to 128 {seconds[2]:.0f} s; {about}"),
-        bench.row("NER epoch in length buckets, over random batches", target="≥ 3.3×", values=t[:, 1] / t[:, 0],
-                  met=lambda v: v >= 3.3, peer="DataCollatorForTokenClassification", limit=f"random {seconds[1]:.0f} s"),
-        bench.row("computed pieces over real pieces in length buckets", target="≤ 1.10", values=[padded / real], unit="",
-                  digits=3, met=lambda v: v <= 1.10, limit=f"{real:,} pieces without any padding: 1"),
+        bench.row(
+            "NER epoch in length buckets, over all rows padded to 128",
+            target="≥ 6.5×",
+            values=t[:, 2] / t[:, 0],
+            met=lambda v: v >= 6.5,
+            peer="padding='max_length'",
+            limit=f"ours {seconds[0]:.0f} s, padded to 128 {seconds[2]:.0f} s; {about}",
+        ),
+        bench.row(
+            "NER epoch in length buckets, over random batches",
+            target="≥ 3.3×",
+            values=t[:, 1] / t[:, 0],
+            met=lambda v: v >= 3.3,
+            peer="DataCollatorForTokenClassification",
+            limit=f"random {seconds[1]:.0f} s",
+        ),
+        bench.row(
+            "computed pieces over real pieces in length buckets",
+            target="≤ 1.10",
+            values=[padded / real],
+            unit="",
+            digits=3,
+            met=lambda v: v <= 1.10,
+            limit=f"{real:,} pieces without any padding: 1",
+        ),
     ]
     bench.save("ner_epoch", rows, args)
 

@@ -1,4 +1,5 @@
 """How long does it take to turn tagged sentences into pieces and aligned labels, and is the result the same?"""
+
 import _common as bench
 import numpy as np
 from _corpus import conll_like, tokenizer
@@ -30,8 +31,14 @@ def run_ner(datasets, words, tags, tok):
 
 def windows(words, tags, tok):
     """Ids and labels of overlapping windows as the tokenizer itself cuts them."""
-    out = tok(words, truncation=True, max_length=LENGTH, stride=STRIDE, is_split_into_words=True,
-              return_overflowing_tokens=True)
+    out = tok(
+        words,
+        truncation=True,
+        max_length=LENGTH,
+        stride=STRIDE,
+        is_split_into_words=True,
+        return_overflowing_tokens=True,
+    )
     number, rows = {t: i for i, t in enumerate(LABELS)}, []
     for i, sentence in enumerate(out["overflow_to_sample_mapping"]):
         ids = out.word_ids(i)
@@ -50,8 +57,11 @@ def same(own, ids, labels) -> bool:
     """Equal ids; equal labels, but for a window's first piece when its word began in the window before."""
     own_ids, own_labels = own
     return own_ids == list(ids) and all(
-        a == b or [x for x, y in zip(a, b, strict=True) if x != -100 or y == -100] == [y for x, y in zip(
-            a, b, strict=True) if x != -100 or y == -100] for a, b in zip(own_labels, labels, strict=True))
+        a == b
+        or [x for x, y in zip(a, b, strict=True) if x != -100 or y == -100]
+        == [y for x, y in zip(a, b, strict=True) if x != -100 or y == -100]
+        for a, b in zip(own_labels, labels, strict=True)
+    )
 
 
 def main(argv=None):
@@ -60,8 +70,12 @@ def main(argv=None):
     tok, datasets = tokenizer(), bench.peer("datasets")
     sides = [lambda: encode(words, WordPieces(tok), tags, LABELS, max_length=LENGTH, windows=False)]
     own = rows_of(sides[0]())
-    checks = {"windows": same(rows_of(encode(words, WordPieces(tok), tags, LABELS, max_length=LENGTH, stride=STRIDE)),
-                              *windows(words, tags, tok))}
+    checks = {
+        "windows": same(
+            rows_of(encode(words, WordPieces(tok), tags, LABELS, max_length=LENGTH, stride=STRIDE)),
+            *windows(words, tags, tok),
+        )
+    }
     if datasets:
         datasets.disable_progress_bars()
         sides.append(run_ner(datasets, words, tags, tok))
@@ -74,12 +88,19 @@ def main(argv=None):
     sides.insert(1, lambda: encode(words, known, tags, LABELS, max_length=LENGTH, windows=False))
     t = bench.paired(*sides, repeats=1 if args.tiny else 7)
     own_ms, warm_ms = (1e3 * bench.quartiles(t[:, i])[0] for i in (0, 1))
-    rows = [bench.row(
-        f"NER preparation, {len(words):,} sentences", target="≥ 10×", values=t[:, 2] / t[:, 0] if datasets else None,
-        digits=1, met=lambda v: v >= 10, peer="datasets.map as in run_ner.py",
-        limit=f"ours {own_ms:.0f} ms; {warm_ms:.0f} ms when all words are known",
-        note=f"Ids and labels equal to {' and '.join(checks)}: checked in the run. Generated sentences with lengths and "
-             "vocabulary size like CoNLL-2003's.")]
+    rows = [
+        bench.row(
+            f"NER preparation, {len(words):,} sentences",
+            target="≥ 10×",
+            values=t[:, 2] / t[:, 0] if datasets else None,
+            digits=1,
+            met=lambda v: v >= 10,
+            peer="datasets.map as in run_ner.py",
+            limit=f"ours {own_ms:.0f} ms; {warm_ms:.0f} ms when all words are known",
+            note=f"Ids and labels equal to {' and '.join(checks)}: checked here. Generated sentences, lengths and "
+            "vocabulary size like CoNLL-2003's.",
+        )
+    ]
     bench.save("ner_prepare", rows, args)
 
 

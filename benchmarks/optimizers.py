@@ -1,11 +1,17 @@
 """How long is a step of the optimizers that chapter 3 builds, next to those of torch.optim?"""
+
 import inspect
 
 import _common as bench
 import torch
 
-NAMES = {"SGD": ("SGD", {"momentum": 0.9}), "AdaGrad": ("Adagrad", {}), "RMSProp": ("RMSprop", {}), "Adam": ("Adam", {}),
-         "AdamW": ("AdamW", {})}
+NAMES = {
+    "SGD": ("SGD", {"momentum": 0.9}),
+    "AdaGrad": ("Adagrad", {}),
+    "RMSProp": ("RMSprop", {}),
+    "Adam": ("Adam", {}),
+    "AdamW": ("AdamW", {}),
+}
 
 
 def setting(cls, shapes, options: dict):
@@ -29,14 +35,24 @@ def main(argv=None):
     for name, (theirs, options) in NAMES.items():
         ours = getattr(optim, name, None)
         if ours is not None:
-            sides = [setting(ours, shapes, options).step,
-                     setting(getattr(torch.optim, theirs), shapes, {**options, "foreach": True}).step]
+            sides = [
+                setting(ours, shapes, options).step,
+                setting(getattr(torch.optim, theirs), shapes, {**options, "foreach": True}).step,
+            ]
             t = bench.paired(*sides, repeats=2 if args.tiny else 21)
-        rows.append(bench.row(
-            f"{name} step, 10M parameters in 100 tensors", target="≤ 1.05", values=t[:, 0] / t[:, 1] if ours else None,
-            unit="", met=lambda v: v <= 1.05, peer=f"torch.optim.{theirs}(foreach=True)",
-            limit=f"ours {1e3 * bench.quartiles(t[:, 0])[0]:.1f} ms, torch {1e3 * bench.quartiles(t[:, 1])[0]:.1f} ms"
-            if ours else ""))
+        rows.append(
+            bench.row(
+                f"{name} step, 10M parameters in 100 tensors",
+                target="≤ 1.05",
+                values=t[:, 0] / t[:, 1] if ours else None,
+                unit="",
+                met=lambda v: v <= 1.05,
+                peer=f"torch.optim.{theirs}(foreach=True)",
+                limit="ours {:.1f} ms, torch {:.1f} ms".format(*(1e3 * bench.quartiles(side)[0] for side in t.T))
+                if ours
+                else "",
+            )
+        )
     bench.save("optimizers", rows, args)
 
 

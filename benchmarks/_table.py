@@ -1,0 +1,133 @@
+"""Write benchmarks/README.md from the result files: called by tools/bench.py after the last script."""
+
+import json
+import sys
+from pathlib import Path
+
+import _common as bench
+
+from ftbook.runtime import atomic_write
+
+ORDER = [
+    "imports",
+    "loop",
+    "cnn_step",
+    "batches",
+    "lora_step",
+    "adapters",
+    "lora_inference",
+    "ner_prepare",
+    "ner_epoch",
+    "entity_f1",
+    "mlm",
+    "optimizers",
+]
+GROWTH = {
+    "tokens": "Milliseconds of a training step against the number of tokens in a row",
+    "rank": "Milliseconds of a LoRA step against the rank",
+    "adapters": "Milliseconds of a step and of a switch against the number of adapters in the model",
+    "preparation": "Seconds of NER preparation against the number of sentences",
+    "processes": "Seconds of the same training under torchrun with one and two processes",
+    "memory": "Peak memory of fit against the number of training steps",
+}
+INTRO = """# Benchmarks
+
+Written by `make bench`; do not edit. One script per question, `python benchmarks/NAME.py` runs one (`--tiny`: in
+seconds, to see that it works). The sides of a comparison run in turns, A B A B, in one process; the table shows the
+median of the paired ratio and its quartiles. Imports and peak memory are measured in fresh processes. With one thread
+the clock is CPU time, so that other programs on the machine count less; with more it is the wall clock. Peers are
+used as their documentation says; a peer that is not installed leaves its cell empty. `×` means how many times as fast
+as the peer; a plain ratio is ours over the peer's. These are measurements, not timed tests: the tests only check that
+every script runs.
+"""
+
+
+def load(folder: Path) -> dict:
+    """name -> content of every result file."""
+    found = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
+    return {name: content for name, content in found.items() if not content["tiny"]}
+
+
+def line(row: dict) -> str:
+    """A row of the table."""
+    met = {True: "met", False: "**not met**", None: "–"}[row["met"]]
+    why = NOTES.get(row["what"], "") if row["met"] is False else ""
+    note = " ".join(filter(None, (why, row["note"])))
+    met += f": {note}" if note else ""
+    cells = row["what"], row["target"] or "–", bench.shown(row), row["peer"] or "–", row["limit"] or "–", met
+    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+
+NOTES: dict[str, str] = {}  # row -> why its target is not met, from benchmarks/notes.json
+
+
+def conditions(found: dict) -> str:
+    """Machine, threads, load and versions, one line per different condition."""
+    first = next(iter(found.values()))["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items())
+    listed = "; ".join(f"{n} {c['machine']['load']:.0f}" for n, c in found.items())
+    threads = sorted({c["machine"]["threads"] for c in found.values()})
+    total = sum(c["seconds"] for c in found.values())
+    return (
+        f"Machine: {first['device']}, {first['system']}, Python {first['python']}, threads of PyTorch: "
+        f"{', '.join(map(str, threads))}, native bf16: {'yes' if first['native bf16'] else 'no'}. "
+        f"Versions: {versions}.\n"
+        f"Load average when each script ended (a load above the number of cores means that others were working): "
+        f"{listed}.\nAll scripts together: {total / 60:.0f} minutes.\n"
+    )
+
+
+def growth(content: dict) -> list[str]:
+    out = ["## Growth\n"]
+    for name, part in content["figures"].items():
+        out.append(f"{part['says']}\n\n![{GROWTH[name]}](figures/growth_{name}.svg)\n")
+    return out
+
+
+def gpu(found: dict) -> list[str]:
+    out = ["## GPU\n"]
+    if "gpu" not in found:
+        return out + [
+            "Not measured: no CUDA device was at hand when this table was written. `python benchmarks/gpu.py` "
+            "runs the same questions with full-size models (BERT-base token classification at 128 tokens, "
+            "ResNet-50, LoRA on both, masked language modeling): fp32, bf16 with scaled-dot-product attention, "
+            "fused AdamW, pinned asynchronous transfer, torch.compile; step time, tokens/s, peak memory and the "
+            "share of the measured matrix-product peak, next to HF Trainer and peft on the same work. Weights "
+            "are random, so nothing is downloaded. It has only been tested with `--tiny` on a CPU.\n"
+        ]
+    content = found["gpu"]
+    out.append(f"{content['gpu']}, measured bf16 matrix-product peak {content['matmul_peak_tflops']:.0f} TFLOP/s.\n")
+    out += ["| work and setting | speed over the peer [quartiles] | peer | measured |", "|---|---|---|---|"]
+    return out + [f"| {r['what']} | {bench.shown(r)} | {r['peer']} | {r['limit']} |" for r in content["rows"]] + [""]
+
+
+def render(folder: Path) -> str:
+    """The whole page."""
+    notes = bench.HERE / "notes.json"
+    NOTES.update(json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {})
+    found = load(folder)
+    if not found:
+        raise SystemExit(f"bench: no result file in {folder}; run the scripts first")
+    out = [
+        INTRO,
+        conditions(found),
+        "| question | target | measured: median [quartiles] | peer | how far from the limit | met |",
+        "|---|---|---|---|---|---|",
+    ]
+    out += [line(row) for name in ORDER if name in found for row in found[name]["rows"]]
+    missing = [name for name in ORDER if name not in found]
+    out.append(f"\nNot run: {', '.join(missing)}.\n" if missing else "")
+    out += growth(found["growth"]) if "growth" in found else []
+    return "\n".join(out + gpu(found)).rstrip() + "\n"
+
+
+def write(folder: Path = bench.RESULTS, page: Path = bench.HERE / "README.md") -> Path:
+    """Render the page and replace the file in one step."""
+    text = render(folder)
+    with atomic_write(page) as file:
+        file.write_text(text, encoding="utf-8")
+    return page
+
+
+if __name__ == "__main__":
+    print(f"wrote {write(*map(Path, sys.argv[1:]))}")
