@@ -103,7 +103,7 @@ def soft_threshold(x: Tensor, t: float) -> Tensor:
     >>> soft_threshold(torch.tensor([-3.0, 0.5, 2.0]), 1.0)
     tensor([-2.,  0.,  1.])
     """
-    return x.sign() * (x.abs() - t).clamp_min(0)
+    return x - x.clamp(-t, t)
 
 
 def shrink(x: Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
@@ -869,13 +869,16 @@ def _size(data) -> int:
 
 # %% ../nbs/12_regularize.ipynb #e8e99c21
 def compare_methods(task: Task, *, chapter: str, methods: Sequence[str] | None = None,
-                    search_seeds: Sequence[int] = (0,), seeds: Sequence[int] = (1, 2, 3), **options) -> dict[str, dict]:
+                    search_seeds: Sequence[int] = (0,), seeds: Sequence[int] = (1, 2, 3), prefix: str = "",
+                    **options) -> dict[str, dict]:
     """Choose each method's strength by validation accuracy, then score test data with other seeds.
 
     Parameters
     ----------
     search_seeds, seeds : sequence of int
         Of the choice, and of the scored runs. Finished runs are read from results, not repeated.
+    prefix : str
+        Of the two sweeps' names, "search" and "final".
     **options
         To `fit`, the same for all methods, over `BUDGET`.
 
@@ -896,10 +899,11 @@ def compare_methods(task: Task, *, chapter: str, methods: Sequence[str] | None =
     for method in methods or METHODS:
         strengths, n = list(METHODS[method][0]), _size(task.valid)
         if len(strengths) > 1:
-            search = sweep(run, {"method": [method], "strength": strengths}, search_seeds, name="search", n=n, **about)
+            choice = {"method": [method], "strength": strengths}
+            search = sweep(run, choice, search_seeds, name=prefix + "search", n=n, **about)
             strengths = [search.best("valid_accuracy")["strength"]]
         choice = {"method": [method], "strength": strengths, "test": [True]}
-        final = sweep(run, choice, seeds, name="final", n=_size(task.test), **about)
+        final = sweep(run, choice, seeds, name=prefix + "final", n=_size(task.test), **about)
         for metric in final.metrics:
             found.setdefault(metric, {})[method] = final.row(metric)
     return found
