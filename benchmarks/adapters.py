@@ -10,7 +10,7 @@ import torch
 
 from ftbook import peft as ours
 
-PLACES = {"query, value": ("query", "value"), "all linears": "all-linear"}
+PLACES = {"query, value": ("query", "value"), "all linears": ("query", "key", "value", "dense")}
 
 
 def twin(model):
@@ -20,9 +20,7 @@ def twin(model):
 
 def peer_setup(peft, model, target, folder):
     """peft's side of the three questions, as its quick tour writes them."""
-    config = peft.LoraConfig(
-        r=8, lora_alpha=16, target_modules=list(target) if target != "all-linear" else target, modules_to_save=None
-    )
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(target))
     peft.get_peft_model(twin(model), config).save_pretrained(folder)
     return config
 

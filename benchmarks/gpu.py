@@ -18,12 +18,19 @@ from ftbook import peft as lora
 from ftbook.mlm import MaskedLM
 
 
+def vocabulary(tiny: bool) -> int:
+    """Pieces of bert-base-cased."""
+    return 200 if tiny else 28_996
+
+
 def bert_config(tiny: bool, labels: int = 9):
     """The configuration of bert-base-cased; a very small one where only the script is tested."""
     from transformers import BertConfig
 
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return BertConfig(vocab_size=28_996, num_labels=labels, attn_implementation="sdpa", **(small if tiny else {}))
+    return BertConfig(
+        vocab_size=vocabulary(tiny), num_labels=labels, attn_implementation="sdpa", **(small if tiny else {})
+    )
 
 
 def tagging_model(tiny: bool) -> nn.Module:
@@ -49,7 +56,7 @@ def token_batches(tiny: bool, n: int, masked: bool = False) -> list:
     rows, length = (2, 16) if tiny else (32, 128)
     found = []
     for seed in range(n):
-        batch = bench.token_batch(rows, length, 28_996, seed=seed)
+        batch = bench.token_batch(rows, length, vocabulary(tiny), seed=seed)
         if masked:
             hidden = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) < 0.15
             batch["labels"] = batch["input_ids"].masked_fill(~hidden, -100)
@@ -72,7 +79,7 @@ def image_batches(tiny: bool, n: int) -> list:
 
 def with_lora(model: nn.Module) -> nn.Module:
     conv = any(isinstance(m, nn.Conv2d) for m in model.modules())
-    target = r"layer\d\..*conv\d" if conv else "all-linear"
+    target = r"layer\d\..*conv\d" if conv else ("query", "key", "value", "dense")
     return lora.apply(model, lora.LoRA(target, r=8, alpha=16), head="fc" if conv else "classifier").model
 
 
@@ -169,28 +176,48 @@ def run_ours(name: str, setting: dict, tiny: bool, steps: int, warmup: int) -> t
     return clock.seconds(), peak_mb()
 
 
+class ForTrainer(nn.Module):
+    """An image model in the form that HF Trainer trains: scales the images, returns a loss."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values, labels):
+        logits = self.model(pixel_values.float().div_(255))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def peer_model(name: str, tiny: bool) -> nn.Module | None:
+    """The peer's side: the same model, with peft's LoRA on the same layers; None where a peer is missing."""
+    images = "ResNet" in name
+    model = resnet_model(tiny) if images else mlm_model(tiny) if "MLM" in name else tagging_model(tiny)
+    if bench.peer("accelerate") is None or ("LoRA" in name and bench.peer("peft") is None):
+        return None
+    if "LoRA" in name:
+        import peft
+
+        target = r"layer\d\..*conv\d" if images else ["query", "key", "value", "dense"]
+        head = ["fc"] if images else ["classifier"]
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=target, modules_to_save=head)
+        )
+    return ForTrainer(model) if images else model
+
+
 def run_peer(name: str, tiny: bool, steps: int, warmup: int, folder: str) -> tuple[float, float] | None:
     """HF Trainer (and peft for the adapters) on the same batches, bf16 where the device has it."""
     import transformers
 
-    make = {
-        "BERT-base token classification": tagging_model,
-        "LoRA on BERT-base": tagging_model,
-        "MLM on BERT-base": mlm_model,
-    }.get(name)
-    if make is None:
+    torch.manual_seed(0)
+    model = peer_model(name, tiny)
+    if model is None:
         return None
-    model = make(tiny)
-    if "LoRA" in name:
-        peft = bench.peer("peft")
-        if peft is None:
-            return None
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(task_type="TOKEN_CLS", r=8, lora_alpha=16, target_modules="all-linear")
-        )
     clock = StepClock(warmup)
     ticks = type("Ticks", (transformers.TrainerCallback,), {"on_step_end": lambda *a, **k: clock.on_step_end()})()
-    rows = [{k: v[i] for k, v in b.items()} for b in WORK[name][1](tiny, 4) for i in range(len(b["labels"]))]
+    batches = WORK[name][1](tiny, 4)
+    batches = [b if isinstance(b, dict) else dict(zip(("pixel_values", "labels"), b, strict=True)) for b in batches]
+    rows = [{k: v[i] for k, v in b.items()} for b in batches for i in range(len(b["labels"]))]
     settings = transformers.TrainingArguments(
         folder,
         per_device_train_batch_size=len(rows) // 4,
@@ -264,7 +291,7 @@ def measure(name: str, args, ceiling: float, folder: str) -> list:
                 f"{name}, {label}",
                 target="",
                 values=other / seconds if len(other) else None,
-                peer="HF Trainer" if len(other) else "none for images",
+                peer="HF Trainer" if len(other) else "",
                 limit=f"{1e3 * step:.1f} ms a step, {size / step:,.0f} "
                 f"{WORK[name][3]}/s, peak {np.median(memory):,.0f} MB, {100 * flops / step / ceiling:.0f} % of the "
                 "measured matrix-product peak",

@@ -2,7 +2,7 @@
 
 import _common as bench
 import torch
-from adapters import twin
+from adapters import PLACES, twin
 from lora_step import adapted, sizes
 
 
@@ -11,7 +11,7 @@ def main(argv=None):
     model, batch = sizes(args.tiny)
     batch.pop("labels")
     peft = bench.peer("peft")
-    models = [model, *(adapted(side, twin(model), "all-linear") for side in ["ours"] + ["peft"] * bool(peft))]
+    models = [model, *(adapted(side, twin(model), PLACES["all linears"]) for side in ["ours"] + ["peft"] * bool(peft))]
 
     def run(m):
         def forward():

@@ -31,8 +31,7 @@ def adapted(side: str, model, target):
         return ours.apply(model, ours.LoRA(target, r=8, alpha=16), head=()).model.train()
     import peft
 
-    wanted = list(target) if target != "all-linear" else target
-    return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=wanted)).train()
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(target))).train()
 
 
 def sizes(tiny: bool) -> tuple:
@@ -43,7 +42,7 @@ def sizes(tiny: bool) -> tuple:
 def peak(side: str, tiny: bool) -> float:
     """Megabytes that the second step needs above what is there before it; one side per process."""
     model, batch = sizes(tiny)
-    step = step_of(adapted(side, model, "all-linear"), batch)
+    step = step_of(adapted(side, model, PLACES["all linears"]), batch)
     step()
     with Meter("cpu") as meter:
         step()
