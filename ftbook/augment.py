@@ -797,8 +797,9 @@ def few_label_run(seed: int, *, train: ImageSet, valid: ImageSet, test: ImageSet
     return {f"{k}_accuracy": evaluate(model, v, metrics="accuracy")["accuracy"] for k, v in parts.items()}
 
 # %% ../nbs/13_augment.ipynb #4332282d
-def text_run(seed: int, *, body: nn.Module, tokenizer: Any, vocab: Any, train: TextSet, valid: TextSet,
-             test: TextSet | None = None, method: str = "none", labels: int = 50, lr: float = 1e-3, steps: int = 120,
+def text_run(seed: int, *, body: nn.Module, tokenizer: Any, vocab: Any, train: TextSet,
+             valid: TextSet | None = None, test: TextSet | None = None, method: str = "none", labels: int = 50,
+             lr: float = 1e-3, steps: int = 120,
              batch_size: int = 16, strength: float | None = None) -> dict[str, float]:
     """Fine-tune a copy of a BERT body on a few labeled sentences with one augmentation.
 
@@ -806,6 +807,8 @@ def text_run(seed: int, *, body: nn.Module, tokenizer: Any, vocab: Any, train: T
     ----------
     body, tokenizer, vocab
         From `ftbook.mlm.load_bundled` and `ftbook.mlm.vocabulary`; the body is copied.
+    valid, test : TextSet, optional
+        Scored where given.
     labels : int
         Per class, drawn with `seed`.
     method, strength
@@ -814,7 +817,7 @@ def text_run(seed: int, *, body: nn.Module, tokenizer: Any, vocab: Any, train: T
     Returns
     -------
     dict
-        valid_accuracy, and test_accuracy with `test`.
+        valid_accuracy with `valid`, test_accuracy with `test`.
     """
     few, K = train.per_class(labels, seed=seed), len(train.classes)
     seed_everything(seed)
@@ -823,9 +826,8 @@ def text_run(seed: int, *, body: nn.Module, tokenizer: Any, vocab: Any, train: T
     epochs = -(-steps // -(-len(few.y) // batch_size))
     fit(model, encoded, epochs=epochs, max_steps=steps, lr=lr, schedule="linear", warmup=0.1, batch_size=batch_size,
         seed=seed, transform=text_policy(method, vocab, model, K, strength), progress=False)
-    parts = {"valid": valid} | ({} if test is None else {"test": test})
     return {f"{k}_accuracy": evaluate(model, _by_length(v, tokenizer), metrics="accuracy", batch_size=64)["accuracy"]
-            for k, v in parts.items()}
+            for k, v in (("valid", valid), ("test", test)) if v is not None}
 
 
 def _by_length(texts: TextSet, tokenizer: Any) -> dict[str, Tensor]:

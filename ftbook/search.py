@@ -103,7 +103,7 @@ def grid_choices(space: Mapping[str, Range | Options], points: int) -> dict[str,
 
 # %% ../nbs/14_search.ipynb #76f5e300
 def mlp_run(seed: int, *, train: ImageSet, valid: ImageSet, test: ImageSet | None = None, lr: float,
-            weight_decay: float = 0.01, width: int = 64, dropout: float = 0.0, steps: int = 600,
+            weight_decay: float = 0.01, width: int = 64, dropout: float = 0.0, steps: int = 400,
             batch_size: int = 32, valid_sizes: Sequence[int] = (100, 1000)) -> dict[str, float]:
     """Train a network with one hidden layer and score it on validation sets of several sizes.
 

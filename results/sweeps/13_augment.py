@@ -4,6 +4,7 @@ One learning rate per number of labels, chosen on validation data with the runs 
 all methods, so the tuning favors the baseline. The seeds 0, 1 and 2 are then scored on the test data once.
 """
 
+import sys
 from functools import cache
 
 from ftbook import augment, data, mlm, results, runtime
@@ -20,10 +21,11 @@ LONG = {"steps": runtime.pick(quick=20, cpu=1_200), "labels": LABELS[len(LABELS)
 TEXT_LABELS = runtime.pick(quick=[10], cpu=[50, 250])
 TEXT_METHODS = ["none", "masking", "dropout", "swap", "embedding mixup"]
 TEXT_RATES = [3e-4, 1e-3]
-TEXT_STEPS = runtime.pick(quick=5, cpu=80)
+TEXT_STEPS = runtime.pick(quick=5, cpu=40)
 KINDS = {"flip": [1.0], "upside down": [1.0], "crop": [0.125, 0.25, 0.375], "zoom": [0.25, 0.5, 0.75],
          "color": [0.2, 0.4, 0.8], "erasing": [0.1, 0.33, 0.6], "noise": [0.05, 0.1, 0.2],
          "randaugment": [0.1, 0.3, 0.6]}
+TEXT_SCORED = runtime.pick(quick=(20, 20), cpu=(200, 400))  # validation and test sentences per class
 
 
 @cache
@@ -34,7 +36,8 @@ def images():
 
 @cache
 def texts():
-    return tuple(data.load("sst2", split, bundled=True) for split in ("train", "valid", "test"))
+    train, valid, test = (data.load("sst2", split, bundled=True) for split in ("train", "valid", "test"))
+    return train, *(part.per_class(size, seed=0) for part, size in zip((valid, test), TEXT_SCORED, strict=True))
 
 
 @cache
@@ -51,8 +54,9 @@ def image_run(seed, method, labels, lr, test=False, steps=STEPS):
 
 def text_run(seed, method, labels, lr, test=False):
     train, valid, test_set = texts()
-    return augment.text_run(seed, **bert(), train=train, valid=valid, test=test_set if test else None, method=method,
-                            labels=labels, lr=lr, steps=TEXT_STEPS)
+    scored = {"test": test_set} if test else {"valid": valid}
+    return augment.text_run(seed, **bert(), train=train, **scored, method=method, labels=labels, lr=lr,
+                            steps=TEXT_STEPS)
 
 
 def rates(name, run, label_counts, tried):
@@ -105,16 +109,20 @@ def judges():
     results.record(CHAPTER, "photo_changes", rows)
 
 
-def main():
-    pictures = {"n": 2_000, "budget": f"{STEPS} steps of 32 images"}
-    sentences = {"n": 1_821, "budget": f"{TEXT_STEPS} steps of 16 sentences"}
-    study("images", image_run, METHODS, LABELS[:2], RATES, SEEDS, **pictures)
-    judges()
-    study("texts", text_run, TEXT_METHODS, TEXT_LABELS[:1], TEXT_RATES, SEEDS, **sentences)
-    longer()
-    study("images", image_run, METHODS, LABELS, RATES, SEEDS, **pictures)
-    study("texts", text_run, TEXT_METHODS, TEXT_LABELS, TEXT_RATES, SEEDS, **sentences)
+def main(stages):
+    pictures = {"seeds": SEEDS, "n": 2_000, "budget": f"{STEPS} steps of 32 images"}
+    sentences = {"seeds": SEEDS, "n": 2 * TEXT_SCORED[1], "budget": f"{TEXT_STEPS} steps of 16 sentences"}
+    todo = {
+        "images": lambda: study("images", image_run, METHODS, LABELS[:2], RATES, **pictures),
+        "judges": judges,
+        "texts": lambda: study("texts", text_run, TEXT_METHODS, TEXT_LABELS[:1], TEXT_RATES, **sentences),
+        "longer": longer,
+        "more images": lambda: study("images", image_run, METHODS, LABELS, RATES, **pictures),
+        "more texts": lambda: study("texts", text_run, TEXT_METHODS, TEXT_LABELS, TEXT_RATES, **sentences),
+    }
+    for stage in stages or todo:
+        todo[stage]()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
