@@ -1,10 +1,9 @@
 """Sweeps of chapter 8, fine-tuning CNNs: `make results CH=08` (resumable), or some of them by name.
 
 bundled   trains ftbook/assets/cnn-small-cifar10 and writes its card
-source    the network and the recipe of source 000 on CIFAR-10, against the rate chosen on validation images
+source    the network and the recipe of source 000 on CIFAR-10, at its rate and at thirty times that rate
 classes   that network pretrained on five classes, fine-tuned on the other five with few labels
 photos    ants and bees: rates chosen per strategy on folds of the training photos, then test photos, three seeds
-rates     body's rate times head's rate
 memory    peak memory of every strategy, each in a process of its own
 """
 
@@ -32,8 +31,8 @@ STRENGTHS = [1e-3, 1e-2, 1e-1]
 
 def bundled(epochs=24, lr=3e-3, seed=0):
     """Train the small CNN that the package ships, on all of CIFAR-10's training images that are at hand."""
-    pool, valid = data.load("cifar10").split([11_000, 1_000], seed=0)
-    test = data.load("cifar10", "test")
+    images, test = data.load("cifar10"), data.load("cifar10", "test")
+    pool, valid = images.split([len(images) - 1_000, 1_000], seed=0)
     runtime.seed_everything(seed)
     model = SmallCNN(10, (3, 64, 128, 256))
     started = time.process_time()
@@ -86,7 +85,8 @@ def cifar():
 
 @functools.cache
 def source_data():
-    pool, valid = data.load("cifar10").split([10_000, 2_000], seed=0)
+    images = data.load("cifar10")
+    pool, valid = images.split([len(images) - 2_000, 2_000], seed=0)
     return pool.per_class(CIFAR["train"] // 10, seed=0), valid, data.load("cifar10", "test")
 
 
@@ -97,9 +97,7 @@ def source():
     def run(seed, lr, final=False):
         return vision.source_run(train, valid, test if final else None, lr=lr, seed=seed)[1]
 
-    best = results.sweep(run, {"lr": [0.001, 0.01, 0.03]}, [0], name="source_search", **about)
-    rates = dict.fromkeys([0.001, best.best("valid_accuracy")["lr"]])
-    show(results.sweep(run, {"lr": list(rates), "final": [True]}, SEEDS, name="source", **about))
+    show(results.sweep(run, {"lr": [0.001, 0.03], "final": [True]}, SEEDS, name="source", **about))
 
 
 @functools.cache
@@ -189,17 +187,6 @@ def photo_sweep(ways=(*vision.WAYS, "head, moving statistics")):
         show(results.sweep(final_run, {"way": [way], "lr": [chosen(way)]}, SEEDS, name="photos", **about))
 
 
-def rates_run(seed, lr, head_lr):
-    train, valid = vision.hold_out(photos()[0], seed)
-    return vision.way_run(original(), train, valid, way="full", lr=lr, head_lr=head_lr, seed=seed, **LENGTH)[1]
-
-
-def rates():
-    choices = {"lr": [1e-4, 1e-3], "head_lr": [1e-3, 1e-2]}
-    show(results.sweep(rates_run, choices, [1, 2, 3], chapter=CHAPTER, name="rates", budget=BUDGET, progress=False,
-                       n=len(vision.hold_out(photos()[0], 1)[1])))
-
-
 def memory_run(seed, way):
     """Peak memory above the start of a process that tunes on one batch, after one small step as warm-up."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -225,7 +212,7 @@ def show(found):
         print({k: v for k, v in row.items() if "loss_" not in k and "accuracy_" not in k}, flush=True)
 
 
-STUDIES = {"bundled": bundled, "photos": photo_sweep, "classes": classes, "source": source, "rates": rates,
+STUDIES = {"bundled": bundled, "photos": photo_sweep, "classes": classes, "source": source,
            "memory": memory}
 
 if __name__ == "__main__":
