@@ -126,8 +126,12 @@ def run(seed, optimizer, lr, head=1.0, decay=None, schedule="warm-up + linear", 
                   seed=seed, progress=False)
     except FloatingPointError:  # diverged: scored as a model that knows nothing
         return {"valid_loss": 9.0, "valid_accuracy": 0.5} | ({"test_loss": 9.0, "test_accuracy": 0.5} if final else {})
-    found = score(model, "valid") | (score(model, "test") if final else {})
-    print(optimizer, f"{lr:g}", head, decay, schedule, seed, {k: round(v, 3) for k, v in found.items()}, flush=True)
+    return score(model, "valid") | (score(model, "test") if final else {})
+
+
+def told(**choice):
+    found = run(**choice)
+    print(*choice.values(), {k: round(v, 3) for k, v in found.items()}, flush=True)
     return found
 
 
@@ -135,10 +139,10 @@ def tuned(name, choices, seeds):
     """Seed 0 for every choice; the one with the lowest validation loss again with the other seeds, scored on test."""
     tried = math.prod(len(v) for v in choices.values())
     about = {"chapter": CHAPTER, "budget": f"{BUDGET}, {tried} settings tried", "progress": False}
-    search = results.sweep(run, choices, [0], name=f"{name}.search", n=len(task()["valid"][2]), **about)
+    search = results.sweep(told, choices, [0], name=f"{name}.search", n=len(task()["valid"][2]), **about)
     best = min(search.rows, key=lambda r: r["valid_loss"])
     choice = {k: [best[k]] for k in choices} | {"final": [True]}
-    results.sweep(run, choice, seeds, name=f"{name}.final", n=len(task()["test"][2]), **about)
+    results.sweep(told, choice, seeds, name=f"{name}.final", n=len(task()["test"][2]), **about)
 
 
 def optimizers(seeds=SEEDS):
@@ -152,7 +156,7 @@ def optimizers_first():
 
 
 def best_rate(name="AdamW"):
-    search = results.sweep(run, {"optimizer": [name], "lr": RATES[name]}, [0], chapter=CHAPTER,
+    search = results.sweep(told, {"optimizer": [name], "lr": RATES[name]}, [0], chapter=CHAPTER,
                            name="optimizers.search", progress=False)
     return min(search.rows, key=lambda r: r["valid_loss"])["lr"]
 
