@@ -23,12 +23,15 @@ from ftbook.runtime import Meter, atomic_write
 matplotlib.use("Agg")
 
 
-def figure(
-    name: str, x, series: dict, args, *, xlabel: str, ylabel: str, logx: bool = False, logy: bool = False
-) -> None:
-    """Write one SVG and its points; the table shows the figure."""
-    ax = plot.curves(series, x, xlabel=xlabel, ylabel=ylabel, logx=logx, logy=logy)
-    folder = args.out if args.tiny else bench.FIGURES
+def draw(name: str, part: dict, folder) -> None:
+    """Write one SVG from the numbers of a part."""
+    series = {k: bands(v) if isinstance(v[0], list) else v for k, v in part["series"].items()}
+    x, log = part["x"], part.get("log", "")
+    ax = plot.curves(series, x, xlabel=part["xlabel"], ylabel=part["ylabel"], logx="x" in log, logy="y" in log)
+    ax.set_xticks(x, [f"{v:,}" for v in x])
+    ax.minorticks_off()
+    if "y" not in log:
+        ax.set_ylim(bottom=0)
     with atomic_write(folder / f"growth_{name}.svg") as file:
         file.write_bytes(plot.figure_bytes(ax.figure))
     matplotlib.pyplot.close(ax.figure)
@@ -54,19 +57,12 @@ def tokens(args) -> dict:
     model = bench.bert(32, 2, 2, 100) if args.tiny else bench.bert(256, 4, 4)
     step = lambda n: step_of(model.train(), bench.token_batch(rows, n, 100))  # noqa: E731
     found = [[1e3 * v for v in best(step(n), 1 if args.tiny else 5)] for n in lengths]
-    figure(
-        "tokens",
-        lengths,
-        {"training step": bands(found)},
-        args,
-        xlabel=f"tokens in a row ({rows} rows)",
-        ylabel="milliseconds a step",
-        logx=True,
-        logy=True,
-    )
     return {
         "x": lengths,
-        "ms": found,
+        "series": {"training step": found},
+        "xlabel": f"tokens in a row ({rows} rows)",
+        "ylabel": "milliseconds a step",
+        "log": "xy",
         "says": f"Step time against tokens in a row (BERT 4×256, {rows} rows): the last "
         f"doubling multiplies it by {found[-1][0] / found[-2][0]:.2f}; attention's share grows with the square.",
     }
@@ -80,18 +76,12 @@ def rank(args) -> dict:
     for r in ranks:
         adapted = lora.apply(twin(model), lora.LoRA("all-linear", r=r), head=()).model.train()
         found.append([1e3 * v for v in best(step_of(adapted, batch), 1 if args.tiny else 7)])
-    figure(
-        "rank",
-        ranks,
-        {"LoRA step": bands(found)},
-        args,
-        xlabel="rank r, all linear layers",
-        ylabel="milliseconds a step",
-        logx=True,
-    )
     return {
         "x": ranks,
-        "ms": found,
+        "series": {"LoRA step": found},
+        "xlabel": "rank r, all linear layers",
+        "ylabel": "milliseconds a step",
+        "log": "x",
         "says": f"LoRA step against rank (BERT 4×256, 8×64 tokens): from r = {ranks[0]} to "
         f"r = {ranks[-1]} it grows by {100 * (found[-1][0] / found[0][0] - 1):.0f} %.",
     }
@@ -107,20 +97,12 @@ def adapters(args) -> dict:
         if n in counts:
             switches.append([1e3 * v for v in best(adapter.activate, 2 if args.tiny else 9)])
             steps.append([1e3 * v for v in best(step_of(held.train(), batch), 1 if args.tiny else 7)])
-    figure(
-        "adapters",
-        counts,
-        {"training step": bands(steps), "switch": bands(switches)},
-        args,
-        xlabel="LoRA adapters in one model, one of them active",
-        ylabel="milliseconds",
-        logx=True,
-        logy=True,
-    )
     return {
         "x": counts,
-        "step ms": steps,
-        "switch ms": switches,
+        "series": {"training step": steps, "switch": switches},
+        "xlabel": "LoRA adapters in one model, one of them active",
+        "ylabel": "milliseconds",
+        "log": "xy",
         "says": f"Adapters held by one model: with {counts[-1]} "
         f"instead of 1 a step takes {steps[-1][0] / steps[0][0]:.2f} times as long, a switch {switches[-1][0]:.1f} ms.",
     }
@@ -138,10 +120,12 @@ def preparation(args) -> dict:
             found.append(now() - start)
         memory.append(1e6 * meter.peak_mb / n)
         del rows
-    figure("preparation", sizes, {"encode": found}, args, xlabel="sentences", ylabel="seconds", logx=True, logy=True)
     return {
         "x": sizes,
-        "seconds": found,
+        "series": {"encode": found},
+        "xlabel": "sentences",
+        "ylabel": "seconds",
+        "log": "xy",
         "bytes a sentence": memory,
         "says": f"Preparation against corpus size: "
         f"{sizes[-1]:,} sentences in {found[-1]:.1f} s, growth to the power {slope(sizes, found):.2f} at the end; peak "
@@ -187,17 +171,11 @@ def processes(args) -> dict:
         if done.returncode or not lines:
             raise RuntimeError(f"torchrun with {n} processes failed:\n{done.stderr[-1500:]}")
         found.append(next(line["seconds"] for line in lines if line["main"]))
-    figure(
-        "processes",
-        counts,
-        {"fit": found},
-        args,
-        xlabel="processes under torchrun, one thread each",
-        ylabel="seconds for the same work",
-    )
     return {
         "x": counts,
-        "seconds": found,
+        "series": {"fit": found},
+        "xlabel": "processes under torchrun, one thread each",
+        "ylabel": "seconds for the same work",
         "says": f"`fit` under torchrun, the same batches shared out: 2 processes take "
         f"{found[1] / found[0]:.2f} of the time of 1 (0.5 would be perfect).",
     }
@@ -213,18 +191,12 @@ def memory(args) -> dict:
         with Meter("cpu") as meter:
             fit(model, (x, y), epochs=n, max_steps=n, batch_size=64, progress=False, metrics="accuracy")
         peaks.append(meter.peak_mb)
-    figure(
-        "memory",
-        steps,
-        {"fit": peaks},
-        args,
-        xlabel="training steps",
-        ylabel="peak memory above the start (MB)",
-        logx=True,
-    )
     return {
         "x": steps,
-        "MB": peaks,
+        "series": {"fit": peaks},
+        "xlabel": "training steps",
+        "ylabel": "peak memory above the start (MB)",
+        "log": "x",
         "says": f"Peak memory of `fit` against steps: {peaks[0]:.1f} MB at {steps[0]}, "
         f"{peaks[-1]:.1f} MB at {steps[-1]}: it stays flat."
         if peaks[-1] < peaks[0] + 8
@@ -245,6 +217,7 @@ def main(argv=None):
         if name == "processes" and not torch.distributed.is_available():
             continue
         found[name] = part(args)
+        draw(name, found[name], args.out if args.tiny else bench.FIGURES)
         print(f"  {found[name]['says']}", flush=True)
     bench.save("growth", [], args, figures=found)
 
