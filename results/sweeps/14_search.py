@@ -1,6 +1,6 @@
 """Sweeps of chapter 14, hyper-parameter search: `make results CH=14` (resumable).
 
-One random search of 81 runs and a grid of 27 on 1,000 labeled images, and eight repetitions of successive halving over
+One random search of 81 runs and a grid of 27 on 1,000 labeled images, and five repetitions of successive halving over
 27 settings. The test scores of all runs are stored to measure how optimistic the choice is; they choose nothing.
 """
 
@@ -15,7 +15,7 @@ SPACE = {"lr": Range(1e-4, 1e-1, log=True), "weight_decay": Range(1e-4, 1.0, log
 STEPS = runtime.pick(quick=27, cpu=400)
 PARTS = runtime.pick(quick=[200, 200], cpu=[1_000, 1_000])  # training and validation images
 TRIALS = runtime.pick(quick=3, cpu=81)
-REPEATS = runtime.pick(quick=1, cpu=8)
+REPEATS = runtime.pick(quick=1, cpu=5)
 ABOUT = {"chapter": CHAPTER, "n": 10_000, "budget": f"{STEPS} steps of 32 images", "progress": False}
 
 
