@@ -243,12 +243,11 @@ class Adam(Foreach):
 
     Parameters
     ----------
-    params, lr, eps
-        As for `AdaGrad`.
+    params, lr, eps : as for `AdaGrad`
     betas : (float, float)
-        Shares of the two running means that are kept per step.
+        Shares of both running means kept per step.
     weight_decay : float
-        Coefficient of an L2 penalty: it goes through the division like the gradient. See `AdamW`.
+        Coefficient of an L2 penalty, divided like the gradient; see `AdamW`.
 
     Examples
     --------
@@ -412,10 +411,8 @@ class Muon(Foreach):
     ----------
     params : iterable of parameters (rows, columns), or of group dicts
         Hidden matrices; for all others see `MuonAdamW`.
-    lr, weight_decay : float
-        Decay is decoupled.
-    momentum, nesterov, adjust
-        The velocity is a running mean of gradients; for the rate's dependence on the shape see `muon_scale`.
+    lr, weight_decay, momentum, nesterov, adjust
+        Decay is decoupled; the velocity is a running mean of gradients; `adjust` as in `muon_scale`.
 
     Examples
     --------

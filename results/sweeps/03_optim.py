@@ -21,8 +21,6 @@ CHAPTER = "03_optim"
 SEEDS = runtime.pick(quick=[1, 2], cpu=[1, 2, 3, 4, 5])
 SIZE, PIECES, BATCH, FROZEN = runtime.pick(quick=64, cpu=1_600), 24, 16, 2
 SCHEDULE = optim.schedule("linear", warmup=0.1)
-FACTORS = {"warm-up + linear": SCHEDULE, "constant": optim.constant, "linear": optim.linear, "cosine": optim.cosine,
-           "warm-up + cosine": optim.schedule("cosine", warmup=0.1)}
 FEW = SEEDS[:3]
 RATES = {
     "gradient descent": [3e-2, 1e-1, 3e-1],
@@ -109,7 +107,7 @@ def score(model, split):
             f"{split}_accuracy": (logits.argmax(1) == y).float().mean().item()}
 
 
-def run(seed, optimizer, lr, head=1.0, decay=None, schedule="warm-up + linear", final=False):
+def run(seed, optimizer, lr, head=1.0, decay=None, final=False):
     """Fine-tune once; `head` multiplies the learning rate of the head, `decay` is the weight decay."""
     model = Classifier(seed)
     hidden, mask, y = task()["train"]
@@ -120,9 +118,8 @@ def run(seed, optimizer, lr, head=1.0, decay=None, schedule="warm-up + linear", 
     else:
         groups = [{"params": model.body.parameters()}, {"params": model.head.parameters(), "lr": lr * head}]
         rule = optim.optimizer(optimizer, groups, **options)
-    factor = FACTORS[schedule]
     try:
-        train.fit(model, batches(hidden, mask, y, order), optimizer=rule, schedule=factor, precision="auto",
+        train.fit(model, batches(hidden, mask, y, order), optimizer=rule, schedule=SCHEDULE, precision="auto",
                   seed=seed, progress=False)
     except FloatingPointError:  # diverged: scored as a model that knows nothing
         return {"valid_loss": 9.0, "valid_accuracy": 0.5} | ({"test_loss": 9.0, "test_accuracy": 0.5} if final else {})
@@ -211,13 +208,7 @@ def alone():
                   budget=BUDGET, progress=False)
 
 
-def schedules():
-    lr = best_rate()
-    for name in ("constant", "linear", "cosine", "warm-up + linear", "warm-up + cosine"):
-        tuned("schedules", {"optimizer": ["AdamW"], "lr": [lr / 3, lr], "schedule": [name]}, FEW)
-
-
-STUDIES = {f.__name__: f for f in (alone, optimizers_first, heads, decay, optimizers, schedules)}
+STUDIES = {f.__name__: f for f in (alone, optimizers_first, heads, decay, optimizers)}
 
 
 def main(*names):
