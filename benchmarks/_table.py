@@ -32,13 +32,14 @@ GROWTH = {
 }
 INTRO = """# Benchmarks
 
-Written by `make bench`; do not edit. One script per question, `python benchmarks/NAME.py` runs one (`--tiny`: in
-seconds, to see that it works). The sides of a comparison run in turns, A B A B, in one process; the table shows the
-median of the paired ratio and its quartiles. Imports and peak memory are measured in fresh processes. With one thread
-the clock is CPU time, so that other programs on the machine count less; with more it is the wall clock. Peers are
-used as their documentation says; a peer that is not installed leaves its cell empty. `×` means how many times as fast
-as the peer; a plain ratio is ours over the peer's. These are measurements, not timed tests: the tests only check that
-every script runs.
+Written by `make bench`; do not edit. One script per question; `make bench CH=loop` or `python benchmarks/loop.py` runs
+one (`--tiny`: in seconds, to see that it works). The sides of a comparison run in turns, A B A B, in one process; the
+table shows the median of the paired ratio and its quartiles. Imports and peak memory are measured in fresh processes.
+`make bench` uses one thread unless `OMP_NUM_THREADS` says otherwise, also in tokenizers. With one thread the clock is
+CPU time, so that other programs on the machine count less; with more it is the wall clock. Peers are used as their
+documentation says; a peer that is not installed leaves its rows unmeasured. `×` means how many times as fast as the
+peer; a plain ratio is ours over the peer's. These are measurements, not timed tests: the tests only check that every
+script runs.
 """
 
 

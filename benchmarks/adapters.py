@@ -109,7 +109,7 @@ def main(argv=None):
     model = bench.bert(32, 2, 2, 100) if args.tiny else bench.bert()
     rows = []
     for place, target in PLACES.items():
-        rows += measure(model.eval(), peft, place, target, 2 if args.tiny else 15)
+        rows += measure(model.eval(), peft, place, target, 2 if args.tiny else 11)
     bench.save("adapters", rows, args)
 
 

@@ -32,7 +32,7 @@ def main(argv=None):
     args = bench.arguments(__doc__, argv)
     words, tags = conll_like(120 if args.tiny else 14_041)
     encoded = encode(words, tokenizer(), tags, LABELS, max_length=128)
-    sample, repeats = (2, 1) if args.tiny else (11, 5)
+    sample, repeats = (2, 1) if args.tiny else (9, 4)
     bucket = BucketBatches(encoded, 32, shuffle=False).rows()
     random = PaddedBatches(encoded, 32).rows()
     step, epochs = stepper(args.tiny), []
