@@ -332,7 +332,8 @@ def best_of(valid: Sequence[float], test: Sequence[float], ns: Sequence[int], re
     Returns
     -------
     list of dict
-        n, and for "valid", "test" and "gap" a tuple (estimate, low, high) with a 95 % interval.
+        n, and for "valid", "test", "gap" (validation minus test) and "added" (gap minus that of one trial) a tuple
+        (estimate, low, high) with a 95 % interval.
 
     Examples
     --------
@@ -349,7 +350,7 @@ def best_of(valid: Sequence[float], test: Sequence[float], ns: Sequence[int], re
     out = []
     for n in ns:
         w = selection_weights(N, n)
-        parts = {"valid": v @ w, "test": t @ w, "gap": (v - t) @ w}
+        parts = {"valid": v @ w, "test": t @ w, "gap": (v - t) @ w, "added": (v - t) @ w - (v - t).mean(1)}
         out.append({"n": n, **{k: (s[0], *np.quantile(s[1:], [0.025, 0.975])) for k, s in parts.items()}})
     return out
 

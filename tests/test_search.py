@@ -78,6 +78,7 @@ def test_best_of_equals_enumeration_and_brackets():
     subsets = [max(s, key=lambda i: valid[i]) for s in itertools.combinations(range(8), 3)]
     assert math.isclose(found[3]["valid"][0], valid[subsets].mean()) and math.isclose(found[3]["test"][0], test[subsets].mean())
     assert math.isclose(found[3]["gap"][0], (valid - test)[subsets].mean())
+    assert math.isclose(found[3]["added"][0], found[3]["gap"][0] - found[1]["gap"][0]) and abs(found[1]["added"][0]) < 1e-12
     assert math.isclose(found[1]["valid"][0], valid.mean()) and found[8]["valid"][0] == valid.max()
     assert all(r[k][1] <= r[k][2] for r in found.values() for k in ("valid", "test", "gap"))
 
