@@ -678,7 +678,7 @@ def iob2_violations(tags: Sequence[str]) -> int:
     >>> iob2_violations(["I-LOC", "B-LOC", "I-LOC", "I-PER"])
     2
     """
-    before = ["O", *tags[:-1]]
+    before = ["O", *tags][: len(tags)]
     return sum(t.startswith("I-") and p not in ("B" + t[1:], t) for p, t in zip(before, tags, strict=True))
 
 

@@ -184,7 +184,7 @@ def test_word_changes(bert):
     assert all(set(b) <= set(a) and b for a, b in zip(plain, dropped, strict=True))
     assert words(au.WordDropout(bert["vocab"], 1.0)(batch), bert["tokenizer"]) == plain
     hidden = au.WordMasking(bert["vocab"], 1.0)(batch)["input_ids"]
-    assert ((hidden == bert["vocab"].mask) == (number >= 0)).all()
+    assert ((hidden == bert["vocab"].mask_id) == (number >= 0)).all()
     for change in (au.WordSwap, au.WordDropout, au.WordMasking):
         same = change(bert["vocab"], 0.0)(batch)
         assert torch.equal(same["input_ids"], batch["input_ids"])
