@@ -56,7 +56,7 @@ def tokens(args) -> dict:
     lengths, rows = ([8, 16], 2) if args.tiny else ([16, 32, 64, 128, 256, 512], 4)
     model = bench.bert(32, 2, 2, 100) if args.tiny else bench.bert(256, 4, 4)
     step = lambda n: step_of(model.train(), bench.token_batch(rows, n, 100))  # noqa: E731
-    found = [[1e3 * v for v in best(step(n), 1 if args.tiny else 5)] for n in lengths]
+    found = [[1e3 * v for v in best(step(n), 1 if args.tiny else 3)] for n in lengths]
     return {
         "x": lengths,
         "series": {"training step": found},
@@ -75,7 +75,7 @@ def rank(args) -> dict:
     found = []
     for r in ranks:
         adapted = lora.apply(twin(model), lora.LoRA("all-linear", r=r), head=()).model.train()
-        found.append([1e3 * v for v in best(step_of(adapted, batch), 1 if args.tiny else 7)])
+        found.append([1e3 * v for v in best(step_of(adapted, batch), 1 if args.tiny else 5)])
     return {
         "x": ranks,
         "series": {"LoRA step": found},
@@ -88,7 +88,7 @@ def rank(args) -> dict:
 
 
 def adapters(args) -> dict:
-    counts = [1, 2] if args.tiny else [1, 2, 4, 8, 16, 32]
+    counts = [1, 2] if args.tiny else [1, 2, 4, 8, 16]
     model = bench.bert(32, 2, 2, 100, dropout=0.0) if args.tiny else bench.bert(256, 4, 4, dropout=0.0)
     batch = bench.token_batch(*((2, 8) if args.tiny else (8, 64)), 100)
     held, steps, switches = twin(model), [], []
@@ -96,7 +96,7 @@ def adapters(args) -> dict:
         adapter = lora.apply(held, lora.LoRA("all-linear", r=8), name=f"a{n}", head=())
         if n in counts:
             switches.append([1e3 * v for v in best(adapter.activate, 2 if args.tiny else 9)])
-            steps.append([1e3 * v for v in best(step_of(held.train(), batch), 1 if args.tiny else 7)])
+            steps.append([1e3 * v for v in best(step_of(held.train(), batch), 1 if args.tiny else 5)])
     return {
         "x": counts,
         "series": {"training step": steps, "switch": switches},
@@ -144,7 +144,7 @@ def workload(tiny: bool) -> dict:
     x, y = torch.randn(n, width), torch.randint(0, 10, (n,))
     fit(model, (x, y), max_steps=2, batch_size=256, precision="fp32", progress=False)
     start = time.perf_counter()
-    fit(model, (x, y), epochs=1 if tiny else 6, batch_size=256, precision="fp32", progress=False)
+    fit(model, (x, y), epochs=1 if tiny else 3, batch_size=256, precision="fp32", progress=False)
     return {"seconds": time.perf_counter() - start, "main": is_main()}
 
 

@@ -29,7 +29,7 @@ def seconds(statement: str) -> float:
 def main(argv=None):
     args = bench.arguments(__doc__, argv)
     statements = [*OURS.values(), "import torch"]
-    rounds = np.array([[seconds(s) for s in statements] for _ in range(1 if args.tiny else 4)])
+    rounds = np.array([[seconds(s) for s in statements] for _ in range(1 if args.tiny else 3)])
     light, whole, torch = rounds.T
     peers = {} if args.tiny else {name: [seconds(code) for _ in range(1)] for name, code in PEERS.items()}
     listed = ", ".join(f"{name} {min(values):.1f} s" for name, values in peers.items() if values[0] == values[0])
