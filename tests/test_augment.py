@@ -172,7 +172,7 @@ def words(batch, tokenizer):
 
 
 def test_word_changes(bert):
-    batch = au.encode_texts(TEXTS, bert["tokenizer"])
+    batch = encode_texts(TEXTS, bert["tokenizer"])
     number = au.word_numbers(batch, bert["vocab"])
     assert (number.max(1).values + 1).tolist() == [len(t.split()) for t in TEXTS]
     plain = words(batch, bert["tokenizer"])
@@ -191,7 +191,7 @@ def test_word_changes(bert):
 
 
 def test_pieces_of_a_word_stay_together(bert):
-    batch = au.encode_texts(TEXTS * 20, bert["tokenizer"])
+    batch = encode_texts(TEXTS * 20, bert["tokenizer"])
     vocab = bert["vocab"]
     for change in (au.WordSwap(vocab, 0.5), au.WordDropout(vocab, 0.5)):
         out = change(batch)
@@ -213,9 +213,9 @@ def test_text_run(bert, method):
 
 
 def test_classifier_ignores_what_is_hidden(bert):
-    net = au.TextClassifier(bert["body"]).eval()
-    batch = au.encode_texts(TEXTS, bert["tokenizer"])
-    alone = au.encode_texts(TEXTS[1:2], bert["tokenizer"])
+    net = TextClassifier(bert["body"]).eval()
+    batch = encode_texts(TEXTS, bert["tokenizer"])
+    alone = encode_texts(TEXTS[1:2], bert["tokenizer"])
     torch.testing.assert_close(net(**batch)[1:2], net(**alone), atol=1e-4, rtol=1e-4)
 
 
