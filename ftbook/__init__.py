@@ -14,12 +14,17 @@ PUBLIC = {
     "results": "row record say table sweep difference mean_interval",
     "data": "ImageSet TextSet Batches",
     "losses": "mse bce_with_logits cross_entropy focal label_smoothing distillation_kl calibration_error",
+    "optim": "SGD AdaGrad RMSProp Adam AdamW Lion Muon range_test",
     "train": "fit evaluate predict History EarlyStopping",
-    "finetune": "freeze unfreeze param_groups replace_head find_head GradualUnfreezing Alternating two_stage report",
+    "finetune": "freeze unfreeze param_groups replace_head find_head GradualUnfreezing Alternating two_stage report TextClassifier encode_texts",
     "autoencoder": "Autoencoder ConvAutoencoder MaskedViT masked_patches classifier_from",
     "mlm": "load_bundled mask_tokens fill_mask",
+    "vision": "TwoConvCNN backbone predict_topk confusion_matrix saliency grad_cam read_folder",
     "ner": "read_conll entity_f1 NERTagger",
     "peft": "LoRA DoRA IA3 BitFit Houlsby Pfeiffer PromptTuning PrefixTuning",
+    "regularize": "Proximal WeightAverage l2_sp mixout penalty",
+    "augment": "MixUp CutMix mixup cutmix",
+    "search": "successive_halving expected_best",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *PUBLIC, *_WHERE]

@@ -4,9 +4,8 @@
 __all__ = ['STRENGTHS', 'TEXT_STRENGTHS', 'random_flip', 'random_crop', 'random_resized_crop', 'adjust_color', 'color_jitter',
            'box_mask', 'random_erasing', 'add_noise', 'mix_labels', 'mixup', 'cutmix', 'draw_boxes', 'MixUp', 'CutMix',
            'soft_accuracy', 'Grouped', 'Pipeline', 'policy', 'changed_predictions', 'word_numbers', 'WordChange',
-           'WordMasking', 'WordDropout', 'WordSwap', 'encode_texts', 'EmbeddingMixUp', 'TextClassifier', 'text_policy',
-           'mention_spans', 'iob2_violations', 'augment_tagged', 'mention_table', 'replace_mentions', 'few_label_run',
-           'text_run']
+           'WordMasking', 'WordDropout', 'WordSwap', 'EmbeddingMixUp', 'text_policy', 'mention_spans',
+           'iob2_violations', 'augment_tagged', 'mention_table', 'replace_mentions', 'few_label_run', 'text_run']
 
 # %% ../nbs/13_augment.ipynb #46c5408b
 import copy
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import ImageSet, TextSet
-from .finetune import SmallCNN
+from .finetune import SmallCNN, TextClassifier, encode_texts
 from .runtime import seed_everything
 from .train import evaluate, fit, predict
 
@@ -570,12 +569,6 @@ class WordSwap(WordChange):
         after = (word < 0) & (torch.arange(T, device=word.device) > 0)
         return _reordered(batch, key.masked_fill(after, T))
 
-# %% ../nbs/13_augment.ipynb #4c557af0
-def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int = 48) -> dict[str, Tensor]:
-    """Token numbers of sentences, padded to the longest of them: a dict with input_ids and attention_mask (N, T)."""
-    out = tokenizer(list(texts), truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    return {k: out[k] for k in ("input_ids", "attention_mask")}
-
 # %% ../nbs/13_augment.ipynb #e4e45e16
 class EmbeddingMixUp(MixUp):
     """Transform of token batches for `fit`: mixes word vectors and labels of two sentences.
@@ -599,35 +592,6 @@ class EmbeddingMixUp(MixUp):
         vectors, labels = mixup(self.embedding(batch["input_ids"]), batch["labels"], lam, partner, self.n_classes)
         mask = torch.maximum(batch["attention_mask"], batch["attention_mask"][partner])
         return {"inputs_embeds": vectors, "attention_mask": mask, "labels": labels}
-
-
-class TextClassifier(nn.Module):
-    """A BERT body, the mean of its outputs over the visible positions, and a fresh linear head.
-
-    Visible positions come first in every row; what no row of the batch sees is not computed.
-
-    Parameters
-    ----------
-    body : transformers.BertForMaskedLM or BertModel
-    n_classes : int
-    """
-
-    def __init__(self, body: nn.Module, n_classes: int = 2):
-        super().__init__()
-        self.body = getattr(body, "bert", body)
-        self.head = nn.Linear(self.body.config.hidden_size, n_classes)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.body.get_input_embeddings()
-
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                inputs_embeds: Tensor | None = None) -> Tensor:
-        longest = int(attention_mask.sum(1).max())
-        cut = [None if v is None else v[:, :longest] for v in (input_ids, attention_mask, inputs_embeds)]
-        input_ids, attention_mask, inputs_embeds = cut
-        h = self.body(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)[0]
-        weight = attention_mask[..., None].to(h.dtype)
-        return self.head((h * weight).sum(1) / weight.sum(1))
 
 # %% ../nbs/13_augment.ipynb #ced5a360
 TEXT_STRENGTHS = {"none": 0.0, "masking": 0.1, "dropout": 0.1, "swap": 0.2, "embedding mixup": 0.2}

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['FROZEN_BATCHNORMS', 'STRATEGIES', 'matching', 'blocks', 'is_norm', 'hold_batchnorm', 'freeze', 'unfreeze',
-           'find_head', 'replace_head', 'param_groups', 'undecayed', 'GradualUnfreezing', 'plain_model',
-           'check_in_optimizer', 'Alternating', 'two_stage', 'tune', 'even_plan', 'report', 'SmallCNN',
-           'pretrained_cnn', 'take_classes', 'transfer_run', 'fresh_head', 'old_accuracy', 'two_tasks',
-           'compare_strategies']
+           'find_head', 'replace_head', 'encode_texts', 'TextClassifier', 'param_groups', 'undecayed',
+           'GradualUnfreezing', 'plain_model', 'check_in_optimizer', 'Alternating', 'two_stage', 'tune', 'even_plan',
+           'report', 'SmallCNN', 'pretrained_cnn', 'take_classes', 'transfer_run', 'fresh_head', 'old_accuracy',
+           'two_tasks', 'compare_strategies']
 
 # %% ../nbs/07_finetuning_strategies.ipynb #633bea19
 import copy
@@ -259,6 +259,41 @@ def replace_head(model: nn.Module, n_classes: int) -> nn.Module:
     if hasattr(model, "config"):
         model.config.num_labels = model.num_labels = n_classes
     return new
+
+# %% ../nbs/07_finetuning_strategies.ipynb #ebdfe78e
+def encode_texts(texts: Sequence[str], tokenizer, max_length: int = 48) -> dict[str, torch.Tensor]:
+    """Token numbers of N sentences, padded to the longest: a dict with input_ids and attention_mask (N, T)."""
+    out = tokenizer(list(texts), truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    return {k: out[k] for k in ("input_ids", "attention_mask")}
+
+
+class TextClassifier(nn.Module):
+    """A BERT body, the mean of its outputs over the visible positions, dropout, and a fresh linear head.
+
+    Visible positions come first in every row; what no row of the batch sees is not computed.
+
+    Parameters
+    ----------
+    body : transformers.BertForMaskedLM or BertModel
+    n_classes : int
+    """
+
+    def __init__(self, body: nn.Module, n_classes: int = 2):
+        super().__init__()
+        self.body, self.dropout = getattr(body, "bert", body), nn.Dropout(0.0)
+        self.head = nn.Linear(self.body.config.hidden_size, n_classes)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.body.get_input_embeddings()
+
+    def forward(self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
+                inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        longest = int(attention_mask.sum(1).max())
+        given = (input_ids, attention_mask, inputs_embeds)
+        ids, mask, vectors = (None if v is None else v[:, :longest] for v in given)
+        h = self.body(input_ids=ids, attention_mask=mask, inputs_embeds=vectors).last_hidden_state
+        weight = mask[..., None].to(h.dtype)
+        return self.head(self.dropout((h * weight).sum(1) / weight.sum(1)))
 
 # %% ../nbs/07_finetuning_strategies.ipynb #af322ba7
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.01, *, layer_decay: float | None = None,

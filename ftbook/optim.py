@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import plot
-
 # %% ../nbs/03_optim.ipynb #9fac5ff8
 LIMITS = {"lr": math.inf, "weight_decay": math.inf, "eps": math.inf, "momentum": 1.0, "alpha": 1.0, "betas": 1.0}
 
@@ -715,6 +713,8 @@ class RangeTest(NamedTuple):
 
     def plot(self, ax=None):
         """The curve over the logarithm of the rate, with the suggestion marked; returns Axes."""
+        from ftbook import plot  # matplotlib only where something is drawn
+
         ax = plot.curves({"smoothed": self.smooth, "loss": self.losses}, x=self.rates, xlabel="learning rate",
                          ylabel="training loss", logx=True, ax=ax)
         ax.axvline(self.suggestion, color="0.5", linestyle=":")

@@ -4,9 +4,8 @@
 __all__ = ['METHODS', 'BUDGET', 'elastic_net', 'head_names', 'Penalized', 'penalty', 'soft_threshold', 'shrink',
            'linear_elastic_net', 'Proximal', 'BeforeStep', 'DecoupledDecay', 'l2_sp', 'drop', 'Dropout', 'Attached',
            'set_dropout', 'drop_outputs', 'DropToward', 'drop_connect', 'mixout', 'GradientNoise', 'clip_gradients',
-           'WeightAverage', 'refresh_batchnorm', 'TextClassifier', 'encode_texts', 'ResidualMLP', 'Task',
-           'tune_regularized', 'scores', 'regularized_run', 'weight_facts', 'sentiment_task', 'digits_task',
-           'compare_methods']
+           'WeightAverage', 'refresh_batchnorm', 'ResidualMLP', 'Task', 'tune_regularized', 'scores', 'regularized_run',
+           'weight_facts', 'sentiment_task', 'digits_task', 'compare_methods']
 
 # %% ../nbs/12_regularize.ipynb #ac6029a0
 import copy
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .finetune import find_head, matching, replace_head, undecayed
+from .finetune import TextClassifier, encode_texts, find_head, matching, replace_head, undecayed
 from .losses import calibration_error
 from .losses import label_smoothing as smoothed_loss
 from .results import sweep
@@ -628,38 +627,6 @@ def refresh_batchnorm(model: nn.Module, data, batch_size: int = 512) -> int:
         layer.momentum = momentum
     return len(layers)
 
-# %% ../nbs/12_regularize.ipynb #128d8f5e
-class TextClassifier(nn.Module):
-    """A pretrained encoder, the mean of its outputs over real tokens, dropout, a linear layer.
-
-    Parameters
-    ----------
-    encoder : nn.Module
-        Called with `input_ids`, `attention_mask` (B, T); gives `last_hidden_state` (B, T, D). Copied.
-    width : int
-        D.
-    """
-
-    def __init__(self, encoder: nn.Module, width: int, n_classes: int = 2):
-        super().__init__()
-        self.encoder, self.dropout, self.head = copy.deepcopy(encoder), nn.Dropout(0.0), nn.Linear(width, n_classes)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        longest = int(attention_mask.sum(1).max())  # what lies beyond is padding
-        ids, mask = input_ids[:, :longest], attention_mask[:, :longest]
-        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        keep = mask.unsqueeze(-1).to(states.dtype)
-        return self.head(self.dropout((states * keep).sum(1) / keep.sum(1)))
-
-# %% ../nbs/12_regularize.ipynb #d29ff0bb
-def encode_texts(tokenizer, texts: Sequence[str], y: Tensor, max_length: int = 32) -> dict[str, Tensor]:
-    """Data for `fit`: ids, mask and labels of N sentences, shortest first, so that batches hold little padding."""
-    found = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt",
-                      return_token_type_ids=False)
-    order = found["attention_mask"].sum(1).argsort(stable=True)
-    return {"input_ids": found["input_ids"][order], "attention_mask": found["attention_mask"][order],
-            "labels": y[order]}
-
 # %% ../nbs/12_regularize.ipynb #c46e95c2
 class ResidualMLP(nn.Module):
     """A small residual network with layer normalization for flat inputs: what the quick profile tunes.
@@ -815,7 +782,7 @@ def sentiment_task(encoder: nn.Module, tokenizer, train, valid, test, labels: in
     Parameters
     ----------
     encoder : nn.Module
-        See `TextClassifier`; its dropout rates are set to 0, so that each method adds its own.
+        See `ftbook.finetune.TextClassifier`; its dropout rates are set to 0, so that each method adds its own.
     train, valid, test : ftbook.data.TextSet
     scored : two ints
         Validation and test sentences that are used, balanced.
@@ -824,17 +791,19 @@ def sentiment_task(encoder: nn.Module, tokenizer, train, valid, test, labels: in
 
     def part(texts, n: int, seed: int = 0) -> dict[str, Tensor]:
         chosen = texts.per_class(n // n_classes, seed=seed)
-        return encode_texts(tokenizer, chosen.texts, chosen.y)
+        encoded = encode_texts(chosen.texts, tokenizer, max_length=32)
+        order = encoded["attention_mask"].sum(1).argsort(stable=True)  # shortest first: little padding in a batch
+        return {k: v[order] for k, v in encoded.items()} | {"labels": chosen.y[order]}
 
     def start(seed: int) -> nn.Module:
         seed_everything(seed)
-        model = TextClassifier(encoder, encoder.config.hidden_size, n_classes)
+        model = TextClassifier(copy.deepcopy(encoder), n_classes)
         set_dropout(model, 0.0)
         return model
 
     few = lru_cache(8)(partial(part, train, labels))
     return Task(start, lambda seed: few(seed=seed), part(valid, scored[0]), part(test, scored[1]),
-                branches="*.output.dense", features="encoder.embeddings.LayerNorm", shared=(1,))
+                branches="*.output.dense", features="body.embeddings.LayerNorm", shared=(1,))
 
 # %% ../nbs/12_regularize.ipynb #c1b66f6c
 def digits_task(tasks: Mapping, labels: int = 10, epochs: int = 10) -> Task:

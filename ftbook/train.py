@@ -5,13 +5,13 @@ __all__ = ['LOSSES', 'METRICS', 'BF16_FROM', 'OPTIMIZERS', 'SCHEDULES', 'split_b
            'prepare_batch', 'cross_entropy', 'resolve_loss', 'logits_of', 'forward', 'accuracy', 'resolve_metrics',
            'rows_of', 'scored', 'rng_state', 'set_rng_state', 'seeded', 'evaluating', 'heavy_layers',
            'choose_precision', 'autocast_for', 'wants_channels_last', 'mean_over', 'evaluate', 'predict',
-           'decay_groups', 'build_optimizer', 'constant', 'linear', 'cosine', 'resolve_schedule', 'History',
-           'EarlyStopping', 'trained_weights', 'call', 'world', 'is_main', 'device_for', 'shard', 'weights_of',
-           'local_part', 'backward', 'apply_gradients', 'set_learning_rate', 'train_step', 'account', 'measure',
-           'settle', 'not_finite', 'start_at', 'groups_of', 'train_epoch', 'Bar', 'finish_epoch', 'validate',
-           'reduce_sums', 'signature', 'check_signature', 'save_checkpoint', 'clear_leftovers', 'load_checkpoint',
-           'go_on', 'check_options', 'check_monitor', 'check_labels', 'first_loss', 'prepare', 'prepare_speed',
-           'first_batch', 'match_layout', 'count_steps', 'running', 'fit']
+           'decay_groups', 'build_optimizer', 'resolve_schedule', 'History', 'EarlyStopping', 'trained_weights', 'call',
+           'world', 'is_main', 'device_for', 'shard', 'weights_of', 'local_part', 'backward', 'apply_gradients',
+           'set_learning_rate', 'train_step', 'account', 'measure', 'settle', 'not_finite', 'start_at', 'groups_of',
+           'train_epoch', 'Bar', 'finish_epoch', 'validate', 'reduce_sums', 'signature', 'check_signature',
+           'save_checkpoint', 'clear_leftovers', 'load_checkpoint', 'go_on', 'check_options', 'check_monitor',
+           'check_labels', 'first_loss', 'prepare', 'prepare_speed', 'first_batch', 'match_layout', 'count_steps',
+           'running', 'fit']
 
 # %% ../nbs/04_training_loop.ipynb #1a8140dd
 import atexit
@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from . import losses
 from .data import Batches, ImageSet
+from .optim import constant, cosine, linear
 from .runtime import atomic_write, native_bf16
 from .runtime import device as default_device
 
@@ -595,21 +596,6 @@ def build_optimizer(optimizer, model: nn.Module, lr: float, weight_decay: float 
     return optimizer(trainable)
 
 # %% ../nbs/04_training_loop.ipynb #1f76e091
-def constant(step: int, total_steps: int) -> float:
-    """Factor 1 at every step."""
-    return 1.0
-
-
-def linear(step: int, total_steps: int) -> float:
-    """From 1 down to 0 along a straight line."""
-    return max(0.0, 1 - step / max(1, total_steps))
-
-
-def cosine(step: int, total_steps: int) -> float:
-    """From 1 down to 0 along half a cosine."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total_steps))))
-
-
 SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine}
 
 # %% ../nbs/04_training_loop.ipynb #c9b3a95f

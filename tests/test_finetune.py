@@ -11,6 +11,7 @@ from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1, vit_b_16
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 
 from ftbook import finetune as ft
+from ftbook import mlm
 from ftbook.data import ImageSet
 from ftbook.train import fit
 
@@ -384,3 +385,19 @@ def test_compare_strategies_stores_every_run_and_reads_it_the_second_time(tmp_pa
     assert len(found["search"]) == 9 and len(found["rates"]) == 4
     monkeypatch.setattr(ft, "transfer_run", None)
     assert ft.compare_strategies(tasks, chapter="07_test", **small)["test_accuracy"] == found["test_accuracy"]
+
+
+def test_a_text_classifier_sees_no_padding():
+    body, tokenizer = mlm.load_bundled()
+    net = ft.TextClassifier(body, 3).eval()
+    texts = ["Short.", "This one has a few more words than the other one."]
+    both, alone = (ft.encode_texts(t, tokenizer) for t in (texts, texts[:1]))
+    assert both["input_ids"].shape == both["attention_mask"].shape and len(alone["input_ids"]) == 1
+    with torch.no_grad():
+        logits = net(**both)
+        assert logits.shape == (2, 3) and torch.allclose(logits[:1], net(**alone), atol=1e-5)
+        embedded = net.get_input_embeddings()(both["input_ids"])
+        assert torch.allclose(logits, net(attention_mask=both["attention_mask"], inputs_embeds=embedded), atol=1e-5)
+    assert ft.find_head(net)[0] == "head"
+    cut = ft.encode_texts(["word " * 99], tokenizer, max_length=8)
+    assert cut["input_ids"].shape == (1, 8)
