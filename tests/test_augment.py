@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from ftbook import augment as au
 from ftbook import data, mlm, ner
-from ftbook.finetune import SmallCNN
+from ftbook.finetune import SmallCNN, TextClassifier, encode_texts
 from ftbook.train import fit
 
 X = torch.rand(16, 3, 12, 10, generator=torch.Generator().manual_seed(0))
