@@ -220,7 +220,9 @@ def logits_of(output):
 
 def _own_loss(output):
     """The loss that a model returned."""
-    value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    value = getattr(output, "loss", None)
+    if value is None and isinstance(output, Mapping):
+        value = output.get("loss")
     if value is None:
         raise ValueError("loss=None uses the loss that the model returns, but its output has none: "
                          "put 'labels' into the batch, or pass loss='cross_entropy' or a callable")
