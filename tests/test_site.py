@@ -80,6 +80,10 @@ def test_no_page_scrolls_sideways(pages, address, page, width):
         overhang = page.run("document.documentElement.scrollWidth - window.innerWidth")
         if overhang > 0:
             wide[name] = overhang
+        hidden = page.run("[...document.querySelectorAll('div.math')].filter(d => d.firstElementChild && "
+                          "d.firstElementChild.getBoundingClientRect().left < d.getBoundingClientRect().left - 2).length")
+        if hidden:  # what lies left of its box cannot be scrolled to
+            wide[name] = f"{hidden} equations begin left of their box"
     page.size(1280)
     assert wide == {}
 
