@@ -13,6 +13,9 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+from settings import drafts  # noqa: E402
+
 OPTION = re.compile(r"^#\|\s*([\w-]+)(?:\s*:\s*|\s+|$)(.*?)\s*$")  # Quarto's `name: value`, nbdev's `name value`
 QUARTO = {"echo", "include", "output", "code-fold", "code-summary", "warning", "error", "label", "fig-cap", "fig-alt"}
 ALERT = re.compile(r"^ {0,3}> ?\[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\s*(.*)$", re.I)
@@ -80,14 +83,13 @@ def callouts(lines: list, target: str) -> list:
 
 
 @functools.cache
-def drafts() -> frozenset:
-    """Notebooks that _quarto.yml names as being in preparation: they are no pages, so links to them become their text."""
-    text = (Path(__file__).resolve().parent.parent / "_quarto.yml").read_text(encoding="utf-8")
-    return frozenset(re.findall(r"^# in preparation: nbs/([\w-]+\.ipynb)", text, flags=re.M))
+def draft_names() -> frozenset:
+    """File names of the notebooks in preparation: they are no pages, so links to them become their text."""
+    return frozenset(file.name for file in drafts())
 
 
 def unless_draft(link) -> str:
-    return link[1] if link[2] in drafts() else link[0]
+    return link[1] if link[2] in draft_names() else link[0]
 
 
 def prose(lines: list, target: str) -> list:
