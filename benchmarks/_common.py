@@ -223,3 +223,34 @@ def token_batch(rows: int, length: int, vocab: int = 8192, labels: int = 9, seed
         "attention_mask": torch.ones(rows, length, dtype=torch.long),
         "labels": torch.randint(0, labels, (rows, length), generator=g),
     }
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    torch = sys.modules["torch"]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_peak(dtype: str, n: int) -> float:
+    """Measured floating-point operations a second of an n × n matrix product: the ceiling for every model."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+
+    def products():
+        for _ in range(4):
+            a @ b
+        synchronize()
+
+    return 4 * 2 * n**3 / float(paired(products, repeats=5).min())
+
+
+def flops(step) -> float:
+    """Floating-point operations of a function, counted by PyTorch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return float(counter.get_total_flops())

@@ -3,7 +3,6 @@
 import copy
 import gc
 import tempfile
-import time
 
 import _common as bench
 import torch
@@ -48,6 +47,7 @@ def measure(model, peft, place: str, target, repeats: int) -> list:
             config = peer_setup(peft, model, target, f"{folder}/peft")
         copied = lambda: twin(model)  # noqa: E731
         lora = ours.LoRA(target, r=8, alpha=16)
+        wrapped = lambda: ours.apply(copied(), lora, head=())  # noqa: E731
         actions = {
             "wrap": (
                 (copied, lambda m: ours.apply(m, lora, head=())),
@@ -60,7 +60,7 @@ def measure(model, peft, place: str, target, repeats: int) -> list:
                 5,
             ),
             "merge": (
-                (lambda: ours.apply(copied(), lora, head=()), lambda a: a.merge()),
+                (wrapped, lambda a: a.remove(keep_merged=True)),
                 (lambda: peft.get_peft_model(copied(), config), lambda m: m.merge_and_unload()),
                 4,
             ),
@@ -72,7 +72,9 @@ def measure(model, peft, place: str, target, repeats: int) -> list:
             limit = f"ours {1e3 * bench.quartiles(seconds[:, 0])[0]:.1f} ms"
             limit += f", peft {1e3 * bench.quartiles(seconds[:, 1])[0]:.1f} ms" if peft else ""
             if name == "merge":
-                limit += f"; the products B A alone {1e3 * products(model, target):.1f} ms"
+                undo = bench.paired(timed(wrapped, lambda a: a.merge()), repeats=repeats)
+                limit += f"; `merge()`, which can be undone exactly, {1e3 * bench.quartiles(undo[:, 0])[0]:.1f} ms"
+                limit += f"; adding the products B A alone {1e3 * products(model, target):.1f} ms"
             rows.append(
                 bench.row(
                     f"adapter {name}, {place}",
@@ -87,20 +89,16 @@ def measure(model, peft, place: str, target, repeats: int) -> list:
 
 
 def products(model, target) -> float:
-    """Seconds of the unavoidable part of merging: W + B A into a new matrix, for every layer."""
+    """Seconds of the unavoidable part of merging: W + B A in place, for every layer."""
     adapter = ours.apply(twin(model), ours.LoRA(target, r=8), head=())
-    parts = [
-        (w.base.weight.detach(), x.lora_B.detach(), x.lora_A.detach())
-        for w in adapter.places.values()
-        for x in [w.layers["default"]]
-    ]
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
+    layers = [(w.base.weight.detach(), w.layers["default"]) for w in adapter.places.values()]
+    parts = [(weight, x.lora_B.detach(), x.lora_A.detach()) for weight, x in layers]
+
+    def add():
         for weight, B, A in parts:
-            torch.addmm(weight, B, A)
-        best = min(best, time.perf_counter() - start)
-    return best
+            weight.addmm_(B, A)
+
+    return bench.quartiles(bench.paired(add, repeats=5)[:, 0])[0]
 
 
 def main(argv=None):

@@ -131,19 +131,14 @@ class StepClock:
     def on_step_end(self, state=None):
         self.count += 1
         if self.count == self.warmup:
-            synchronize()
+            bench.synchronize()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             self.start = time.perf_counter()
 
     def seconds(self) -> float:
-        synchronize()
+        bench.synchronize()
         return (time.perf_counter() - self.start) / (self.count - self.warmup)
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def peak_mb() -> float:
@@ -234,34 +229,16 @@ def run_peer(name: str, tiny: bool, steps: int, warmup: int, folder: str) -> tup
     return clock.seconds(), peak_mb()
 
 
-def matmul_peak(tiny: bool) -> float:
-    """Measured floating-point operations a second of a large bf16 matrix product: the ceiling for every model."""
-    n = 128 if tiny else 8192
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b, best = *(torch.randn(n, n, device=device).bfloat16() for _ in range(2)), 0.0
-    for _ in range(5):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(4):
-            a @ b
-        synchronize()
-        best = max(best, 4 * 2 * n**3 / (time.perf_counter() - start))
-    return best
-
-
 def work_of(name: str, tiny: bool) -> tuple[float, int]:
-    """Floating-point operations of a training step, counted by PyTorch, and examples (tokens or images) in it."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+    """Floating-point operations of a training step, and examples (tokens or images) in it."""
     make, batches, loss, unit = WORK[name]
     model, batch = make(tiny), batches(tiny, 1)[0]
-    with FlopCounterMode(display=False) as counter:
-        if isinstance(batch, dict):
-            model(**batch).loss.backward()
-        else:
-            nn.functional.cross_entropy(model(batch[0].float() / 255), batch[1]).backward()
-    size = batch["input_ids"].numel() if isinstance(batch, dict) else len(batch[0])
-    return float(counter.get_total_flops()), size
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")  # the fused kernel of the CPU is not counted
+    if isinstance(batch, dict):
+        return bench.flops(lambda: model(**batch).loss.backward()), batch["input_ids"].numel()
+    logits = lambda: model(batch[0].float() / 255)  # noqa: E731
+    return bench.flops(lambda: nn.functional.cross_entropy(logits(), batch[1]).backward()), len(batch[0])
 
 
 def measure(name: str, args, ceiling: float, folder: str) -> list:
@@ -307,7 +284,7 @@ def main(argv=None):
     if not torch.cuda.is_available() and not args.tiny:
         print("  gpu: skipped, this machine has no CUDA device", flush=True)
         return
-    ceiling, rows = matmul_peak(args.tiny), []
+    ceiling, rows = bench.matmul_peak("bfloat16", 128 if args.tiny else 8192), []
     with tempfile.TemporaryDirectory() as folder:
         for name in WORK:
             rows += measure(name, args, ceiling, folder)

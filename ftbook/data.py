@@ -960,10 +960,18 @@ Batches.__len__, Batches.set_epoch = _length, _set_epoch
 Batches.state_dict, Batches.load_state_dict = _state_dict, _load_state_dict
 
 # %% ../nbs/A1_data.ipynb #b7bde15f
-def _cut(self: Batches, order: Tensor | None, k: int) -> tuple[Tensor, ...]:
-    """Batch number `k`, transformed, on the device."""
-    part = slice(k * self.batch_size, min((k + 1) * self.batch_size, len(self.tensors[0])))
-    batch = [t[part] if order is None else t.index_select(0, order[part]) for t in self.tensors]
+def _column(t: Tensor, order: Tensor | None, size: int, start: int) -> Iterator[Tensor]:
+    """The batches of one tensor from number `start` on; rows of few bytes, such as labels, are ordered all at once."""
+    if order is None:
+        return iter(t[start * size:].split(size))
+    order = order[start * size:]
+    if t[:1].numel() * t.element_size() <= 64:
+        return iter(t.index_select(0, order).split(size))
+    return (t.index_select(0, part) for part in order.split(size))
+
+
+def _deliver(self: Batches, batch: list[Tensor]) -> tuple[Tensor, ...]:
+    """A batch on the device, its first tensor transformed."""
     if self.device is not None and batch[0].device.type != self.device.type:
         batch = [t.to(self.device, non_blocking=True) for t in batch]
     if self.transform is not None:
@@ -977,9 +985,10 @@ def _iterate(self: Batches) -> Iterator[tuple[Tensor, ...]]:
     order = None
     if self.shuffle:
         order = epoch_order(len(self.tensors[0]), self.seed, epoch).to(self.tensors[0].device)
-    for k in range(start, len(self)):
+    columns = [_column(t, order, self.batch_size, start) for t in self.tensors]
+    for k, *batch in zip(range(start, len(self)), *columns, strict=False):
         self.position = k + 1
-        yield _cut(self, order, k)
+        yield _deliver(self, batch)
     self.epoch, self.position = epoch + 1, 0
 
 

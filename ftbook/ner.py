@@ -889,7 +889,27 @@ def encode(sentences: Sequence[Sequence[str]], pieces, tags=None, labels: Sequen
                          f"piece beside the special ones, 0 <= stride < {room}, label_pieces 'first' or 'all'.")
     numbers, lengths = pieces.numbers(sentences)
     wanted = _word_labels(sentences, tags, labels, lengths)
-    return _assemble(pieces, numbers, lengths, wanted, labels, room, stride, label_pieces == "all", windows)
+    first, blocks = np.concatenate([[0], np.cumsum(lengths)]), []
+    for s in range(0, max(1, len(lengths)), _BLOCK):
+        part = slice(first[s], first[min(s + _BLOCK, len(lengths))])
+        own = None if wanted is None else wanted[part]
+        blocks.append(_assemble(pieces, numbers[part], lengths[s:s + _BLOCK], own, labels, room, stride,
+                                label_pieces == "all", windows))
+    return _joined(blocks, first[::_BLOCK])
+
+# %% ../nbs/09_ner.ipynb #7ebd2992
+_BLOCK = 1_000  # sentences assembled at a time: their arrays stay in the processor's cache
+
+
+def _joined(blocks: Sequence[Encoded], first: np.ndarray) -> Encoded:
+    """One corpus out of blocks of sentences, given the number of each block's first word."""
+    ends = np.cumsum([0] + [b.starts[-1] for b in blocks])
+    for b, shift in zip(blocks, first, strict=False):
+        b.word[b.word >= 0] += shift
+    whole = {f: np.concatenate([getattr(b, f) for b in blocks]) for f in ("ids", "labels", "word", "read", "lengths")}
+    starts = np.concatenate([[0], *(b.starts[1:] + end for b, end in zip(blocks, ends, strict=False))])
+    sentence = np.concatenate([b.sentence + i * _BLOCK for i, b in enumerate(blocks)])
+    return Encoded(**whole, starts=starts, sentence=sentence, dropped=sum(b.dropped for b in blocks), pad=blocks[0].pad)
 
 # %% ../nbs/09_ner.ipynb #4d439eaf
 def _word_labels(sentences, tags, labels, lengths: np.ndarray) -> np.ndarray | None:

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['KINDS', 'Target', 'FEED_FORWARD_OUT', 'METHODS', 'HEADS', 'CONFIG_FILE', 'WEIGHTS_FILE', 'PREFIX', 'UNLIKE',
            'REFUSED', 'kind', 'matrix', 'as_weight', 'exact', 'low_rank_forward', 'low_rank_backward', 'LowRankLinear',
-           'low_rank', 'Layer', 'with_weights', 'LoRALayer', 'DoRALayer', 'IA3Layer', 'BitFitLayer', 'BottleneckLayer',
-           'lengthen', 'PromptLayer', 'PrefixCache', 'PrefixLayer', 'HeadLayer', 'Method', 'matches', 'check_positive',
-           'LoRA', 'DoRA', 'scalable', 'IA3', 'BitFit', 'Houlsby', 'Pfeiffer', 'PromptTuning', 'PrefixTuning',
-           'Adapted', 'Place', 'plain', 'walk', 'named', 'wrappers', 'outputs', 'near', 'within', 'chosen',
-           'find_heads', 'freeze_base', 'apply', 'check_name', 'build', 'attach', 'switch', 'Adapter',
-           'inherit_trainable', 'restore', 'handle', 'normal_float', 'encode_blocks', 'decode_blocks', 'QuantLinear',
+           'low_rank', 'Layer', 'refuse_quantized', 'with_weights', 'LoRALayer', 'DoRALayer', 'IA3Layer', 'BitFitLayer',
+           'BottleneckLayer', 'lengthen', 'PromptLayer', 'PrefixCache', 'PrefixLayer', 'HeadLayer', 'Method', 'matches',
+           'check_positive', 'LoRA', 'DoRA', 'scalable', 'IA3', 'BitFit', 'Houlsby', 'Pfeiffer', 'PromptTuning',
+           'PrefixTuning', 'Adapted', 'Place', 'plain', 'walk', 'named', 'wrappers', 'outputs', 'near', 'within',
+           'chosen', 'find_heads', 'freeze_base', 'apply', 'check_name', 'build', 'attach', 'switch', 'Adapter',
+           'activated', 'absorb', 'restore', 'handle', 'normal_float', 'encode_blocks', 'decode_blocks', 'QuantLinear',
            'quantize', 'base_hash', 'sample_weights', 'read_folder', 'from_config', 'as_list', 'owner', 'check_base',
            'fill', 'load', 'tune', 'training_memory']
 
@@ -20,6 +20,7 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -88,7 +89,7 @@ def low_rank_forward(ctx, x: Tensor, A: Tensor | None, B: Tensor | None, base: n
     with torch.autocast(device, enabled=False):
         y = F.linear(rows, matrix(base).to(dtype), None if base.bias is None else base.bias.to(dtype))
         if A is not None:
-            y.addmm_(rows @ A.to(dtype).t(), B.to(dtype).t(), alpha=scale)
+            y.addmm_((A.to(dtype) @ rows.t()).t(), B.to(dtype).t(), alpha=scale)
     ctx.save_for_backward(rows if A is not None else None, A, B)
     ctx.base, ctx.scale, ctx.dtype, ctx.x = base, scale, dtype, (x.shape, x.dtype)
     return y.view(*x.shape[:-1], -1)
@@ -103,13 +104,13 @@ def low_rank_backward(ctx, grad: Tensor) -> tuple:
     with torch.autocast(g.device.type, enabled=False):
         if A is not None:
             a = A.to(ctx.dtype)
-            down = g @ B.to(ctx.dtype)
-            grad_A = (down.t() @ rows).mul_(ctx.scale).to(A.dtype)
-            grad_B = (g.t() @ (rows @ a.t())).mul_(ctx.scale).to(B.dtype)
+            down = B.to(ctx.dtype).t() @ g.t()
+            grad_A = (down @ rows).mul_(ctx.scale).to(A.dtype)
+            grad_B = ((a @ rows.t()) @ g).t().mul_(ctx.scale).to(B.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = g @ matrix(ctx.base).to(ctx.dtype)
             if A is not None:
-                grad_x.addmm_(down, a, alpha=ctx.scale)
+                grad_x.addmm_(down.t(), a, alpha=ctx.scale)
             grad_x = grad_x.view(shape).to(x_dtype)
     return grad_x, grad_A, grad_B, None, None
 
@@ -139,24 +140,27 @@ class Layer(nn.Module):
             "LoRA, DoRA, IA3 and BitFit do"
         )
 
+    def absorbed(self, base: nn.Module) -> nn.Module:
+        """`merged`, or `base` itself with the change added in place where a method can."""
+        return self.merged(base)
+
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by the name they have in a file; they share memory with the layer."""
         return self.state_dict()
 
 # %% ../nbs/10_peft.ipynb #6a585ec0
-def with_weights(base: nn.Module, **new: Tensor) -> nn.Module:
-    """A shallow copy of a module with some parameters replaced; the given module keeps its own.
-
-    Raises
-    ------
-    TypeError
-        For a quantized layer, whose weight is a table of codes and cannot take a float update.
-    """
+def refuse_quantized(base: nn.Module) -> None:
+    """Raise TypeError for a quantized layer, whose weight is a table of codes and cannot take a float update."""
     if type(base).__name__ == "QuantLinear":
         raise TypeError(
             "a quantized base cannot be merged: rounding would destroy the small update; apply the adapter to the "
             "float model (peft.load on an unquantized base) and merge there"
         )
+
+
+def with_weights(base: nn.Module, **new: Tensor) -> nn.Module:
+    """A shallow copy of a module with some parameters replaced; the given module keeps its own."""
+    refuse_quantized(base)
     clone = copy.copy(base)
     clone._parameters = dict(base._parameters)
     for name, value in new.items():
@@ -201,6 +205,16 @@ def _lora_merged(self: LoRALayer, base: nn.Module) -> nn.Module:
     return with_weights(base, weight=as_weight(base, torch.addmm(exact(matrix(base)), B, A, alpha=self.spec.scale)))
 
 
+@torch.no_grad()
+def _lora_absorbed(self: LoRALayer, base: nn.Module) -> nn.Module:
+    """W + scale B A in W's own memory; a weight of low precision is merged in float32 instead, and rounded once."""
+    A, B, W = self.lora_A.flatten(1), self.lora_B.flatten(1), matrix(base)
+    if not A.dtype == B.dtype == W.dtype == exact(W).dtype:
+        return self.merged(base)
+    W.addmm_(B, A, alpha=self.spec.scale)
+    return base
+
+
 def _lora_tensors(self: LoRALayer) -> dict[str, Tensor]:
     """Named as Hugging Face peft names them."""
     own = self.state_dict()
@@ -209,7 +223,8 @@ def _lora_tensors(self: LoRALayer) -> dict[str, Tensor]:
     return {k if k == "lora_magnitude_vector" else k + ".weight": v for k, v in own.items()}
 
 
-LoRALayer.update, LoRALayer.merged, LoRALayer.tensors = _lora_update, _lora_merged, _lora_tensors
+LoRALayer.update, LoRALayer.merged, LoRALayer.absorbed = _lora_update, _lora_merged, _lora_absorbed
+LoRALayer.tensors = _lora_tensors
 
 # %% ../nbs/10_peft.ipynb #42d470ed
 class DoRALayer(LoRALayer):
@@ -252,7 +267,7 @@ def _dora_merged(self: DoRALayer, base: nn.Module) -> nn.Module:
     return with_weights(base, weight=as_weight(base, exact(self.factor(base))[:, None] * whole))
 
 
-DoRALayer.merged = _dora_merged
+DoRALayer.merged, DoRALayer.absorbed = _dora_merged, Layer.absorbed
 
 # %% ../nbs/10_peft.ipynb #2a646829
 class IA3Layer(Layer):
@@ -662,9 +677,10 @@ def named(model: nn.Module, places: list[Place] | None = None) -> dict[str, nn.M
     return {p.name: plain(p.module) for p in reversed(once.values())}
 
 # %% ../nbs/10_peft.ipynb #7173a5dd
-def wrappers(model: nn.Module) -> dict[str, Adapted]:
-    """Every adapted place of the model by its original name."""
-    once = {id(p.module): p for p in reversed(walk(model)) if isinstance(p.module, Adapted)}
+def wrappers(model: nn.Module, places: list[Place] | None = None) -> dict[str, Adapted]:
+    """Every adapted place of the model by its original name; `places` as `walk` found them."""
+    places = walk(model) if places is None else places
+    once = {id(p.module): p for p in reversed(places) if isinstance(p.module, Adapted)}
     return {p.name: p.module for p in reversed(once.values())}
 
 # %% ../nbs/10_peft.ipynb #18a9e221
@@ -864,6 +880,15 @@ class Adapter:
         return (p for _, p in self.named_parameters())
 
 # %% ../nbs/10_peft.ipynb #5c39415f
+def activated(adapter: Adapter, places: list[Place] | None = None) -> dict[str, Adapted]:
+    """Switch to an adapter and return where it sits; `places` as `walk` found them."""
+    wrapped = wrappers(adapter.model, places)
+    if any(w.aside and w.active != adapter.name for w in wrapped.values()):
+        raise ValueError("another adapter is merged into the weights: unmerge() it before switching")
+    switch(wrapped.values(), adapter.name)
+    return {path: w for path, w in wrapped.items() if adapter.name in w.layers}
+
+
 def _activate(self: Adapter) -> Adapter:
     """Switch the model to this adapter: it computes and trains, all others rest.
 
@@ -872,10 +897,7 @@ def _activate(self: Adapter) -> Adapter:
     ValueError
         If another adapter is merged into the weights.
     """
-    places = wrappers(self.model).values()
-    if any(w.aside and w.active != self.name for w in places):
-        raise ValueError("another adapter is merged into the weights: unmerge() it before switching")
-    switch(places, self.name)
+    activated(self)
     return self
 
 # %% ../nbs/10_peft.ipynb #49916024
@@ -903,7 +925,7 @@ def _merge(self: Adapter) -> Adapter:
     TypeError
         For a method that does not merge, or a quantized base; the model is then as it was.
     """
-    places = self.activate().places
+    places = activated(self)
     new = {path: w.layers[self.name].merged(w.base) for path, w in places.items() if not w.aside}
     for path, module in new.items():
         places[path].aside, places[path].base = [places[path].base], module
@@ -923,6 +945,24 @@ def _unmerge(self: Adapter) -> Adapter:
 Adapter.merge, Adapter.unmerge = _merge, _unmerge
 
 # %% ../nbs/10_peft.ipynb #2a3543e4
+def absorb(adapter: Adapter, places: list[Place]) -> None:
+    """`merge` without a way back: LoRA adds to the weights where they lie, unless another module holds them too."""
+    wrapped = activated(adapter, places).values()
+    modules = {id(p.module): plain(p.module) for p in places}
+    holders = Counter(id(t) for m in modules.values() for t in m._parameters.values() if t is not None)
+    trainable = adapter.model.peft_before["trainable"]
+    known = {id(t) for t in trainable}
+    for w in wrapped:
+        refuse_quantized(w.base)
+    for w in wrapped:
+        layer, alone = w.layers[adapter.name], all(holders[id(t)] < 2 for t in w.base._parameters.values())
+        old = w.aside[0] if w.aside else w.base
+        if not w.aside:
+            w.aside, w.base = [old], (layer.absorbed if alone else layer.merged)(old)
+        before = dict(old.named_parameters())
+        trainable += [t for n, t in w.base.named_parameters() if t is not before[n] and id(before[n]) in known]
+
+# %% ../nbs/10_peft.ipynb #cef2f9fb
 def _remove(self: Adapter, keep_merged: bool = False) -> nn.Module:
     """Take the adapter out; after the last one modules, trainable parameters and BatchNorm are as they were.
 
@@ -930,17 +970,19 @@ def _remove(self: Adapter, keep_merged: bool = False) -> nn.Module:
     ----------
     keep_merged
         Leave the merged weights and the trained head in place of the originals; only for a model with one adapter.
+        LoRA then adds to the weights in place: no second copy of them is made.
     """
+    places = walk(self.model)
     if keep_merged:
         others = [n for n in self.model.peft_adapters if n != self.name]
         if others:
             raise ValueError(
                 f"remove the other adapters first, they belong to the original weights: {', '.join(others)}"
             )
-        inherit_trainable(self.merge().model)
+        absorb(self, places)
     else:
         self.unmerge()
-    for _, parent, attribute, module in walk(self.model):
+    for _, parent, attribute, module in places:
         if isinstance(module, Adapted):
             if self.name in module.layers:
                 del module.layers[self.name]
@@ -952,15 +994,6 @@ def _remove(self: Adapter, keep_merged: bool = False) -> nn.Module:
     if not self.model.peft_adapters:
         restore(self.model)
     return self.model
-
-# %% ../nbs/10_peft.ipynb #ccb19e95
-def inherit_trainable(model: nn.Module) -> None:
-    """Merged parameters will be trainable where those they replace were."""
-    before = model.peft_before["trainable"]
-    known = {id(p) for p in before}
-    for w in wrappers(model).values():
-        old = dict(w.aside[0].named_parameters())
-        before += [p for n, p in w.base.named_parameters() if id(old[n]) in known]
 
 # %% ../nbs/10_peft.ipynb #883b89ce
 def restore(model: nn.Module) -> None:

@@ -4,14 +4,14 @@
 __all__ = ['LOSSES', 'METRICS', 'BF16_FROM', 'OPTIMIZERS', 'split_batch', 'as_batches', 'to_device', 'image_input',
            'prepare_batch', 'cross_entropy', 'resolve_loss', 'logits_of', 'forward', 'accuracy', 'resolve_metrics',
            'rows_of', 'scored', 'rng_state', 'set_rng_state', 'seeded', 'evaluating', 'heavy_layers',
-           'choose_precision', 'autocast_for', 'wants_channels_last', 'mean_over', 'evaluate', 'predict',
-           'decay_groups', 'build_optimizer', 'resolve_schedule', 'History', 'EarlyStopping', 'trained_weights', 'call',
-           'world', 'is_main', 'device_for', 'shard', 'weights_of', 'local_part', 'backward', 'apply_gradients',
-           'set_learning_rate', 'train_step', 'account', 'measure', 'settle', 'not_finite', 'start_at', 'groups_of',
-           'train_epoch', 'Bar', 'finish_epoch', 'validate', 'reduce_sums', 'signature', 'check_signature',
-           'save_checkpoint', 'clear_leftovers', 'load_checkpoint', 'go_on', 'check_options', 'check_monitor',
-           'check_labels', 'first_loss', 'prepare', 'prepare_speed', 'first_batch', 'match_layout', 'count_steps',
-           'running', 'fit']
+           'choose_precision', 'autocast_for', 'wants_channels_last', 'fused_attention', 'mean_over', 'evaluate',
+           'predict', 'decay_groups', 'build_optimizer', 'resolve_schedule', 'History', 'EarlyStopping',
+           'trained_weights', 'call', 'world', 'is_main', 'device_for', 'shard', 'weights_of', 'local_part', 'backward',
+           'apply_gradients', 'set_learning_rate', 'train_step', 'account', 'measure', 'settle', 'not_finite',
+           'start_at', 'groups_of', 'train_epoch', 'Bar', 'finish_epoch', 'validate', 'reduce_sums', 'signature',
+           'check_signature', 'save_checkpoint', 'clear_leftovers', 'load_checkpoint', 'go_on', 'check_options',
+           'check_monitor', 'check_labels', 'first_loss', 'prepare', 'prepare_speed', 'first_batch', 'match_layout',
+           'count_steps', 'running', 'fit']
 
 # %% ../nbs/04_training_loop.ipynb #1a8140dd
 import atexit
@@ -454,6 +454,18 @@ def wants_channels_last(choice, model: nn.Module, batch) -> bool:
         model.to(memory_format=torch.contiguous_format)
     return True
 
+# %% ../nbs/04_training_loop.ipynb #fe123f34
+def fused_attention(model: nn.Module) -> list:
+    """The transformers models inside a model that attend through torch's fused kernel.
+
+    Examples
+    --------
+    >>> fused_attention(nn.Linear(8, 10))
+    []
+    """
+    nets = (m for m in model.modules() if hasattr(m, "set_attn_implementation"))
+    return [m for m in nets if m.config._attn_implementation == "sdpa"]
+
 # %% ../nbs/04_training_loop.ipynb #902c1c1f
 def mean_over(model, batches, loss, metrics: dict, prepare, autocast) -> tuple[dict, float]:
     """Sums of loss and metrics over batches, each weighted by the targets scored, and the number of those."""
@@ -619,7 +631,7 @@ class History:
         epoch, steps, train_loss, train_<metric>, valid_loss, valid_<metric>, lr, seconds. Training values are means
         over the epoch's batches, taken while the weights moved.
     settings : dict
-        What "auto" became: precision and the reason, channels_last, device, optimizer, steps.
+        What was chosen: precision and the reason, channels_last, plain_attention, device, optimizer, steps.
     best : dict or None
         The row whose weights early stopping kept.
 
@@ -1193,6 +1205,7 @@ def prepare_speed(s) -> None:
     s.channels_last = wants_channels_last(o.channels_last, s.model, first_batch(s))
     if s.channels_last:
         s.model.to(memory_format=torch.channels_last)
+    s.switched = fused_attention(s.model) if s.on_cpu and s.precision == "bf16" else []
     s.optimizer = build_optimizer(o.optimizer, s.model, o.lr, o.weight_decay, o.params)
     match_layout(s.optimizer)
     for group in s.optimizer.param_groups:
@@ -1201,9 +1214,11 @@ def prepare_speed(s) -> None:
     s.total_steps = count_steps(s)
     ids = [s.device.index] if s.device.type == "cuda" else None
     s.net = s.model if s.size == 1 else nn.parallel.DistributedDataParallel(s.model, device_ids=ids)
-    s.history.settings = {"precision": s.precision, "precision_reason": why, "channels_last": s.channels_last,
-                          "device": str(s.device), "optimizer": type(s.optimizer).__name__, "steps": s.total_steps,
-                          "processes": s.size}
+    s.history.settings = {
+        "precision": s.precision, "precision_reason": why, "channels_last": s.channels_last,
+        "plain_attention": bool(s.switched), "device": str(s.device), "optimizer": type(s.optimizer).__name__,
+        "steps": s.total_steps, "processes": s.size,
+    }
 
 # %% ../nbs/04_training_loop.ipynb #a68f1e8d
 def first_batch(s):
@@ -1248,6 +1263,8 @@ def running(s):
         if o.checkpoint and s.rank == 0:
             clear_leftovers(o.checkpoint)
         s.bar = Bar(s)
+        for net in s.switched:
+            net.set_attn_implementation("eager")
         try:
             yield
         finally:
@@ -1255,6 +1272,8 @@ def running(s):
             s.optimizer.zero_grad()
             for group in s.optimizer.param_groups:
                 group["lr"] = group.get("initial_lr", group["lr"])
+            for net in s.switched:
+                net.set_attn_implementation("sdpa")
             if s.channels_last:
                 s.model.to(memory_format=torch.contiguous_format)
                 match_layout(s.optimizer)

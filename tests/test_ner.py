@@ -664,6 +664,20 @@ def test_the_tagger_learns_and_reads_text(tagger, town_corpus):
     assert tagger.tag([["Cato", "sat"], []])[1] == []
 
 
+@pytest.mark.parametrize("windows", [True, False])
+def test_blocks_join_into_the_same_corpus(tokenizer, monkeypatch, windows):
+    g = random.Random(0)
+    words = [["".join(g.choices("abcdeT.", k=g.randint(1, 9))) for _ in range(g.randint(1, 12))] for _ in range(25)]
+    tags = [[g.choice(LABELS) for _ in s] for s in words]
+    options = {"max_length": 14, "stride": 4, "label_pieces": "all", "windows": windows}
+    whole = encode(words, tokenizer, tags, LABELS, **options)
+    monkeypatch.setattr(ner, "_BLOCK", 4)
+    parts = encode(words, tokenizer, tags, LABELS, **options)
+    for name in ("ids", "labels", "word", "read", "starts", "sentence", "lengths"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name), err_msg=name)
+    assert (whole.dropped, whole.pad) == (parts.dropped, parts.pad) and (whole.dropped > 0) != windows
+
+
 def test_long_texts_go_through_windows(tagger):
     text = "Ada sat in Rome. " * 40
     found = tagger.predict(text)

@@ -239,6 +239,29 @@ def test_merged_and_removed_is_a_plain_model(method, base):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_lora_is_absorbed_in_place_but_never_into_a_tensor_that_others_hold():
+    free, tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    for model, shared in ((free, False), (tied, True)):
+        before, x = model[0].weight, torch.randn(3, 4)
+        old, other = before.clone(), model[1].weight.clone()
+        adapter = stir(peft.apply(model, LoRA(target="0", r=2)))
+        expected = model(x)
+        adapter.remove(keep_merged=True)
+        assert torch.allclose(model(x), expected, atol=1e-6) and not torch.equal(model[0].weight, old)
+        assert torch.equal(model[1].weight, other) and (model[0].weight is before) != shared
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_cannot_be_absorbed_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    peft.quantize(model, bits=4, target="1")
+    adapter, first = stir(peft.apply(model, LoRA(target=("0", "1"), r=2))), model[0].base.weight.clone()
+    with pytest.raises(TypeError, match="quantized"):
+        adapter.remove(keep_merged=True)
+    assert torch.equal(model[0].base.weight, first) and not adapter.merged
+
+
 @each
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_save_and_load_with_the_head(method, base, dtype, tmp_path):

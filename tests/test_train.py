@@ -830,3 +830,24 @@ def test_signature_of_fit_has_all_defaults():
         {k: v for k, v in DEFAULTS.items() if k not in ("device", "progress")}
     documented = fit.__doc__
     assert all(name in documented for name in parameters) and isinstance(History().rows, list)
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("bf16", "eager"), ("fp32", "sdpa")])
+def test_attention_is_plain_while_training_in_bf16_on_a_cpu(precision, inside):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=16, num_labels=3)
+    model, seen = transformers.BertForTokenClassification(config), []
+    batch = {"input_ids": torch.randint(0, 20, (4, 6)), "labels": torch.randint(0, 3, (4, 6))}
+
+    class Look:
+        def on_step_end(self, state):
+            seen.append(model.bert.config._attn_implementation)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [batch] * 3, precision=precision, callbacks=[Look()], progress=False)
+    assert seen == [inside] * 2 and model.config._attn_implementation == "sdpa"
+    history = fit(model, [batch], precision=precision, progress=False)
+    assert history.settings["plain_attention"] == (inside == "eager")
