@@ -26,15 +26,20 @@ def main(argv=None):
             x.index_select(0, order[i : i + 128])
             y.index_select(0, order[i : i + 128])
 
-    repeats = 2 if args.tiny else 9
-    raw = bench.paired(lambda: epoch(Batches(x, y, shuffle=True)), lambda: epoch(loader), selected, repeats=repeats)
+    own, repeats = lambda: epoch(Batches(x, y, shuffle=True)), 2 if args.tiny else 9  # noqa: E731
+    raw = bench.paired(own, lambda: epoch(loader), selected, repeats=repeats)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    shared = bench.paired(own, lambda: epoch(loader), selected, repeats=repeats)
+    torch.set_num_threads(threads)
     scaled = bench.paired(
         lambda: epoch(Batches(x, y, shuffle=True, transform=normalize)),
         lambda: epoch(loader, normalize),
         repeats=repeats,
     )
     rows = []
-    for what, t, target in (("raw", raw, 20), ("normalized", scaled, 9)):
+    both = (("raw", raw, 20), ("raw, two threads", shared, 20), ("normalized", scaled, 9))
+    for what, t, target in both:
         own, other = (1e3 * bench.quartiles(t[:, i])[0] for i in (0, 1))
         limit = f"ours {own:.1f} ms, DataLoader {other:.0f} ms"
         limit += f"; index_select alone {1e3 * bench.quartiles(t[:, 2])[0]:.1f} ms" if t.shape[1] > 2 else ""

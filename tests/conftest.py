@@ -1,4 +1,6 @@
 """What every test shares: the quick profile, an empty cache, a scratch folder for results, and no network."""
+import dataclasses
+import hashlib
 import os
 import sys
 import tempfile
@@ -40,3 +42,34 @@ def close_figures():
     yield
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, the cpu profile, and no waiting between attempts."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FTBOOK_DATA", str(folder))
+    monkeypatch.setenv("FTBOOK_PROFILE", "cpu")
+    monkeypatch.delenv("FTBOOK_OFFLINE", raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return folder
+
+
+@pytest.fixture
+def fake(cache, monkeypatch):
+    """Puts made-up files of a data set into the cache and their sums onto its card."""
+
+    def make(name, variant, contents):
+        from ftbook import data
+
+        card, files = data.card(name), []
+        for file in card.variants[variant]:
+            raw = contents.get(file.name, b"unused")
+            path = cache / file.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(raw)
+            files.append(dataclasses.replace(file, sha256=hashlib.sha256(raw).hexdigest(), size=len(raw)))
+        variants = {**card.variants, variant: tuple(files)}
+        monkeypatch.setitem(data.CARDS, name, dataclasses.replace(card, variants=variants))
+
+    return make

@@ -29,17 +29,6 @@ def sha(raw):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache folder, the cpu profile, and no waiting between attempts."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("FTBOOK_DATA", str(folder))
-    monkeypatch.setenv("FTBOOK_PROFILE", "cpu")
-    monkeypatch.delenv("FTBOOK_OFFLINE", raising=False)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    return folder
-
-
-@pytest.fixture
 def server():
     """Serves answers[path], a list of (status, content, announced length); the last one is repeated."""
     answers, requests = {}, []
@@ -252,24 +241,6 @@ def test_first_variant_in_the_cache_wins(cache, fake):
 
 
 # ---------------------------------------------------------------- readers
-
-@pytest.fixture
-def fake(cache, monkeypatch):
-    """Puts made-up files of a data set into the cache and their sums onto its card."""
-
-    def make(name, variant, contents):
-        card, files = data.card(name), []
-        for file in card.variants[variant]:
-            raw = contents.get(file.name, b"unused")
-            path = cache / file.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(raw)
-            files.append(dataclasses.replace(file, sha256=sha(raw), size=len(raw)))
-        variants = {**card.variants, variant: tuple(files)}
-        monkeypatch.setitem(data.CARDS, name, dataclasses.replace(card, variants=variants))
-
-    return make
-
 
 def idx(array):
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()

@@ -9,7 +9,7 @@ import sys
 from functools import cache
 
 from ftbook import data, mlm, results, runtime
-from ftbook.ner import Corpus, read_conll, tagging_run
+from ftbook.ner import Corpus, bert_base_cased, read_conll, tagging_run
 
 CHAPTER = "09_ner"
 SEEDS = [1, 2, 3]
@@ -47,11 +47,7 @@ def corpora():
 
 @cache
 def body_and_tokenizer():
-    if runtime.profile() != "gpu":
-        return mlm.load_bundled()
-    from transformers import AutoModel, AutoTokenizer
-
-    return AutoModel.from_pretrained("bert-base-cased"), AutoTokenizer.from_pretrained("bert-base-cased")
+    return bert_base_cased() if runtime.profile() == "gpu" else mlm.load_bundled()
 
 
 def run(seed, init, trained, target, lr, final=False):
