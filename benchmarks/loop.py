@@ -109,7 +109,7 @@ def fastai(basics):
 
 def main(argv=None):
     args = bench.arguments(__doc__, argv)
-    steps, repeats = (5, 2) if args.tiny else (250, 9)
+    steps, repeats = (5, 2) if args.tiny else (250, 41)
     few, many = batches_of(1), batches_of(steps)
     with tempfile.TemporaryDirectory() as folder:
         found = {

@@ -21,7 +21,7 @@ def main(argv=None):
         m.eval()
         return forward
 
-    t = bench.paired(*map(run, models), repeats=2 if args.tiny else 15)
+    t = bench.paired(*map(run, models), repeats=2 if args.tiny else 31)
     other = f"peft {bench.quartiles(t[:, 2] / t[:, 0])[0]:.2f}" if peft else ""
     rows = [
         bench.row(
