@@ -74,7 +74,7 @@ def conditions(found: dict) -> str:
         f"{', '.join(map(str, threads))}, native bf16: {'yes' if first['native bf16'] else 'no'}. "
         f"Versions: {versions}.\n"
         f"Load average when each script ended (a load above the number of cores means that others were working): "
-        f"{listed}.\nAll scripts together: {total / 60:.0f} minutes.\n"
+        f"{listed}.\nAll scripts together: {total / 60:.0f} minutes.\n" + f"\n{NOTES['remark']}\n" * ("remark" in NOTES)
     )
 
 
