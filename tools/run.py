@@ -1,9 +1,10 @@
-"""Re-execute chapters in place: `run.py [CHAPTER ...] [--force] [--list]`.
+"""Re-execute chapters in place, in the cpu profile unless FTBOOK_PROFILE says otherwise.
 
 A notebook whose stored outputs belong to the present code is skipped, so a stopped run goes on where it was. A notebook is
 replaced, in one step, only after all of its cells ran. Minutes, peak memory and the code's fingerprint go into
 results/NN_name.json under "run", where the chapter's status table reads them.
 """
+import argparse
 import json
 import os
 import re
@@ -132,18 +133,22 @@ def keep(path: Path, run: dict) -> None:
     record(path.stem, "run", run)
 
 
-def main(args: list) -> int:
-    names = [a for a in args if not a.startswith("-")]
-    paths = [find(n) for n in names] or sorted(NBS.glob("[!.]*.ipynb"))
+def main(argv: list) -> int:
+    parser = argparse.ArgumentParser(prog="run", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="notebooks such as 05 or A1; all without a name")
+    parser.add_argument("--list", action="store_true", help="only say which are stale")
+    parser.add_argument("--force", action="store_true", help="run those that are up to date, too")
+    args = parser.parse_args(argv)
+    paths = [find(n) for n in args.names] or sorted(NBS.glob("[!.]*.ipynb"))
     if not paths:
         raise SystemExit("run: nbs/ holds no notebook yet")
-    if "--list" in args:
+    if args.list:
         print("\n".join(f"{p.stem:<24} {'up to date' if is_fresh(p) else 'stale'}" for p in paths))
         return 0
     print(f"run: {len(paths)} notebook(s) of nbs/ in the {PROFILE} profile, outputs stored in place", flush=True)
     failed = []
     for path in paths:
-        if is_fresh(path) and "--force" not in args:
+        if is_fresh(path) and not args.force:
             print(f"{path.stem:<24} up to date ({stored_run(path)['minutes']} min when it ran)", flush=True)
             continue
         clear = "\r" if sys.stdout.isatty() else ""
