@@ -489,8 +489,8 @@ class MaskedLM(nn.Module):
         """
         hidden = self.model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         where = labels.ne(-100)
-        target, logits = labels[where], self.model.cls(hidden[where])
-        loss = F.cross_entropy(logits.float(), target, reduction="sum") / max(1, len(target))
+        target, logits = labels[where], self.model.cls(hidden[where]).float()
+        loss = F.cross_entropy(logits, target, reduction="sum") / max(1, len(target))
         return MaskedOutput(loss, logits, target)
 
 # %% ../nbs/06_mlm.ipynb #df1ee20a
