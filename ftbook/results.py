@@ -662,6 +662,8 @@ def _cell(value: Any, key: str, fmt: Any) -> str:
         return format_number(float(value), _spec(key, fmt))
     if isinstance(value, list):
         return ", ".join(_cell(v, key, fmt) for v in value)
+    if isinstance(value, int) and isinstance(fmt, Mapping) and key in fmt:
+        return format(int(value), fmt[key])
     return f"{value:,}" if type(value) is StoredInt and key == "n" else str(value)
 
 # %% ../nbs/A3_results.ipynb #5f0a8f9e

@@ -244,3 +244,10 @@ def test_a_sweep_does_not_mix_budgets(folder):
         results.sweep(lambda seed: {"loss": 1.0}, {}, [0], budget="2 epochs", n=5, **kept)
     with pytest.raises(ValueError, match="n 5, this one 6"):
         results.sweep(lambda seed: {"loss": 1.0}, {}, [0], budget="1 epoch", n=6, **kept)
+
+
+def test_whole_numbers_take_the_format_of_their_column():
+    shown = results.table([{"way": "a", "pieces": 12345}], fmt={"pieces": ","})
+    assert "12,345" in str(getattr(shown, "data", shown))
+    plain = results.table([{"way": "a", "pieces": 12345}])
+    assert "12345" in str(getattr(plain, "data", plain))
