@@ -74,7 +74,7 @@ def conditions(found: dict) -> str:
         f"{', '.join(map(str, threads))}, native bf16: {'yes' if first['native bf16'] else 'no'}. "
         f"Versions: {versions}.\n"
         f"Load average when each script ended (a load above the number of cores means that others were working): "
-        f"{listed}.\nAll scripts together: {total / 60:.0f} minutes.\n" + f"\n{NOTES['remark']}\n" * ("remark" in NOTES)
+        f"{listed}.\nAll scripts together: {total / 60:.0f} minutes.\n"
     )
 
 
@@ -112,6 +112,7 @@ def render(folder: Path) -> str:
     out = [
         INTRO,
         conditions(found),
+        f"{NOTES.get('remark', '')}\n".lstrip(),
         "| question | target | measured: median [quartiles] | peer | how far from the limit | met |",
         "|---|---|---|---|---|---|",
     ]

@@ -38,8 +38,8 @@ def main(argv=None):
         repeats=repeats,
     )
     rows = []
-    both = (("raw", raw, 20), ("raw, two threads", shared, 20), ("normalized", scaled, 9))
-    for what, t, target in both:
+    parts = (("raw", raw, 20), ("raw, two threads", shared, 20), ("normalized", scaled, 9))
+    for what, t, target in parts:
         own, other = (1e3 * bench.quartiles(t[:, i])[0] for i in (0, 1))
         limit = f"ours {own:.1f} ms, DataLoader {other:.0f} ms"
         limit += f"; index_select alone {1e3 * bench.quartiles(t[:, 2])[0]:.1f} ms" if t.shape[1] > 2 else ""

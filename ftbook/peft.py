@@ -951,7 +951,7 @@ Adapter.merge, Adapter.unmerge = _merge, _unmerge
 def absorb(adapter: Adapter, places: list[Place]) -> None:
     """`merge` without a way back: LoRA adds to the weights where they lie, unless another module holds them too."""
     wrapped = activated(adapter, places).values()
-    modules = {id(p.module): plain(p.module) for p in places}
+    modules = {id(adapter.model): adapter.model} | {id(p.module): plain(p.module) for p in places}
     holders = Counter(id(t) for m in modules.values() for t in m._parameters.values() if t is not None)
     trainable = adapter.model.peft_before["trainable"]
     known = {id(t) for t in trainable}

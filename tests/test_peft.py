@@ -253,6 +253,14 @@ def test_lora_is_absorbed_in_place_but_never_into_a_tensor_that_others_hold():
         assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_tensor_that_the_model_itself_holds_is_not_changed_in_place():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.twin = model[0].weight
+    old = model.twin.clone()
+    stir(peft.apply(model, LoRA(target="0", r=2))).remove(keep_merged=True)
+    assert torch.equal(model.twin, old) and not torch.equal(model[0].weight, old)
+
+
 def test_what_cannot_be_absorbed_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     peft.quantize(model, bits=4, target="1")
