@@ -35,7 +35,7 @@ METHODS = {
     "LoRA, 4-bit base": peft.LoRA(r=8, alpha=16),
 }
 RATES = dict.fromkeys(METHODS, (2e-3, 6e-3, 2e-2)) | {
-    "full": (3e-4, 1e-3, 3e-3), "head": (2e-2, 6e-2, 2e-1), "(IA)³": (6e-3, 2e-2, 6e-2), "BitFit": (1e-2, 3e-2, 1e-1),
+    "full": (1e-4, 3e-4, 1e-3), "head": (2e-2, 6e-2, 2e-1), "(IA)³": (6e-3, 2e-2, 6e-2), "BitFit": (1e-2, 3e-2, 1e-1),
     "prefix": (1e-2, 3e-2, 1e-1), "prompt": (1e-2, 3e-2, 1e-1),
 }  # fmt: skip
 BUDGET = f"{SIZE} sentences with an entity, {EPOCHS} epochs of batches of 16, {len(RATES['full'])} learning rates tried"

@@ -20,8 +20,8 @@ STEPS = runtime.pick(quick=10, cpu=500)
 LONG = {"steps": runtime.pick(quick=20, cpu=1_200), "labels": LABELS[len(LABELS) // 2]}
 TEXT_LABELS = runtime.pick(quick=[10], cpu=[50, 250])
 TEXT_METHODS = ["none", "dropout", "swap", "embedding mixup"]
-TEXT_RATES = [5e-4, 1.5e-3]
-TEXT_STEPS = runtime.pick(quick=5, cpu=30)
+TEXT_RATES = [1e-4, 3e-4, 1e-3]
+TEXT_STEPS = runtime.pick(quick=5, cpu=150)
 KINDS = {"flip": [1.0], "upside down": [1.0], "crop": [0.125, 0.25, 0.375], "zoom": [0.25, 0.5, 0.75],
          "color": [0.2, 0.4, 0.8], "erasing": [0.1, 0.33, 0.6], "noise": [0.05, 0.1, 0.2],
          "randaugment": [0.1, 0.3, 0.6]}
