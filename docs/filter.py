@@ -22,6 +22,7 @@ ALERT = re.compile(r"^ {0,3}> ?\[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\s*(.*)$
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 IMAGES = "image/svg+xml", "image/png", "image/jpeg"
 INLINE = re.compile(r'src="data:(image/[\w+]+);base64,([^"]+)"')
+NUMBER = re.compile(r"(?<=\d) %|\[[-+\d.,]+ [-+\d.,]+\]")
 CHAPTER = re.compile(r"^(\d+|[A-Z]\d*)_")
 
 
@@ -106,6 +107,11 @@ def prose(lines: list, target: str) -> list:
     return text.split("\n")
 
 
+def unbroken(lines: list) -> list:
+    """Table rows in which "20.3 % [19.4, 21.2]" may break before the interval and nowhere else."""
+    return [NUMBER.sub(lambda m: m[0].replace(" ", "\u00a0"), line) if line.startswith("|") else line for line in lines]
+
+
 def numbered(lines: list, name: str) -> list:
     """`# Title` of 05_name.ipynb becomes `# 5 · Title`."""
     match = CHAPTER.match(name)
@@ -154,7 +160,7 @@ def shown(output: dict, target: str, save=None):
     elif mime:
         data = {"text/html": source_of(lines_of(figure(output, mime, save)))}
     elif "text/markdown" in data:
-        data = {"text/markdown": source_of(prose(lines_of(data["text/markdown"]), target))}
+        data = {"text/markdown": source_of(unbroken(prose(lines_of(data["text/markdown"]), target)))}
     return {**output, "data": data, "metadata": {}}
 
 

@@ -50,3 +50,11 @@ def test_formulas_of_several_lines_keep_their_number():
     sphinx = "".join(transform(nb, "sphinx")["cells"][0]["source"])
     assert "\\begin{equation*}\na \\begin{cases} 1 \\\\ 2 \\end{cases} \\tag{4.1}\n\\end{equation*}" in sphinx and "$$ c \\tag{2} $$" in sphinx
     assert "\\qquad\\text{(4.1)}" in "".join(transform(nb, "quarto")["cells"][0]["source"])
+
+
+@pytest.mark.parametrize("target", ["quarto", "sphinx"])
+def test_a_cell_of_a_table_breaks_before_its_interval_only(target):
+    rows = "| way | F1 |\n| :-- | --: |\n| all layers | 20.3 % [-19.4, +21.2] |\n\n*5 % of [1, 2]*"
+    nb = {"cells": [code("1", [{"output_type": "display_data", "metadata": {}, "data": {"text/markdown": rows}}])], "metadata": {}}
+    shown = "".join(transform(nb, target)["cells"][0]["outputs"][0]["data"]["text/markdown"])
+    assert shown == rows.replace("20.3 %", "20.3\u00a0%").replace("-19.4, +", "-19.4,\u00a0+")
