@@ -247,6 +247,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ftbook.mlm.MaskedLM': ('mlm.html#maskedlm', 'ftbook/mlm.py'),
                             'ftbook.mlm.MaskedLM.__init__': ('mlm.html#maskedlm.__init__', 'ftbook/mlm.py'),
                             'ftbook.mlm.MaskedLM.forward': ('mlm.html#maskedlm.forward', 'ftbook/mlm.py'),
+                            'ftbook.mlm.MaskedLM.scored': ('mlm.html#maskedlm.scored', 'ftbook/mlm.py'),
                             'ftbook.mlm.MaskedNextLM': ('mlm.html#maskednextlm', 'ftbook/mlm.py'),
                             'ftbook.mlm.MaskedNextLM.__init__': ('mlm.html#maskednextlm.__init__', 'ftbook/mlm.py'),
                             'ftbook.mlm.MaskedNextLM.forward': ('mlm.html#maskednextlm.forward', 'ftbook/mlm.py'),

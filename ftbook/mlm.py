@@ -488,6 +488,10 @@ class MaskedLM(nn.Module):
             Shape (B, T), 0 at padding; None for packed sequences.
         """
         hidden = self.model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.scored(hidden, labels)
+
+    def scored(self, hidden: Tensor, labels: Tensor) -> MaskedOutput:
+        """The head on the encoder's outputs (B, T, H) at the positions that have a label (B, T); logits in float32."""
         where = labels.ne(-100)
         target, logits = labels[where], self.model.cls(hidden[where]).float()
         loss = F.cross_entropy(logits, target, reduction="sum") / max(1, len(target))
@@ -591,7 +595,7 @@ def score(model, batches, device=None) -> Scored:
             inputs, labels = batch["input_ids"], batch["labels"]
             where = labels != -100
             true = torch.where(where, labels, inputs)
-            logits = MaskedLM(model)(inputs.to(device), labels.to(device)).logits.float().cpu()
+            logits = MaskedLM(model)(inputs.to(device), labels.to(device)).logits.cpu()
             target = labels[where]
             own = logits.gather(1, target[:, None])
             parts.append(
@@ -995,7 +999,7 @@ def reported(net: MaskedLM, batches) -> dict[str, float]:
         for batch in batches:
             batch = {key: value.to(device) for key, value in batch.items()}
             output = net(**batch)
-            piece_loss = F.cross_entropy(output.logits.float(), output.target, reduction="sum")
+            piece_loss = F.cross_entropy(output.logits, output.target, reduction="sum")
             total, count = total + float(piece_loss), count + len(output.target)
             if "follows" in batch:
                 right += int((net.answer.argmax(1) == batch["follows"]).sum())
@@ -1064,11 +1068,9 @@ class MaskedNextLM(MaskedLM):
     def forward(self, input_ids: Tensor, labels: Tensor, token_type_ids: Tensor, follows: Tensor) -> MaskedOutput:
         """Return the sum of both losses, equation (6.7); logits and target are those of the masked pieces."""
         hidden = self.model.bert(input_ids=input_ids, token_type_ids=token_type_ids).last_hidden_state
-        where = labels.ne(-100)
-        target, logits = labels[where], self.model.cls(hidden[where])
+        output = self.scored(hidden, labels)
         self.answer = self.next(hidden[:, 0]).float()
-        loss = F.cross_entropy(logits.float(), target) + F.cross_entropy(self.answer, follows)
-        return MaskedOutput(loss, logits, target)
+        return output._replace(loss=output.loss + F.cross_entropy(self.answer, follows))
 
 # %% ../nbs/06_mlm.ipynb #53097745
 TARGETS = ("previous", "next", "itself", "[CLS]", "[SEP]", "same piece")

@@ -144,8 +144,9 @@ WordPiece pieces, at most 256 positions, weights in float16. Load it with `ftboo
 **License.** The weights are released under CC BY-SA 3.0, the license of the text they were trained on, by Wikipedia's
 contributors; WikiText-2 by Merity et al. (2017), arXiv:1609.07843.
 
-**Limits.** The training was short: BERT saw more than a thousand times as many pieces. The model knows common grammar and collocations, few facts, and the topics of
-articles begun in 2018: many biographies, sport, places. It reflects the biases of that text. It is meant for teaching and for tests.
+**Limits.** The training was short: BERT saw more than a thousand times as many pieces. The model knows common grammar
+and collocations, few facts, and the topics of articles begun in 2018: many biographies, sport, places. It reflects the
+biases of that text. It is meant for teaching and for tests.
 
 **Settings.** The stored configuration has dropout 0.1, for fine-tuning; pretraining used none.
 """  # noqa: E501
