@@ -38,7 +38,7 @@ lab: $(ALL)/.installed     ## open JupyterLab on nbs/ with ftbook installed
 run: $(ALL)/.installed     ## re-execute chapters in place, cpu profile, where outputs are stale (CH=05, FORCE=1)
 	@$(PY) tools/run.py $(CH) $(if $(FORCE),--force)
 
-results: $(ALL)/.installed ## run a chapter's long sweeps into results/NN_name.json (CH=10), resumable
+results: $(ALL)/.installed ## run a chapter's long sweeps into results/NN_name.json (CH=11), resumable
 	@$(PY) tools/sweeps.py $(CH)
 
 test: $(ALL)/.installed    ## ruff, export, every notebook, wheel, site in Chromium, coverage

@@ -1037,7 +1037,7 @@ def _last_run(chapter: str, profile: str) -> dict:
 
 
 def chapter_link(name: str) -> str:
-    """Markdown link to a notebook, such as "[4 training loop](04_training_loop.ipynb)"."""
+    """Markdown link to a notebook, such as "[4 training loop](04_train.ipynb)"."""
     number, _, title = name.partition("_")
     return f"[{number.lstrip('0')} {title.replace('_', ' ')}]({name}.ipynb)" if title else f"[{name}]({name}.ipynb)"
 
@@ -1061,7 +1061,7 @@ def status(chapter: str, data: Sequence[str] = (), needs: Sequence[str] = ()) ->
     Parameters
     ----------
     chapter : str
-        Notebook name without suffix, e.g. "04_training_loop".
+        Notebook name without suffix, e.g. "04_train".
     data : sequence of str
         Names of data sets.
     needs : sequence of str

@@ -1,4 +1,4 @@
-"""Chapter 13's library: parity with torchvision, one draw per image, labels that follow, runs through fit."""
+"""Chapter 16's library: parity with torchvision, one draw per image, labels that follow, runs through fit."""
 import random
 
 import pytest

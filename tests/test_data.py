@@ -611,10 +611,10 @@ def test_counts_table():
 def test_status_before_and_after_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     monkeypatch.setenv("FTBOOK_PROFILE", "cpu")
-    shown = data.status("99_demo", data=["fashion_mnist", "digits"], needs=["04_training_loop", "A2_runtime", "index"])
+    shown = data.status("99_demo", data=["fashion_mnist", "digits"], needs=["04_train", "A3_runtime", "index"])
     text = str(shown)
     assert "| cpu profile | not measured yet |" in text and "| last verified | not yet |" in text
-    assert "[4 training loop](04_training_loop.ipynb), [A2 runtime](A2_runtime.ipynb), [index](index.ipynb)" in text
+    assert "[4 train](04_train.ipynb), [A3 runtime](A3_runtime.ipynb), [index](index.ipynb)" in text
     assert "31 MB" in text and "[Fashion-MNIST](A1_data.ipynb) (MIT (Zalando SE))" in text
     results.record("99_demo", "run", {"minutes": 3.14159, "peak_mb": 1234.5, "date": "2026-02-03", "versions": {}})
     payload = json.loads(json.dumps(shown._repr_mimebundle_()[1]["ftbook"]))

@@ -1,4 +1,4 @@
-"""Chapter 7's library: what is frozen stays bit-identical, groups cover, schedules open what they say."""
+"""Chapter 8's library: what is frozen stays bit-identical, groups cover, schedules open what they say."""
 
 import copy
 

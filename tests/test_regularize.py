@@ -1,4 +1,4 @@
-"""Chapter 12's library: every regularizer against its definition or the reference library, and gone without a trace."""
+"""Chapter 15's library: every regularizer against its definition or the reference library, and gone without a trace."""
 
 import copy
 import math

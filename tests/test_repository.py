@@ -182,12 +182,12 @@ def test_the_book_lists_every_notebook_once_as_a_page_or_in_preparation():
 
 
 def test_links_between_notebooks_lead_somewhere():
-    glossary = {m for c in load(NBS / "A6_glossary.ipynb")["cells"] for m in re.findall(r"^### (.+)$", "".join(c["source"]), flags=re.M)}
+    glossary = {m for c in load(NBS / "A7_glossary.ipynb")["cells"] for m in re.findall(r"^### (.+)$", "".join(c["source"]), flags=re.M)}
     dead = []
     for path in NOTEBOOKS:
         text = "\n".join("".join(c["source"]) for c in load(path)["cells"] if c["cell_type"] == "markdown")
         for target, anchor in re.findall(r"\]\(([\w-]+\.ipynb)(?:#([^)]*))?\)", text):
-            if not (NBS / target).is_file() or (target == "A6_glossary.ipynb" and anchor and anchor not in glossary):
+            if not (NBS / target).is_file() or (target == "A7_glossary.ipynb" and anchor and anchor not in glossary):
                 dead.append(f"{path.stem}: {target}#{anchor}")
     assert dead == []
 

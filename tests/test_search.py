@@ -1,4 +1,4 @@
-"""Chapter 14's library: schedules equal scikit-learn's, estimators equal enumeration, searches that resume."""
+"""Chapter 17's library: schedules equal scikit-learn's, estimators equal enumeration, searches that resume."""
 import builtins
 import itertools
 import math

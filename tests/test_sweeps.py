@@ -44,11 +44,11 @@ def test_named_entities_on_conll_2003_in_the_gpu_profile(root, fake, base, tmp_p
                               (("train", 0), ("valid", 8), ("test", 16))})
     monkeypatch.setenv("FTBOOK_PROFILE", "gpu")
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path / "results"))
-    script = sweep(root, "09_ner")
+    script = sweep(root, "10_ner")
     script.SETTINGS["epochs"] = 1
     assert script.SETTINGS["sentences"] is None and script.BUDGET.startswith("all sentences")
     script.main([("pretrained", "full", "right"), ("random", "full", "right")])
-    stored = json.loads((tmp_path / "results" / "09_ner.json").read_text())["gpu"]["final"]["value"]
+    stored = json.loads((tmp_path / "results" / "10_ner.json").read_text())["gpu"]["final"]["value"]
     assert stored["n"] == 8 and len(stored["runs"]) == 6
     assert all(run["metrics"]["valid_f1"] >= 0 and "test_f1" in run["metrics"] for run in stored["runs"])
     assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -1,4 +1,4 @@
-"""Chapter 8's library: images in, weights found, predictions explained, strategies that move what they say."""
+"""Chapter 9's library: images in, weights found, predictions explained, strategies that move what they say."""
 
 import copy
 import io

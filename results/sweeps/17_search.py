@@ -1,4 +1,4 @@
-"""Sweeps of chapter 14, hyper-parameter search: `make results CH=14` (resumable).
+"""Sweeps of chapter 17, hyper-parameter search: `make results CH=17` (resumable).
 
 One random search of 81 runs and a grid of 27 on 1,000 labeled images, and five repetitions of successive halving over
 27 settings. The test scores of all runs are stored to measure how optimistic the choice is; they choose nothing.
@@ -9,7 +9,7 @@ from functools import cache
 from ftbook import data, results, runtime, search
 from ftbook.search import Range
 
-CHAPTER = "14_search"
+CHAPTER = "17_search"
 SPACE = {"lr": Range(1e-4, 1e-1, log=True), "weight_decay": Range(1e-4, 1.0, log=True),
          "width": Range(16, 256, log=True, integer=True), "dropout": Range(0.0, 0.6)}
 STEPS = runtime.pick(quick=27, cpu=400)

@@ -1,4 +1,4 @@
-"""Chapter 12's comparisons of regularizers: `make results CH=12` (resumable; tasks or methods as arguments)."""
+"""Chapter 15's comparisons of regularizers: `make results CH=15` (resumable; tasks or methods as arguments)."""
 
 import sys
 
@@ -15,7 +15,7 @@ def digits(methods):
     "All methods on digits 5 to 9, the network pretrained on 0 to 4."
     task = digits_task(two_tasks(data.load("digits", "train"), data.load("digits", "test"), held_out=297))
     for method in methods:
-        yield method, compare_methods(task, chapter="12_regularize", methods=[method], prefix="digits_", **DIGITS)
+        yield method, compare_methods(task, chapter="15_regularize", methods=[method], prefix="digits_", **DIGITS)
 
 
 def sentiment(methods):
@@ -24,7 +24,7 @@ def sentiment(methods):
     sets = [data.load("sst2", split, bundled=True) for split in ("train", "valid", "test")]
     task = sentiment_task(body.bert, tokenizer, *sets)
     for method in methods:
-        yield method, compare_methods(task, chapter="12_regularize", methods=[method])
+        yield method, compare_methods(task, chapter="15_regularize", methods=[method])
 
 
 def main(*names):

@@ -1,4 +1,4 @@
-"""Sweeps of chapter 8, fine-tuning CNNs: `make results CH=08` (resumable), or some of them by name.
+"""Sweeps of chapter 9, fine-tuning CNNs: `make results CH=09` (resumable), or some of them by name.
 
 bundled   trains ftbook/assets/cnn-small-cifar10 and writes its card
 source    the network and the recipe of source 000 on CIFAR-10, at its rate and at thirty times that rate
@@ -19,7 +19,7 @@ from ftbook import data, results, runtime, vision
 from ftbook.finetune import SmallCNN, fresh_head, old_accuracy, two_tasks
 from ftbook.train import evaluate, fit
 
-CHAPTER = "08_cnn_finetuning"
+CHAPTER = "09_vision"
 SEEDS = [1, 2, 3]
 PHOTOS = runtime.pick(cpu={"backbone": "mobilenet_v2", "size": 128, "epochs": 3, "batch_size": 32},
                       gpu={"backbone": "resnet50", "size": 224, "epochs": 10, "batch_size": 32})
@@ -69,7 +69,7 @@ normalization and ReLU, the mean over all places, a linear head; {parameters:,} 
 | training | {epochs} epochs, batches of 128, AdamW, weight decay 0.05, peak learning rate {lr}, a tenth warm-up, then half a cosine; random zoom, shift and mirror; seed {seed} |
 | hardware | one x86 CPU core with native bf16, {minutes:.1f} minutes |
 | accuracy | test {test_accuracy:.1%} (n = {n:,}, the stored float16 weights), validation {valid_accuracy:.1%}, training {train_accuracy:.1%} (augmented) |
-| code | `results/sweeps/08_cnn_finetuning.py bundled` |
+| code | `results/sweeps/09_vision.py bundled` |
 
 **License.** The weights are released under the MIT license of this project. CIFAR-10 states no license; cite
 A. Krizhevsky (2009), *Learning Multiple Layers of Features from Tiny Images*.

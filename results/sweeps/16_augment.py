@@ -1,4 +1,4 @@
-"""Sweeps of chapter 13, data augmentation: `make results CH=13` (resumable).
+"""Sweeps of chapter 16, data augmentation: `make results CH=16` (resumable).
 
 One learning rate per number of labels, chosen on validation data with the runs that do not augment (seed 100), serves
 all methods, so the tuning favors the baseline. The seeds 0, 1 and 2 are then scored on the test data once.
@@ -11,7 +11,7 @@ from ftbook import augment, data, mlm, results, runtime
 from ftbook.finetune import SmallCNN
 from ftbook.train import evaluate, fit
 
-CHAPTER = "13_augment"
+CHAPTER = "16_augment"
 LABELS = runtime.pick(quick=[5], cpu=[10, 50, 250])
 METHODS = ["none", "flip", "crop + flip", "color", "erasing", "randaugment", "mixup", "cutmix"]
 SEEDS = range(3)

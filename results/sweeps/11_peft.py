@@ -1,7 +1,7 @@
-"""Sweeps of chapter 10, parameter-efficient fine-tuning: `make results CH=10` (resumable; studies as arguments).
+"""Sweeps of chapter 11, parameter-efficient fine-tuning: `make results CH=11` (resumable; studies as arguments).
 
 Every method gets the same sentences, steps and number of learning rates; the rate is chosen by entity F1 on
-development sentences with seed 0; seeds 1, 2, 3 are then scored on the test sentences once. The task is chapter 9's.
+development sentences with seed 0; seeds 1, 2, 3 are then scored on the test sentences once. The task is chapter 10's.
 """
 
 import copy
@@ -15,7 +15,7 @@ import torch
 from ftbook import data, mlm, peft, results, runtime
 from ftbook.ner import BucketBatches, Corpus, NERTagger, read_conll, token_classifier
 
-CHAPTER = "10_peft"
+CHAPTER = "11_peft"
 SEEDS = [1, 2, 3]
 SIZE = runtime.pick(quick=48, cpu=800, gpu=1_000)
 EPOCHS = runtime.pick(quick=1, cpu=4, gpu=5)

@@ -1,4 +1,4 @@
-"""Sweeps of chapter 9, named-entity recognition: `make results CH=09` (resumable).
+"""Sweeps of chapter 10, named-entity recognition: `make results CH=10` (resumable).
 
 Every row gets five learning rates, one chosen by entity F1 on the development split with seed 0; the seeds 1, 2, 3 are
 then scored on the test split once. Wrong labels are for training only: all rows are scored on the right ones.
@@ -10,7 +10,7 @@ from functools import cache
 from ftbook import data, mlm, results, runtime
 from ftbook.ner import Corpus, bert_base_cased, read_conll, tagging_run
 
-CHAPTER = "09_ner"
+CHAPTER = "10_ner"
 SEEDS = [1, 2, 3]
 SETTINGS = runtime.pick(
     quick={"sentences": 64, "epochs": 1, "batch_size": 8, "max_length": 64},
