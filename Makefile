@@ -1,4 +1,4 @@
-# ftbook: one line per command with `make help`. Needs make and Python 3.10 to 3.13; everything else comes from the lock files.
+# ftbook: one line per command with `make help`. Needs make and Python 3.11 to 3.13; everything else comes from the lock files.
 PYTHON  ?= python3
 BUILDER ?= auto
 CH      ?=
@@ -25,7 +25,7 @@ $(BOOK)/.installed: requirements/book.lock tools/env.py
 	@touch $@
 
 book: $(BOOK)/.installed   ## build the site from the stored outputs into _docs/ (BUILDER=sphinx|quarto)
-	@$(BPY) tools/book.py --builder $(BUILDER)
+	@$(BPY) -m tools.book --builder $(BUILDER)
 
 serve: book     ## build the site and serve it on http://localhost:8000 (PORT=8000)
 	@echo "serve: http://localhost:$(PORT) shows _docs/ until Ctrl-C"
@@ -36,31 +36,31 @@ lab: $(ALL)/.installed     ## open JupyterLab on nbs/ with ftbook installed
 	@$(ALL)/bin/jupyter lab --notebook-dir nbs
 
 run: $(ALL)/.installed     ## re-execute chapters in place, cpu profile, where outputs are stale (CH=05, FORCE=1)
-	@$(PY) tools/run.py $(CH) $(if $(FORCE),--force)
+	@$(PY) -m tools.run $(CH) $(if $(FORCE),--force)
 
 results: $(ALL)/.installed ## run a chapter's long sweeps into results/NN_name.json (CH=11), resumable
-	@$(PY) tools/sweeps.py $(CH)
+	@$(PY) -m tools.sweeps $(CH)
 
 test: $(ALL)/.installed    ## ruff, export, every notebook, wheel, site in Chromium, coverage
-	@$(PY) tools/check.py
+	@$(PY) -m tools.check
 
 $(LOW)/.installed: requirements/lowest.lock setup.py settings.ini tools/env.py
 	@$(PYTHON) tools/env.py $(LOW) requirements/lowest.lock --editable
 	@touch $@
 
-lowest: $(LOW)/.installed  ## the library's tests with the oldest packages that settings.ini allows (PYTHON=python3.10)
-	@$(LOW)/bin/python tools/check.py --library
+lowest: $(LOW)/.installed  ## the library's tests with the oldest packages that settings.ini allows (PYTHON=python3.11)
+	@$(LOW)/bin/python -m tools.check --library
 
 bench: $(ALL)/.installed   ## run benchmarks/*.py side by side with their peers; tables in benchmarks/results/
-	@$(PY) tools/bench.py $(CH)
+	@$(PY) -m tools.bench $(CH)
 
 export: $(ALL)/.installed  ## write ftbook/, the generated cells and README.md from nbs/
-	@$(PY) tools/generate.py
+	@$(PY) -m tools.generate
 	@$(ALL)/bin/nbdev-export
 	@echo "export: ftbook/ and README.md agree with nbs/"
 
 lock: $(ALL)/.installed    ## resolve settings.ini anew into requirements/*.lock
-	@$(PY) tools/lock.py --upgrade
+	@$(PY) -m tools.lock --upgrade
 
 clean:          ## remove what the commands made, except the environments
 	@rm -rf _docs build dist .quarto .pytest_cache .ruff_cache .hypothesis .coverage* *.egg-info

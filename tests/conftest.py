@@ -21,7 +21,7 @@ os.environ |= {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     "PYTHONPATH": os.pathsep.join(filter(None, [str(GUARD), os.environ.get("PYTHONPATH")])),
 }
-sys.path[:0] = [str(GUARD), str(ROOT / "tools")]
+sys.path.insert(0, str(GUARD))
 sys.modules.pop("sitecustomize", None)
 import sitecustomize  # noqa: E402,F401
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from settings import ROOT
+
+from tools.settings import ROOT
 
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = sorted(s.stem for s in FOLDER.glob("[!_]*.py"))

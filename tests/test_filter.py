@@ -1,12 +1,11 @@
-"""What the readers' copy of a notebook keeps and drops: docs/filter.py."""
+"""What the readers' copy of a notebook keeps and drops: tools/filter.py."""
 import json
 import subprocess
 import sys
 
 import pytest
 
-sys.path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parent.parent / "docs"))
-from filter import options_of, transform  # noqa: E402
+from tools.filter import options_of, transform
 
 
 def code(source, outputs=()):
@@ -40,7 +39,7 @@ def test_alerts_become_callouts_of_the_builder():
 
 def test_it_works_on_standard_input_as_quarto_calls_it(root):
     nb = {"cells": [text("# Title")], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
-    run = subprocess.run([sys.executable, root / "docs" / "filter.py"], input=json.dumps(nb), capture_output=True, text=True, cwd=root / "nbs")
+    run = subprocess.run([sys.executable, root / "tools" / "filter.py"], input=json.dumps(nb), capture_output=True, text=True, cwd=root / "nbs")
     assert "".join(json.loads(run.stdout)["cells"][0]["source"]).endswith("Title")
 
 

@@ -8,9 +8,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
-from settings import NBS, RESULTS, drafts
 
-NOTEBOOKS = sorted(set(NBS.glob("[!.]*.ipynb")) - set(drafts()))
+from tools.settings import NBS, RESULTS
+
+NOTEBOOKS = sorted(NBS.glob("[!.]*.ipynb"))
 
 
 def state() -> dict:

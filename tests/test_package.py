@@ -5,8 +5,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import env
 import pytest
+
+from tools import env
 
 PROGRAM = """
 import sys, pathlib

@@ -9,11 +9,12 @@ from importlib.metadata import version as installed
 from pathlib import Path
 
 import pytest
-from fingerprint import fingerprint
-from generate import main as generate
 from packaging.requirements import Requirement
-from run import stored_run
-from settings import EXTRAS, NBS, ROOT, chapters, drafts, requirements, settings
+
+from tools.fingerprint import fingerprint
+from tools.generate import main as generate
+from tools.run import stored_run
+from tools.settings import EXTRAS, NBS, ROOT, chapters, requirements, settings
 
 NOTEBOOKS = sorted(NBS.glob("[!.]*.ipynb"))
 FLOORS = [["runtime"], ["plot"], ["results"], ["data"], ["losses", "optim"], ["train"], ["finetune"],
@@ -146,7 +147,7 @@ def test_stored_sentences_and_tables_equal_the_results(path):
 
 @each_notebook
 def test_outputs_belong_to_the_present_code(path):
-    if path.name == "index.ipynb" or path in drafts():
+    if path.name == "index.ipynb":
         return
     run = stored_run(path, "cpu")
     assert run, f"never run in the cpu profile: make run CH={path.stem}"
@@ -177,8 +178,8 @@ def test_form_of_a_notebook(path):
             assert re.search(r'<img[^>]* alt="[^"]{10,}"', "".join(output["data"]["text/html"]))
 
 
-def test_the_book_lists_every_notebook_once_as_a_page_or_in_preparation():
-    assert sorted(chapters() + drafts()) == [p for p in NOTEBOOKS if p.name != "index.ipynb"]
+def test_the_book_lists_every_notebook_once():
+    assert sorted(chapters()) == [p for p in NOTEBOOKS if p.name != "index.ipynb"]
 
 
 def test_links_between_notebooks_lead_somewhere():

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from settings import ROOT
+from .settings import ROOT
 
 FOLDER = ROOT / "benchmarks"
 

@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from settings import ROOT
+from .settings import ROOT
 
-sys.path.insert(0, str(ROOT / "docs"))
-INPUTS = "_quarto.yml", "index.qmd", "README.md", "settings.ini", "nbs/*.ipynb", "docs/**/*", "requirements/book.lock"
+INPUTS = "_quarto.yml", "index.qmd", "README.md", "settings.ini", "nbs/*.ipynb", "site/**/*", "tools/*.py", "requirements/book.lock"
 BUILD = ROOT / "build" / "book"
 
 
@@ -27,7 +26,7 @@ def state(builder: str) -> str:
 
 def sphinx(out: Path) -> int:
     """Sphinx, warnings counted as errors; after an error the next build starts afresh."""
-    from stage import STAGE, stage
+    from .stage import STAGE, stage
 
     old = {f.relative_to(STAGE) for f in STAGE.rglob("*") if f.is_file()} if STAGE.exists() else set()
     new = {f.relative_to(STAGE) for f in stage() if STAGE in f.parents}
@@ -35,7 +34,7 @@ def sphinx(out: Path) -> int:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
     code = subprocess.call(
-        [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-j", "auto", "-c", str(ROOT / "docs"),
+        [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-j", "auto", "-c", str(ROOT / "site"),
          "-d", str(BUILD / "doctrees"), str(STAGE), str(out)], env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
     (out / "objects.inv").unlink(missing_ok=True)
     if code:
@@ -69,7 +68,7 @@ def main() -> int:
         shutil.rmtree(out)
     if {"sphinx": sphinx, "quarto": quarto}[builder](out):
         raise SystemExit(f"book: {builder} found the problems above; warnings count as errors")
-    from check import problems
+    from .pages import problems
 
     lines = problems(out)
     if lines:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from settings import ROOT
+from .settings import ROOT
 
 ELSEWHERE = ("test_notebooks", "test_site", "test_filter", "test_package", "test_repository", "test_benchmarks")
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-LOW, HIGH = (3, 10), (3, 13)
+LOW, HIGH = (3, 11), (3, 13)
 
 
 def stop(text):
@@ -25,7 +25,7 @@ def uv(*command):
 
 def main(folder, lock, editable):
     if not LOW <= sys.version_info[:2] <= HIGH:
-        stop("Python %d.%d cannot be used: ftbook needs 3.10 to 3.13. Name another one: make PYTHON=python3.12 ..."
+        stop("Python %d.%d cannot be used: ftbook needs 3.11 to 3.13. Name another one: make PYTHON=python3.12 ..."
              % sys.version_info[:2])
     python = os.path.join(folder, "bin", "python")
     if not os.path.exists(python):

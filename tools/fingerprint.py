@@ -6,8 +6,8 @@ import re
 from functools import cache
 from pathlib import Path
 
-from generate import MARK
-from settings import ROOT
+from .generate import MARK
+from .settings import ROOT
 
 LIBRARY = ROOT / "ftbook"
 

@@ -1,11 +1,11 @@
-"""Resolve settings.ini into the lock files of requirements/ (universal: Python 3.10 to 3.13, every platform).
+"""Resolve settings.ini into the lock files of requirements/ (universal: Python 3.11 to 3.13, every platform).
 
 `lowest` is for one Python and this platform: the oldest versions that settings.ini allows.
 """
 import subprocess
 import sys
 
-from settings import EXTRAS, ROOT, requirements, settings
+from .settings import EXTRAS, ROOT, requirements, settings
 
 LOCKS = {"book": ["book"], "all": ["", *EXTRAS], "lowest": ["", "notebook", "dev"]}
 OF = {"lowest": ["--resolution", "lowest-direct"]}  # the lower bounds of settings.ini, which `make lowest` tests

@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from fingerprint import fingerprint
-from generate import main as generate
-from settings import NBS, RESULTS, ROOT, find
+from .fingerprint import fingerprint
+from .generate import main as generate
+from .settings import NBS, RESULTS, ROOT, find
 
 os.environ.setdefault("FTBOOK_PROFILE", "cpu")
 PROFILE = os.environ["FTBOOK_PROFILE"]
@@ -127,7 +127,6 @@ def keep(path: Path, run: dict) -> None:
     """Through ftbook.results, so that the row carries the same provenance as every other number of the book."""
     if PROFILE == "quick":
         return
-    sys.path.insert(0, str(ROOT))
     from ftbook.results import record
 
     record(path.stem, "run", run)

@@ -1,7 +1,8 @@
-"""settings.ini and _quarto.yml, read once for all scripts of this folder and for docs/."""
-import re
+"""settings.ini and _quarto.yml, read once for all commands of this folder and for site/."""
 from configparser import ConfigParser
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, RESULTS = ROOT / "nbs", ROOT / "results"
@@ -22,17 +23,27 @@ def requirements(*groups: str) -> list:
     return sorted({line for key in keys for line in cfg[key].split()})
 
 
+def book() -> dict:
+    """The `book:` section of `_quarto.yml`."""
+    return yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["book"]
+
+
+def parts() -> list:
+    """[(part's title or None, [files])] in reading order; the home page stands by itself."""
+    found = []
+    for entry in book()["chapters"]:
+        if isinstance(entry, dict):
+            found.append((entry["part"], entry["chapters"]))
+        elif Path(entry).stem != "index":
+            found.append((None, [entry]))
+    if book().get("appendices"):
+        found.append(("Appendices", book()["appendices"]))
+    return found
+
+
 def chapters() -> list:
-    """The notebooks of the book in reading order, as `_quarto.yml` lists them."""
-    text = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
-    files = re.findall(r"^\s*-\s*(nbs/[\w.-]+\.ipynb)\s*$", text, flags=re.M)
-    return [ROOT / file for file in files]
-
-
-def drafts() -> list:
-    """Notebooks that `_quarto.yml` names as being in preparation: no pages yet, and not executed by the tests."""
-    text = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
-    return [ROOT / file for file in re.findall(r"^# in preparation: (nbs/[\w-]+\.ipynb)", text, flags=re.M)]
+    """The notebooks of the book in reading order."""
+    return [ROOT / file for _, files in parts() for file in files]
 
 
 def find(chapter: str) -> Path:

@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 
-from settings import RESULTS, ROOT
+from .settings import RESULTS, ROOT
 
 
 def main(names: list) -> int:

@@ -1,13 +1,11 @@
 """Sphinx settings. Title, authors and chapters come from _quarto.yml, version and repository from settings.ini."""
 import importlib.util
-import sys
 from pathlib import Path
 
-DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS), str(DOCS.parent / "tools")]
+from tools.settings import book, settings
+from tools.stage import EXTRA
 
-from settings import settings  # noqa: E402
-from stage import EXTRA, book  # noqa: E402
+SITE = Path(__file__).resolve().parent
 
 cfg = settings()
 project, author = book()["title"], book()["author"]
@@ -40,10 +38,10 @@ mathjax3_config = {
 
 html_theme = "sphinx_book_theme"
 html_title = project
-html_static_path = [str(DOCS / "static")]
+html_static_path = [str(SITE / "static")]
 html_css_files = ["book.css"]
 html_extra_path = [str(EXTRA)]
-html_favicon = str(DOCS / "static" / "favicon.svg")
+html_favicon = str(SITE / "static" / "favicon.svg")
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False

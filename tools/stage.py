@@ -2,37 +2,14 @@
 import hashlib
 import json
 import re
-import sys
 from pathlib import Path
 
-import yaml
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tools")]
-
-from filter import prose, transform  # noqa: E402
+from .filter import prose, transform
+from .settings import ROOT, parts, settings
 
 STAGE = ROOT / "build" / "book" / "source"
 EXTRA = ROOT / "build" / "book" / "extra"
 SUFFIX = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
-
-
-def book() -> dict:
-    """The `book:` section of _quarto.yml."""
-    return yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["book"]
-
-
-def parts() -> list:
-    """[(part's title or None, [files])] in reading order."""
-    found = []
-    for entry in book()["chapters"]:
-        if isinstance(entry, dict):
-            found.append((entry["part"], entry["chapters"]))
-        elif not Path(entry).stem == "index":
-            found.append((None, [entry]))
-    if book().get("appendices"):
-        found.append(("Appendices", book()["appendices"]))
-    return found
 
 
 def put(file: Path, data: bytes, kept: set) -> None:
@@ -63,9 +40,7 @@ def home() -> str:
         file = ROOT / target
         if target in listed or not file.is_file() or file.suffix in {".svg", ".png", ".jpg"}:
             return match[0]
-        from settings import settings  # a file of the repository that is no page: show it where it lives
-
-        cfg = settings()
+        cfg = settings()  # a file of the repository that is no page: show it where it lives
         return f"[{match[1]}]({cfg['repository']}/blob/{cfg['branch']}/{match[2]})"
 
     text = re.sub(r"(?<!!)\[([^\[\]]+)\]\((?!\w+:|#)([^()\s]+)\)", to_source, text)
@@ -91,8 +66,8 @@ def stage() -> list:
             nb = transform(json.loads(path.read_text(encoding="utf-8")), "sphinx", path.stem, save)
             put(STAGE / file, json.dumps(nb, ensure_ascii=False, indent=1).encode(), kept)
     put(STAGE / "index.md", home().encode(), kept)
-    for image in (ROOT / "docs" / "images").glob("*"):
-        put(STAGE / "docs" / "images" / image.name, image.read_bytes(), kept)
+    for image in (ROOT / "site" / "images").glob("*"):
+        put(STAGE / "site" / "images" / image.name, image.read_bytes(), kept)
     for folder in (STAGE, EXTRA):
         for file in folder.rglob("*"):
             if file.is_file() and file not in kept:

@@ -1,20 +1,15 @@
 #!/usr/bin/env python3
 """Turn a notebook as it is worked on into a notebook as it is read: JSON on stdin, JSON on stdout (Quarto's ipynb-filters).
 
-docs/stage.py calls `transform` with target="sphinx". Standard library only, because Quarto runs it with any Python.
+tools/stage.py calls `transform` with target="sphinx". Standard library only, because Quarto runs it with any Python.
 What it does: nbdev directives go, hidden cells go, `#| echo: false` and the like become what the builder understands, alerts
 (`> [!NOTE]`) become callouts, pictures become figures with their alt text, the file's number stands before the title.
 """
 import base64
-import functools
 import html
 import json
 import re
 import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
-from settings import drafts  # noqa: E402
 
 OPTION = re.compile(r"^#\|\s*([\w-]+)(?:\s*:\s*|\s+|$)(.*?)\s*$")  # Quarto's `name: value`, nbdev's `name value`
 QUARTO = {"echo", "include", "output", "code-fold", "code-summary", "warning", "error", "label", "fig-cap", "fig-alt"}
@@ -83,21 +78,10 @@ def callouts(lines: list, target: str) -> list:
     return out
 
 
-@functools.cache
-def draft_names() -> frozenset:
-    """File names of the notebooks in preparation: they are no pages, so links to them become their text."""
-    return frozenset(file.name for file in drafts())
-
-
-def unless_draft(link) -> str:
-    return link[1] if link[2] in draft_names() else link[0]
-
-
 def prose(lines: list, target: str) -> list:
     """Markdown of a cell or of an output, as the builder wants it."""
     lines = callouts(lines, target)
     text = "\n".join(lines)
-    text = re.sub(r"\[([^\[\]]+)\]\((?:nbs/)?([\w-]+\.ipynb)(?:#[^)]*)?\)", unless_draft, text)
     text = re.sub(r"\]\(index\.ipynb(#[^)]*)?\)", "](../index.qmd)" if target == "quarto" else "](../index.md)", text)
     if target == "quarto":  # pandoc's MathML knows no \tag
         text = re.sub(r"\\tag\{([^{}]*)\}", r"\\qquad\\text{(\1)}", text)

@@ -1,4 +1,4 @@
-"""Look through the built pages, whoever built them: `check.py FOLDER` names every broken promise and exits with 1.
+"""Look through the built pages, whoever built them: `python -m tools.pages FOLDER` names every broken promise and exits with 1.
 
 Dead links and anchors, missing pictures, pictures without alt text, requests to other hosts, leftovers of the notebook's
 syntax, more or fewer than one title.
