@@ -56,7 +56,7 @@ bench: $(ALL)/.installed   ## run benchmarks/*.py side by side with their peers;
 
 export: $(ALL)/.installed  ## write ftbook/, the generated cells and README.md from nbs/
 	@$(PY) -m tools.generate
-	@$(ALL)/bin/nbdev-export
+	@$(PY) -m tools.export
 	@echo "export: ftbook/ and README.md agree with nbs/"
 
 lock: $(ALL)/.installed    ## resolve settings.ini anew into requirements/*.lock

@@ -38,17 +38,18 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory) -> Path:
-    """A copy of the checkout after a fresh `nbdev-export` and `nbdev-clean`."""
+    """A copy of the checkout after a fresh export and `nbdev-clean`."""
     copy = tmp_path_factory.mktemp("fresh") / "ftbook"
     copy.mkdir()
     for name in ("pyproject.toml", "settings.ini", "setup.py", "README.md"):
         shutil.copy(ROOT / name, copy)
-    shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*", "kernel-ipc*"))
+    for name in ("nbs", "tools"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns(".*", "kernel-ipc*", "__pycache__"))
     (copy / "ftbook").mkdir()
     shutil.copy(ROOT / "ftbook" / "__init__.py", copy / "ftbook")
     subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
-    for command in ("nbdev-export", "nbdev-clean"):
-        subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True, capture_output=True)
+    for command in ([sys.executable, "-m", "tools.export"], [Path(sys.executable).with_name("nbdev-clean")]):
+        subprocess.run(command, cwd=copy, check=True, capture_output=True)
     return copy
 
 
