@@ -1,7 +1,8 @@
-"""The site as a reader meets it: built by Sphinx, served from this machine, opened in headless Chromium."""
+"""The site as a reader meets it: built by Sphinx, served from this machine, opened in headless Chromium by playwright."""
 import functools
 import http.server
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,9 +11,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
+CHROMIUM = os.environ.get("CHROMIUM") or next((p for p in map(shutil.which, NAMES) if p), "")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-dev-shm-usage",
+         "--disable-component-update", "--disable-sync"]
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
-browser = pytest.importorskip("browser")
-if not browser.binary() and not os.environ.get("CI"):
+if not CHROMIUM and not os.environ.get("CI"):
     pytest.skip("no Chromium on the PATH: install it (Debian: apt-get install chromium) to test the pages in a browser",
                 allow_module_level=True)
 
@@ -20,7 +24,8 @@ if not browser.binary() and not os.environ.get("CI"):
 @pytest.fixture(scope="module")
 def site(root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("site") / "html"
-    run = subprocess.run([sys.executable, root / "tools" / "book.py", "--builder", "sphinx", "--out", out], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "tools.book", "--builder", "sphinx", "--out", out], cwd=root,
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return out
 
@@ -39,9 +44,25 @@ def address(site):
 
 
 @pytest.fixture(scope="module")
-def page():
-    with browser.Browser() as b:
-        yield b.page()
+def page(address):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(base_url=address, viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def holds(page, script: str, seconds: float = 20) -> bool:
+    """Whether a JavaScript expression becomes true in time."""
+    from playwright.sync_api import TimeoutError
+
+    try:
+        return bool(page.wait_for_function(script, timeout=1000 * seconds))
+    except TimeoutError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -50,67 +71,81 @@ def pages(site) -> list:
 
 
 def test_every_page_loads_quietly_from_its_own_host(pages, address, page):
-    page.size(1280)
+    complaints, hosts = [], set()
+
+    def on_request(request):
+        hosts.update({urlsplit(request.url).netloc} if urlsplit(request.url).scheme not in ("data", "blob") else ())
+
+    def on_error(error):
+        complaints.append(str(error))
+
+    def on_console(message):
+        complaints.extend([message.text] if message.type == "error" else [])
+
+    listeners = {"request": on_request, "pageerror": on_error, "console": on_console}
+    for event, listener in listeners.items():
+        page.on(event, listener)
     for name in pages:
-        page.open(f"{address}/{name}")
-        assert page.complaints() == [], name
-        hosts = {urlsplit(url).netloc for url in page.requests() if urlsplit(url).scheme not in ("data", "blob")}
-        assert hosts == {urlsplit(address).netloc}, name
+        page.goto(f"/{name}")
+        assert complaints == [], name
+    assert hosts == {urlsplit(address).netloc}
+    for event, listener in listeners.items():
+        page.remove_listener(event, listener)
 
 
-def test_mathematics_is_rendered(pages, address, page):
+def test_mathematics_is_rendered(pages, page):
     formulas = 0
     for name in pages:
-        page.open(f"{address}/{name}")
-        wanted = page.run("document.querySelectorAll('.math').length")
+        page.goto(f"/{name}")
+        wanted = page.evaluate("document.querySelectorAll('.math').length")
         if wanted:
-            assert page.wait("document.querySelectorAll('mjx-container svg, math').length >= document.querySelectorAll('.math').length"), name
-            assert page.run("document.querySelectorAll('mjx-merror, [data-mjx-error]').length") == 0, name
+            assert holds(page, "document.querySelectorAll('mjx-container svg, math').length >= document.querySelectorAll('.math').length"), name
+            assert page.evaluate("document.querySelectorAll('mjx-merror, [data-mjx-error]').length") == 0, name
             formulas += wanted
     assert formulas > 50
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_no_page_scrolls_sideways(pages, address, page, width):
-    page.size(width)
+def test_no_page_scrolls_sideways(pages, page, width):
+    page.set_viewport_size({"width": width, "height": 900})
     wide = {}
     for name in pages:
-        page.open(f"{address}/{name}")
-        page.wait("!document.querySelector('.math') || !!document.querySelector('mjx-container, math')")
-        overhang = page.run("document.documentElement.scrollWidth - window.innerWidth")
+        page.goto(f"/{name}")
+        holds(page, "!document.querySelector('.math') || !!document.querySelector('mjx-container, math')")
+        overhang = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         if overhang > 0:
             wide[name] = overhang
-        hidden = page.run("[...document.querySelectorAll('div.math')].filter(d => d.firstElementChild && "
+        hidden = page.evaluate("[...document.querySelectorAll('div.math')].filter(d => d.firstElementChild && "
                           "d.firstElementChild.getBoundingClientRect().left < d.getBoundingClientRect().left - 2).length")
         if hidden:  # what lies left of its box cannot be scrolled to
             wide[name] = f"{hidden} equations begin left of their box"
-    page.size(1280)
+    page.set_viewport_size({"width": 1280, "height": 900})
     assert wide == {}
 
 
-def test_the_theme_switches_to_dark_and_back(address, page):
-    page.open(f"{address}/index.html")
+def test_the_theme_switches_to_dark_and_back(page):
+    page.goto("/index.html")
     seen = {}
     for mode in ("dark", "light", "dark"):
-        page.run(f"document.querySelector('.theme-change-button[data-mode={mode}]').click()")
-        assert page.wait(f"document.documentElement.dataset.theme === '{mode}'", 5)
-        seen[mode] = page.run("getComputedStyle(document.body).backgroundColor")
+        page.evaluate(f"document.querySelector('.theme-change-button[data-mode={mode}]').click()")
+        assert holds(page, f"document.documentElement.dataset.theme === '{mode}'", 5)
+        seen[mode] = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert seen["dark"] != seen["light"]
 
 
-def test_search_finds_a_word(address, page):
-    page.open(f"{address}/search.html?q=calibration")
-    assert page.wait("document.querySelectorAll('#search-results li a').length > 0", 30)
-    assert page.run("[...document.querySelectorAll('#search-results li a')].some(a => a.href.includes('02_math'))")
+def test_search_finds_a_word(page):
+    page.goto("/search.html?q=calibration")
+    assert holds(page, "document.querySelectorAll('#search-results li a').length > 0", 30)
+    assert page.evaluate("[...document.querySelectorAll('#search-results li a')].some(a => a.href.includes('02_math'))")
 
 
-def test_pictures_are_drawn(pages, address, page):
+def test_pictures_are_drawn(pages, page):
     drawn = 0
     for name in pages:
-        page.open(f"{address}/{name}")
-        broken = page.run("[...document.images].filter(i => i.complete && i.naturalWidth === 0 && i.loading !== 'lazy').map(i => i.src.slice(0, 80))")
+        page.goto(f"/{name}")
+        broken = page.evaluate("[...document.images].filter(i => i.complete && i.naturalWidth === 0 && i.loading !== 'lazy').map(i => i.src.slice(0, 80))")
         assert broken == [], name
-        drawn += page.run("document.images.length")
+        drawn += page.evaluate("document.images.length")
     assert drawn > 10
 
 
