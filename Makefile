@@ -11,7 +11,7 @@ BPY  := $(BOOK)/bin/python
 LOW  := .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve lab run results test lowest bench export lock clean
+.PHONY: help book serve lab run results check test lowest bench export lock clean
 
 help:           ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,10 @@ run: $(ALL)/.installed     ## re-execute chapters in place, cpu profile, where o
 results: $(ALL)/.installed ## run a chapter's long sweeps into results/NN_name.json (CH=11), resumable
 	@$(PY) -m tools.sweeps $(CH)
 
-test: $(ALL)/.installed    ## ruff, export, every notebook, wheel, site in Chromium, coverage
+check: $(ALL)/.installed   ## what one runs while working: ruff, mypy, the library, changed chapters
+	@$(PY) -m tools.check --quick
+
+test: $(ALL)/.installed    ## ruff, mypy, export, every notebook, wheel, site in Chromium, coverage
 	@$(PY) -m tools.check
 
 $(LOW)/.installed: requirements/lowest.lock setup.py settings.ini tools/env.py
