@@ -1,4 +1,6 @@
 """Profiles, device, seeds, meters, atomic files."""
+import ast
+import json
 import os
 import random
 import subprocess
@@ -18,11 +20,53 @@ def test_profile_reads_the_environment_and_names_what_is_allowed(monkeypatch):
     monkeypatch.setenv("FTBOOK_PROFILE", "fast")
     with pytest.raises(ValueError, match="quick, cpu, gpu"):
         runtime.profile()
+
+
+def test_without_a_word_the_profile_is_cpu_and_a_gpu_is_mentioned_once(monkeypatch, capsys):
     monkeypatch.delenv("FTBOOK_PROFILE")
-    monkeypatch.setenv("FTBOOK_DEVICE", "cpu")
-    assert runtime.profile() == "cpu"
-    monkeypatch.setattr(runtime, "device", lambda: torch.device("mps"))
-    assert runtime.profile() == "gpu"
+    for empty in (None, "", "  "):
+        if empty is not None:
+            monkeypatch.setenv("FTBOOK_PROFILE", empty)
+        for kind, lines in (("cpu", 0), ("mps", 1)):
+            runtime._mention_gpu.cache_clear()
+            monkeypatch.setattr(runtime, "device", lambda kind=kind: torch.device(kind))
+            assert (runtime.profile(), runtime.profile()) == ("cpu", "cpu")
+            assert capsys.readouterr().out.count("FTBOOK_PROFILE=gpu") == lines
+    runtime._mention_gpu.cache_clear()
+
+
+@pytest.mark.parametrize(("value", "offline"), [
+    (None, False), ("", False), ("  ", False), ("0", False), ("false", False), ("False", False), (" no ", False), ("NO", False),
+    ("1", True), ("true", True), ("yes", True), ("2", True), ("offline", True)])
+def test_offline_is_what_the_switch_says(monkeypatch, value, offline):
+    monkeypatch.delenv("FTBOOK_OFFLINE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FTBOOK_OFFLINE", value)
+    assert runtime.offline() is offline
+
+
+def test_every_environment_variable_of_the_book_is_read_in_one_place(root):
+    """Modules read FTBOOK_ variables through `runtime.setting`, so that blanks and an empty value mean the same everywhere."""
+    found = []
+    for file in sorted((root / "ftbook").glob("[!_]*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Call, ast.Subscript)) and "environ" in ast.unparse(node.func if isinstance(node, ast.Call) else node.value):
+                if "FTBOOK_" in ast.unparse(node):
+                    found.append(f"{file.stem}: {ast.unparse(node)}")
+    assert found == []
+
+
+def test_the_chapter_runs_cell_by_cell_in_a_plain_kernel(root, tmp_path):
+    """With no variable of ours set, as in a JupyterLab that somebody just opened."""
+    nb = json.loads((root / "nbs" / "A3_runtime.ipynb").read_text(encoding="utf-8"))
+    cells = [c["source"] for c in nb["cells"] if c["cell_type"] == "code"]
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
+    code = ("import json, pathlib\nspace = {'__name__': '__main__'}\n"
+            "for cell in json.loads(pathlib.Path('cells.json').read_text()):\n    exec(''.join(cell), space)\n")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FTBOOK_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_pick_falls_back_to_smaller_profiles_only():
@@ -69,7 +113,7 @@ def test_seeding_repeats_all_three_generators():
 
 def test_native_bf16_asks_the_hardware(monkeypatch):
     for flags, expected in (({"avx2"}, False), ({"avx512_bf16"}, True), ({"amx_bf16"}, True), ({"bf16"}, True)):
-        monkeypatch.setattr(runtime, "cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(runtime, "_cpu_flags", lambda flags=flags: flags)
         assert runtime.native_bf16("cpu") is expected
     assert runtime.native_bf16("mps") is False
     for capability, expected in (((7, 5), False), ((8, 0), True)):
@@ -82,9 +126,9 @@ def test_native_bf16_asks_the_hardware(monkeypatch):
 
 
 def test_cpu_flags_without_proc(monkeypatch):
-    assert runtime.cpu_flags()
+    assert runtime._cpu_flags()
     monkeypatch.setattr(runtime, "Path", lambda name: Path("/nowhere"))
-    assert isinstance(runtime.cpu_flags(), set)
+    assert isinstance(runtime._cpu_flags(), set)
 
 
 def hold(megabytes):
@@ -121,7 +165,7 @@ def test_peak_memory_returns_the_result():
 
 def test_sampled_gauge_finds_the_peak_of_its_value():
     values = iter([1.0, 5.0, *[2.0] * 100_000])
-    gauge = runtime.SampledGauge(lambda: next(values), "value", every=0.001)
+    gauge = runtime._SampledGauge(lambda: next(values), "value", every=0.001)
     gauge.reset()
     while gauge.peak < 5:
         gauge.halt.wait(0.001)
@@ -131,15 +175,15 @@ def test_sampled_gauge_finds_the_peak_of_its_value():
 
 
 def test_gauges_by_machine(monkeypatch):
-    assert runtime.gauge_for("cpu").read() > 0
-    monkeypatch.setattr(runtime.LinuxGauge, "works", lambda self: False)
-    assert isinstance(runtime.gauge_for("cpu"), (runtime.SampledGauge, runtime.MaxRssGauge))
+    assert runtime._gauge_for("cpu").read() > 0
+    monkeypatch.setattr(runtime._LinuxGauge, "works", lambda self: False)
+    assert isinstance(runtime._gauge_for("cpu"), (runtime._SampledGauge, runtime._MaxRssGauge))
     monkeypatch.setattr(runtime, "Path", lambda name: Path("/nowhere"))
-    gauge = runtime.gauge_for("cpu")
-    assert isinstance(gauge, runtime.MaxRssGauge) and gauge.read() >= gauge.now() > 0
+    gauge = runtime._gauge_for("cpu")
+    assert isinstance(gauge, runtime._MaxRssGauge) and gauge.read() >= gauge.now() > 0
     gauge.reset()
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
-    nothing = runtime.gauge_for("cpu")
+    nothing = runtime._gauge_for("cpu")
     assert np.isnan(nothing.now()) and np.isnan(nothing.read()) and nothing.stop() is None
 
 
@@ -147,8 +191,8 @@ def test_linux_gauge_without_the_right_is_said_not_to_work(monkeypatch):
     def refuse(self):
         raise PermissionError
 
-    monkeypatch.setattr(runtime.LinuxGauge, "reset", refuse)
-    assert runtime.LinuxGauge().works() is False
+    monkeypatch.setattr(runtime._LinuxGauge, "reset", refuse)
+    assert runtime._LinuxGauge().works() is False
     with pytest.raises(OSError, match="no line VmNone"):
         runtime._status_mb("VmNone")
 
@@ -159,10 +203,10 @@ def test_cuda_and_mps_gauges_ask_their_drivers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: 7e6)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda d: None)
     with runtime.Meter("cuda") as m:
-        assert runtime.gauge_for("cuda").now() == 3.0
+        assert runtime._gauge_for("cuda").now() == 3.0
     assert m.peak_mb == 7.0 and "max_memory_allocated" in m.method
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2e6)
-    assert runtime.gauge_for("mps").now() == 2.0
+    assert runtime._gauge_for("mps").now() == 2.0
 
 
 def test_atomic_write_replaces_whole_files_or_nothing(tmp_path):
