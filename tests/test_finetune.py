@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision import models as zoo
 from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1, vit_b_16
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 
@@ -86,8 +87,37 @@ def test_blocks_of_known_models():
     assert vit["(own)"] == ["class_token", "encoder.pos_embedding"] and "heads.head" in vit
 
 
+NAME = st.lists(st.sampled_from(["a", "b", "ab", "0", "10"]), min_size=1, max_size=4).map(".".join)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(NAME, min_size=1, max_size=8, unique=True), st.data())
+def test_a_pattern_means_the_whole_name_or_else_every_name_with_that_end(names, draw):
+    name = draw.draw(st.sampled_from(names))
+    assert ft.select(names, name) == [name]
+    end = name.split(".", draw.draw(st.integers(0, name.count("."))))[-1]
+    expected = [end] if end in names else [n for n in names if n.endswith("." + end)]
+    assert ft.select(names, end) == expected
+    assert ft.select(names, "!" + end) == [n for n in names if n not in expected]
+    assert ft.select(names, "*") == names and ft.select(names, "*", "!*") == []
+    assert ft.select(names, "*", "!" + end, end) == names
+
+
+def test_patterns_are_no_regular_expressions_and_cannot_hang():
+    assert ft.select(["a.b", "axb"], "a.b") == ["a.b"] and ft.select(["a+", "aa"], "a+") == ["a+"]
+    with pytest.raises(ValueError, match="matches no module of Net; near names"):
+        ft.select(["a" * 60 + "!"], "*a*a*a*a*a*a*a*a*a*a*b", what="module of Net")
+    with pytest.raises(ValueError, match="there are none"):
+        ft.select([], "a")
+
+
 def test_matching_by_name_pattern_module_and_its_errors():
     model = bert()
+    assert ft.matching(model, "query.weight") == ft.matching(model, "*.query.weight")
+    assert ft.matching(model, "encoder.layer.0") == ft.matching(model, "bert.encoder.layer.0")
+    dense = ft.matching(model, "output.dense", "!attention.output.dense", "!bias")
+    assert dense == [f"bert.encoder.layer.{i}.output.dense.weight" for i in range(3)]
+    assert ft.matching(model, "!bert") == ["classifier.weight", "classifier.bias"]
     assert ft.matching(model, model.classifier) == ["classifier.weight", "classifier.bias"]
     assert ft.matching(model, "*.query.weight") == [
         f"bert.encoder.layer.{i}.attention.self.query.weight" for i in range(3)
@@ -188,6 +218,113 @@ def test_replace_head_errors():
     with pytest.raises(ValueError, match="backbone without a classifier"):
         ft.find_head(nn.Sequential(nn.Conv2d(1, 2, 3)))
     assert ft.find_head(BertModel(bert().config))[0] == "pooler.dense"
+
+
+class Conv(nn.Module):
+    "A classifier of timm's form whose last layer is a convolution."
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Module()
+        self.head.norm, self.head.fc = nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1)
+
+
+class HeadFirst(nn.Module):
+    "Sets up its head before its body, and has a second one for distillation, as timm's distilled models."
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.body, self.head_dist = nn.Linear(4, 5), nn.Linear(3, 4), nn.Linear(4, 5)
+
+
+def transformer(name, **config):
+    def make():
+        import transformers
+
+        cls = getattr(transformers, name)
+        return cls(cls.config_class(num_labels=5, pad_token_id=0, **config))
+
+    return make
+
+
+BERTS = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+HEADS = {
+    "alexnet": ("classifier.6", lambda: zoo.alexnet(num_classes=5)),
+    "vgg11": ("classifier.6", lambda: zoo.vgg11(num_classes=5, init_weights=False)),
+    "vgg11_bn": ("classifier.6", lambda: zoo.vgg11_bn(num_classes=5, init_weights=False)),
+    "resnet18": ("fc", lambda: zoo.resnet18(num_classes=5)),
+    "squeezenet1_1": ("classifier.1", lambda: zoo.squeezenet1_1(num_classes=5)),
+    "densenet121": ("classifier", lambda: zoo.densenet121(num_classes=5)),
+    "googlenet": ("fc", lambda: zoo.googlenet(num_classes=5, init_weights=False)),
+    "shufflenet": ("fc", lambda: zoo.shufflenet_v2_x0_5(num_classes=5)),
+    "mobilenet_v2": ("classifier.1", lambda: zoo.mobilenet_v2(num_classes=5)),
+    "mobilenet_v3": ("classifier.3", lambda: zoo.mobilenet_v3_small(num_classes=5)),
+    "mnasnet": ("classifier.1", lambda: zoo.mnasnet0_5(num_classes=5)),
+    "efficientnet": ("classifier.1", lambda: zoo.efficientnet_b0(num_classes=5)),
+    "convnext": ("classifier.2", lambda: zoo.convnext_tiny(num_classes=5)),
+    "vit": ("heads.head", lambda: zoo.vit_b_32(num_classes=5)),
+    "swin": ("head", lambda: zoo.swin_t(num_classes=5)),
+    "maxvit": ("classifier.5", lambda: zoo.maxvit_t(num_classes=5)),
+    "timm, convolution": ("head.fc", Conv),
+    "timm, distilled": ("head", HeadFirst),
+    "bert": ("classifier", transformer("BertForSequenceClassification", **BERTS)),
+    "bert, tokens": ("classifier", transformer("BertForTokenClassification", **BERTS)),
+    "distilbert": ("classifier", transformer("DistilBertForSequenceClassification", dim=8, n_layers=1, n_heads=2)),
+    "roberta": ("classifier.out_proj", transformer("RobertaForSequenceClassification", **BERTS)),
+    "roberta, tokens": ("classifier", transformer("RobertaForTokenClassification", **BERTS)),
+    "xlm-roberta": ("classifier.out_proj", transformer("XLMRobertaForSequenceClassification", **BERTS)),
+    "xlm-roberta, tokens": ("classifier", transformer("XLMRobertaForTokenClassification", **BERTS)),
+    "camembert": ("classifier.out_proj", transformer("CamembertForSequenceClassification", **BERTS)),
+    "electra": ("classifier.out_proj", transformer("ElectraForSequenceClassification", **BERTS)),
+    "deberta": ("classifier", transformer("DebertaV2ForSequenceClassification", **BERTS)),
+    "modernbert": ("classifier", transformer("ModernBertForSequenceClassification", **BERTS)),
+    "gpt2": ("score", transformer("GPT2ForSequenceClassification", vocab_size=20, n_embd=8, n_layer=1, n_head=2)),
+    "gpt2, tokens": ("classifier", transformer("GPT2ForTokenClassification", vocab_size=20, n_embd=8, n_layer=1, n_head=2)),
+    "llama": ("score", transformer("LlamaForSequenceClassification", **BERTS, num_key_value_heads=2)),
+    "qwen2": ("score", transformer("Qwen2ForSequenceClassification", **BERTS, num_key_value_heads=2)),
+    "gpt-neox": ("score", transformer("GPTNeoXForSequenceClassification", **BERTS)),
+    "t5": ("classification_head.out_proj", transformer("T5ForSequenceClassification", vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
+    "bart": ("classification_head.out_proj", transformer("BartForSequenceClassification", vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)),
+    "xlnet": ("logits_proj", transformer("XLNetForSequenceClassification", vocab_size=20, d_model=8, n_layer=1, n_head=2, d_inner=8)),
+    "vit, transformers": ("classifier", transformer("ViTForImageClassification", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)),
+    "resnet, transformers": ("classifier.1", transformer("ResNetForImageClassification", embedding_size=8, hidden_sizes=[8], depths=[1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_the_head_of_every_architecture_is_found_replaced_and_stays_the_last_block(architecture):
+    expected, make = HEADS[architecture]
+    with torch.device("meta"):
+        model = make()
+    name, head = ft.find_head(model)
+    assert name == expected and len(head.weight) == 5
+    new = ft.replace_head(model, 7)
+    assert ft.find_head(model) == (expected, new) and len(new.weight) == 7 and type(new) is type(head)
+    assert (new.bias is None) is (head.bias is None) and new.weight.device.type == "meta"
+    assert (name + ".").startswith(list(ft.blocks(model))[-1] + ".")
+    if hasattr(model, "config"):
+        assert model.config.num_labels == model.num_labels == 7
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "xlm-roberta"])
+def test_a_model_with_another_head_gives_that_many_logits_and_the_loss_of_its_new_task(architecture):
+    model, ids = HEADS[architecture][1]().eval(), torch.ones(2, 4, dtype=torch.long)
+    ft.replace_head(model, 1)
+    model(input_ids=ids, labels=torch.zeros(2))  # transformers notes "regression" in the configuration
+    ft.replace_head(model, 7)
+    out = model(input_ids=ids, labels=torch.tensor([6, 0]))
+    assert out.logits.shape == (2, 7)
+    assert torch.allclose(out.loss, nn.functional.cross_entropy(out.logits, torch.tensor([6, 0])))
+    model.config.problem_type = "multi_label_classification"
+    ft.replace_head(model, 3)
+    assert model.config.problem_type == "multi_label_classification"
+
+
+def test_the_configuration_follows_the_head_inside_a_wrapper():
+    inner = bert()
+    model = nn.ModuleDict({"net": inner})
+    ft.replace_head(model, 9)
+    assert inner.config.num_labels == inner.num_labels == 9 and inner.classifier.out_features == 9
 
 
 def record_open():
