@@ -9,7 +9,7 @@ import ast
 import sys
 from pathlib import Path
 
-from nbdev.config import add_init, get_config
+from nbdev.config import get_config
 from nbdev.doclinks import _build_modidx
 from nbdev.export import nb_export
 from nbdev.maker import ModuleMaker
@@ -52,6 +52,7 @@ class Whole(ModuleMaker):
     def make(self, cells, all_cells=None, lib_path=None):
         super().make(cells, all_cells, lib_path)
         file = Path(self.fname)
+        (file.parent / "__init__.py").touch()  # nbdev's add_init would put a list of modules into the package's docstring
         file.write_text(arranged(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
@@ -59,7 +60,6 @@ def main(argv: list) -> int:
     library = get_config(ROOT).lib_path
     for file in [find(name) for name in argv] or sorted(NBS.glob("[!.]*.ipynb")):
         nb_export(str(file.relative_to(ROOT)), lib_path=library, mod_maker=Whole)
-    add_init(library)
     _build_modidx()
     return 0
 
