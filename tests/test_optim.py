@@ -3,7 +3,9 @@
 import copy
 import io
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,12 +68,12 @@ def test_equal_to_torch_bit_by_bit_over_200_random_steps(name):
 def test_defaults_are_those_of_torch(ours, theirs):
     shapes = MATRICES if ours is optim.Muon else SHAPES
     a, b = ours(weights(shapes)).defaults, theirs(weights(shapes)).defaults
-    assert {k: v for k, v in a.items() if k != "adjust"} == {k: b[k] for k in a if k != "adjust"}
+    assert a == b
 
 
 def test_muon_with_the_scale_of_adamw_equals_torch():
     a, b = weights(MATRICES), weights(MATRICES)
-    ours = walk(a, optim.Muon(a, adjust="match_rms_adamw"), 20)
+    ours = walk(a, optim.Muon(a, adjust_lr_fn="match_rms_adamw"), 20)
     theirs = walk(b, torch.optim.Muon(b, adjust_lr_fn="match_rms_adamw"), 20)
     assert all(torch.equal(p, q) for x, y in zip(ours, theirs, strict=True) for p, q in zip(x, y, strict=True))
 
@@ -125,25 +127,113 @@ def test_every_optimizer_resumes_from_its_state_to_the_bit(name):
     assert all(torch.equal(p, q) for p, q in zip(path[-1], halted.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["momentum", "AdaGrad", "RMSProp", "Adam", "AdamW", "Muon"])
-@pytest.mark.parametrize("back", [False, True])
-def test_state_goes_over_to_torch_and_back(name, back):
-    ours, theirs, options = PAIRS[name]
+EVERY = {
+    "gradient descent": (optim.SGD, torch.optim.SGD, {"lr": 0.1}),
+    "gradient ascent": (optim.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "maximize": True}),
+    "Nesterov": (optim.SGD, torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "AdaGrad": (optim.AdaGrad, torch.optim.Adagrad, {"lr": 0.1, "weight_decay": 0.1}),
+    "RMSProp": (optim.RMSProp, torch.optim.RMSprop, {"alpha": 0.9, "maximize": True}),
+    "Adam": (optim.Adam, torch.optim.Adam, {"betas": (0.8, 0.95), "weight_decay": 0.1}),
+    "Adam, amsgrad": (optim.Adam, torch.optim.Adam, {"amsgrad": True, "maximize": True}),
+    "AdamW": (optim.AdamW, torch.optim.AdamW, {"lr": 0.01}),
+    "AdamW, amsgrad": (optim.AdamW, torch.optim.AdamW, {"amsgrad": True, "weight_decay": 0.1}),
+    "Muon": (optim.Muon, torch.optim.Muon, {"lr": 0.02}),
+    "Muon, other": (optim.Muon, torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3, "nesterov": False}),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("back", [False, True], ids=["to torch", "from torch"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_state_loads_into_torchs_optimizer_and_back_and_50_further_steps_are_equal(name, back, steps):
+    first, other, options = EVERY[name]
     if back:
-        ours, theirs = theirs, ours
-    shapes = MATRICES if name == "Muon" else SHAPES
-    a, b = weights(shapes), weights(shapes)
-    first, other = ours(a, **options), theirs(b, **options)
-    for _ in walk(a, first, 5):
+        first, other = other, first
+    shapes = MATRICES if "Muon" in name else SHAPES
+    a = weights(shapes)
+    first = first(a, **options)
+    for _ in walk(a, first, steps):
         pass
-    with torch.no_grad():
-        for p, q in zip(a, b, strict=True):
-            q.copy_(p)
-    state = copy.deepcopy(first.state_dict())
-    state["param_groups"] = other.state_dict()["param_groups"]
-    other.load_state_dict(state)
-    for left, right in zip(walk(a, first, 5, seed=2), walk(b, other, 5, seed=2), strict=True):
+    b = [p.detach().clone().requires_grad_() for p in a]
+    other = other(b)  # with the defaults: the state brings the options
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for left, right in zip(walk(a, first, 50, seed=2), walk(b, other, 50, seed=2), strict=True):
         assert all(torch.equal(p, q) for p, q in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_torchs_options_walk_with_torch(name):
+    ours, theirs, options = EVERY[name]
+    shapes = MATRICES if "Muon" in name else SHAPES
+    a, b = weights(shapes), weights(shapes)
+    for left, right in zip(walk(a, ours(a, **options), 50), walk(b, theirs(b, **options), 50), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(left, right, strict=True))
+
+
+UNSUPPORTED = [
+    (optim.SGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1}, "dampening=0.1"),
+    (optim.SGD, torch.optim.SGD, {"differentiable": True}, "differentiable=True"),
+    (optim.AdaGrad, torch.optim.Adagrad, {"lr_decay": 0.1}, "lr_decay=0.1"),
+    (optim.RMSProp, torch.optim.RMSprop, {"centered": True}, "centered=True"),
+    (optim.RMSProp, torch.optim.RMSprop, {"momentum": 0.9}, "momentum=0.9"),
+]
+
+
+@pytest.mark.parametrize("ours, theirs, options, match", UNSUPPORTED)
+def test_an_option_of_torch_that_is_not_supported_is_refused_wherever_it_comes_from(ours, theirs, options, match):
+    params = weights(SHAPES)
+    with pytest.raises(ValueError, match=match):
+        ours(params, **options)
+    with pytest.raises(ValueError, match=match):
+        ours([{"params": params, **options}])
+    rule, other = ours(params), theirs(params, **options)
+    before = copy.deepcopy(rule.state_dict())
+    with pytest.raises(ValueError, match=match):
+        rule.load_state_dict(other.state_dict())
+    assert str(rule.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize("group, match", [
+    ({"amsgrad": True}, "amsgrad=True is not supported"), ({"betas": (0.9, 0.99)}, "betas=.* is not supported"),
+    ({"nesterov": True, "momentum": 0.0}, "momentum above 0"), ({"lr": True}, "lr is True"),
+    ({"momentum": 1.5}, "momentum is 1.5"),
+])
+def test_a_group_is_checked_like_the_optimizer(group, match):
+    rule = optim.SGD(weights([(2,)]), momentum=0.9)
+    with pytest.raises(ValueError, match=match):
+        rule.add_param_group({"params": weights([(3,)]), **group})
+    assert len(rule.param_groups) == 1
+    rule.add_param_group({"params": weights([(3,)]), "dampening": 0, "amsgrad": False, "name": "head"})
+
+
+def test_the_state_of_another_rule_is_refused():
+    params = weights(SHAPES)
+    with pytest.raises(ValueError, match="SGD: the state has no momentum, nesterov, so it is of another optimizer"):
+        optim.SGD(params).load_state_dict(torch.optim.Adam(params).state_dict())
+    with pytest.raises(ValueError, match="decoupled_weight_decay=True"):
+        optim.Adam(params).load_state_dict(torch.optim.AdamW(params).state_dict())
+    with pytest.raises(TypeError, match="SGD has no 'rate'; it has lr, momentum, nesterov, weight_decay, "):
+        optim.SGD(params, rate=3)
+    muon = optim.Muon(weights(MATRICES))
+    with pytest.raises(ValueError, match="matrices"):
+        muon.add_param_group({"params": weights([(3,)])})
+    assert len(muon.param_groups) == 1
+
+
+@given(st.sampled_from([np.float32, np.float64, np.float16, np.int64, int, float]), st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_every_kind_of_real_number_is_a_learning_rate_and_is_kept_as_a_plain_one(kind, value):
+    rule = optim.AdamW(weights([(2,)]), lr=kind(value), betas=[kind(0), np.float32(0.5)], weight_decay=kind(value))
+    group = rule.param_groups[0]
+    assert group["lr"] == group["weight_decay"] == value and group["betas"] == (0, 0.5)
+    assert {type(v) for v in (group["lr"], group["weight_decay"], *group["betas"])} <= {int, float}
+    file = io.BytesIO()
+    torch.save(rule.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["param_groups"][0]["lr"] == value
 
 
 @pytest.mark.parametrize("name", ["Nesterov", "Adam", "Lion"])
@@ -198,11 +288,11 @@ def test_cutting_into_chunks_changes_nothing_and_types_stay_apart():
     params = [*weights([(300,)] * 5, dtype=torch.float32), *weights([(300,)])]
     for p in params:
         p.grad = torch.ones_like(p)
-    assert [len(piece) for piece in optim.chunks(params, size=600)] == [2, 2, 1, 1]
-    assert [len(piece) for piece in optim.chunks(params, size=1)] == [1] * 6
-    assert [len(piece) for piece in optim.chunks(params, size=10**6)] == [5, 1]
+    assert [len(piece) for piece in optim._chunks(params, size=600)] == [2, 2, 1, 1]
+    assert [len(piece) for piece in optim._chunks(params, size=1)] == [1] * 6
+    assert [len(piece) for piece in optim._chunks(params, size=10**6)] == [5, 1]
     optim.Adam(params).step()
-    assert list(optim.chunks([])) == []
+    assert list(optim._chunks([])) == []
 
 
 def test_sparse_and_complex_gradients_are_refused():
@@ -221,6 +311,12 @@ def test_sparse_and_complex_gradients_are_refused():
     (optim.SGD, {"lr": math.nan}, "lr is nan"),
     (optim.SGD, {"lr": math.inf}, "lr is inf"),
     (optim.SGD, {"lr": "fast"}, "lr is 'fast'"),
+    (optim.SGD, {"lr": True}, "lr is True"),
+    (optim.SGD, {"lr": np.bool_(True)}, "lr is "),
+    (optim.SGD, {"lr": (0.1,)}, "lr is (0.1,)"),
+    (optim.SGD, {"lr": 1j}, "lr is 1j"),
+    (optim.SGD, {"weight_decay": False}, "weight_decay is False"),
+    (optim.Adam, {"betas": (True, 0.9)}, "betas is True"),
     (optim.SGD, {"momentum": 1.0}, "momentum is 1.0"),
     (optim.SGD, {"nesterov": True}, "momentum above 0"),
     (optim.Adam, {"betas": (0.9, 1.0)}, "betas"),
@@ -229,10 +325,10 @@ def test_sparse_and_complex_gradients_are_refused():
     (optim.Adam, {"eps": -1e-8}, "eps"),
     (optim.AdamW, {"weight_decay": -0.1}, "weight_decay"),
     (optim.RMSProp, {"alpha": 1.0}, "alpha"),
-    (optim.Muon, {"adjust": "none"}, "match_rms_adamw"),
+    (optim.Muon, {"adjust_lr_fn": "none"}, "match_rms_adamw"),
 ])
 def test_bad_hyper_parameters_are_refused(kind, options, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=re.escape(match)):
         kind(weights([(2, 2)]), **options)
 
 
@@ -406,7 +502,7 @@ def test_the_range_test_of_a_step_function_stops_when_it_diverges():
         optim.range_test(step, 1.0, 0.1)
     with pytest.raises(ValueError, match="start lower"):
         optim.range_test(lambda rate: math.nan)
-    assert optim.steepest([1.0, 2.0], [0.0, 1.0]) == pytest.approx(math.sqrt(2))
+    assert optim._steepest([1.0, 2.0], [0.0, 1.0]) == pytest.approx(math.sqrt(2))
 
 
 def test_paths_end_at_the_lowest_point():
