@@ -3,9 +3,8 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'select', 'matching', 'blocks', 'hold_batchnorm', 'freeze', 'unfreeze', 'find_head', 'replace_head',
            'encodable', 'unpadded', 'encode_texts', 'TextClassifier', 'param_groups', 'undecayed', 'GradualUnfreezing',
-           'plain_model', 'check_in_optimizer', 'Alternating', 'two_stage', 'tune', 'even_plan', 'report', 'SmallCNN',
-           'pretrained_cnn', 'take_classes', 'transfer_run', 'fresh_head', 'old_accuracy', 'two_tasks',
-           'compare_strategies']
+           'Alternating', 'two_stage', 'tune', 'even_plan', 'report', 'SmallCNN', 'pretrained_cnn', 'take_classes',
+           'transfer_run', 'fresh_head', 'old_accuracy', 'two_tasks', 'compare_strategies']
 
 # %% ../nbs/08_finetune.ipynb #633bea19
 import copy
@@ -15,6 +14,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from torch import nn
 from .data import ImageSet
 from .results import Markdown, sweep, table
 from .runtime import seed_everything
-from .train import History, evaluate, fit
+from .train import History, Settings, evaluate, fit
 
 # %% ../nbs/08_finetune.ipynb #5a3923f5
 def select(
@@ -588,16 +588,76 @@ def undecayed(model: nn.Module) -> set[str]:
     return names
 
 # %% ../nbs/08_finetune.ipynb #08677f8e
-class GradualUnfreezing:
-    """Callback of `fit` that opens the last blocks of the model epoch by epoch.
+class _ByEpoch:
+    """Base of callbacks of `fit` that choose at each epoch what trains.
+
+    A checkpoint holds what is open, so that a run that is broken off within an
+    epoch goes on with the same weights frozen and the same statistics held.
+    """
+
+    def __init__(self, batchnorm: str = "eval"):
+        self.batchnorm = batchnorm
+        self.open: list[str] | None = None
+        self._model: nn.Module | None = None
+
+    def on_train_begin(self, run) -> None:
+        self._model, self.open = run.model, None
+
+    def on_epoch_begin(self, run) -> None:
+        names = self._choose(run.model, run.epoch)
+        _check_in_optimizer(run.optimizer, run.model, names)
+        self._train_only(run.model, names)
+
+    def close(self, run) -> None:
+        self._model = None
+
+    def _choose(self, model: nn.Module, epoch: int) -> list[str]:
+        raise NotImplementedError
+
+    def _train_only(self, model: nn.Module, names: list[str]) -> None:
+        self.open = names
+        freeze(model, batchnorm=self.batchnorm)
+        _switch(model, names, True, self.batchnorm)
+
+    def state_dict(self) -> dict:
+        return {"open": self.open}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.open = state["open"]
+        if self._model is not None and self.open is not None:
+            self._train_only(self._model, self.open)
+
+
+def _check_in_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, names: Iterable[str]
+) -> None:
+    groups = optimizer.param_groups
+    known = {id(p) for group in groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    missing = [n for n in names if id(parameters[n]) not in known]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold {len(missing)} parameters that are "
+            f"to be trained now, {missing[0]} first: build it over all of "
+            "them, with params=param_groups(model, ..., frozen=True)"
+        )
+
+# %% ../nbs/08_finetune.ipynb #834ed537
+class GradualUnfreezing(_ByEpoch):
+    """Callback of `fit` that opens the last blocks of the model by and by.
 
     Parameters
     ----------
     plan : int, or mapping of int to int
-        An int k: one block at epoch 0, one more every k epochs. A mapping {epoch: n}: from that epoch on (from 0) the
-        last n blocks are open.
+        An int k: one block at epoch 0, one more every k epochs. A mapping
+        {epoch: n}: from that epoch on (from 0) the last n blocks are open.
     batchnorm : {"eval", "train"}
         See `freeze`.
+
+    Attributes
+    ----------
+    opened : list of list of str
+        The blocks that were open, epoch by epoch.
 
     References
     ----------
@@ -605,69 +665,71 @@ class GradualUnfreezing:
 
     Examples
     --------
-    >>> [GradualUnfreezing({0: 1, 2: 3}).open_at(epoch, 4) for epoch in range(4)]
+    >>> plan = GradualUnfreezing({0: 1, 2: 3})
+    >>> [plan.open_at(epoch, n_blocks=4) for epoch in range(4)]
     [1, 1, 3, 3]
     """
 
-    def __init__(self, plan: int | Mapping[int, int] = 1, batchnorm: str = "eval"):
-        if (plan < 1) if isinstance(plan, int) else (not plan or 0 not in plan or min(plan.values()) < 1):
+    def __init__(
+        self, plan: int | Mapping[int, int] = 1, batchnorm: str = "eval"
+    ):
+        super().__init__(batchnorm)
+        every = isinstance(plan, int)
+        if plan < 1 if every else 0 not in plan or min(plan.values()) < 1:
             raise ValueError(
-                f"plan is {plan!r}; give a number of epochs per block >= 1, or {{0: blocks, epoch: blocks, ...}}"
+                f"plan is {plan!r}; give a number of epochs per block >= 1, or "
+                "{0: blocks, epoch: blocks, ...}"
             )
-        self.plan, self.batchnorm, self.opened = plan, batchnorm, []
+        self.plan: Mapping[int, int] | int = plan
+        self.opened: list[list[str]] = []
 
     def open_at(self, epoch: int, n_blocks: int) -> int:
-        """Number of open blocks, counted from the output, at an epoch counted from 0."""
+        """Number of open blocks, from the output, at an epoch from 0 on."""
         if isinstance(self.plan, int):
             return min(n_blocks, 1 + epoch // self.plan)
         return min(n_blocks, self.plan[max(e for e in self.plan if e <= epoch)])
 
-# %% ../nbs/08_finetune.ipynb #834ed537
-def _open_blocks(self: GradualUnfreezing, state) -> None:
-    "Freeze everything, then open the blocks that the plan says."
-    model = plain_model(state.model)
-    cut = blocks(model)
-    n = self.open_at(state.epoch, len(cut))
-    freeze(model, batchnorm=self.batchnorm)
-    names = unfreeze(model, depth=-n, batchnorm=self.batchnorm)
-    check_in_optimizer(state.optimizer, model, names)
-    self.opened.append(list(cut)[-n:])
+    def on_train_begin(self, run) -> None:
+        super().on_train_begin(run)
+        self.opened = []
 
+    def _choose(self, model: nn.Module, epoch: int) -> list[str]:
+        cut = blocks(model)
+        last = list(cut)[-self.open_at(epoch, len(cut)) :]
+        self.opened.append(last)
+        return [n for block in last for n in cut[block]]
 
-GradualUnfreezing.on_epoch_begin = _open_blocks
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"opened": self.opened}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        super().load_state_dict(state)
+        self.opened = [list(blocks) for blocks in state["opened"]]
 
 # %% ../nbs/08_finetune.ipynb #27f9913d
-def plain_model(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, or the model itself."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+class Alternating(_ByEpoch):
+    """Callback of `fit`: the head in even epochs, the body in odd ones.
 
+    Parameters
+    ----------
+    batchnorm : {"eval", "train"}
+        See `freeze`.
 
-def check_in_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, names: Iterable[str]) -> None:
-    """Raise unless the optimizer holds all named parameters."""
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    parameters = dict(model.named_parameters())
-    missing = [n for n in names if id(parameters[n]) not in known]
-    if missing:
-        raise ValueError(
-            f"the optimizer does not hold {len(missing)} parameters that are to be trained now, {missing[0]} first: "
-            "build it over all of them, with params=param_groups(model, ..., frozen=True)"
-        )
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    >>> groups = param_groups(net, lr=0.1, frozen=True)
+    >>> data = (torch.rand(4, 2), torch.tensor([0, 1, 1, 0]))
+    >>> how = {"callbacks": [Alternating()], "settings": Settings(params=groups)}
+    >>> _ = fit(net, data, epochs=2, **how)
+    >>> [name for name, p in net.named_parameters() if p.requires_grad]
+    ['0.weight', '0.bias']
+    """
 
-# %% ../nbs/08_finetune.ipynb #6611c2f3
-class Alternating:
-    """Callback of `fit`: train the head in even epochs and the body in odd ones (source 004, section 3.4)."""
-
-    def __init__(self, batchnorm: str = "eval"):
-        self.batchnorm = batchnorm
-
-    def on_epoch_begin(self, state) -> None:
-        model = plain_model(state.model)
+    def _choose(self, model: nn.Module, epoch: int) -> list[str]:
         head = set(matching(model, find_head(model)[1]))
-        train_head = state.epoch % 2 == 0
-        names = [n for n, _ in model.named_parameters() if (n in head) is train_head]
-        freeze(model, batchnorm=self.batchnorm)
-        _switch(model, names, True, self.batchnorm)
-        check_in_optimizer(state.optimizer, model, names)
+        names = [n for n, _ in model.named_parameters()]
+        return [n for n in names if (n in head) is (epoch % 2 == 0)]
 
 # %% ../nbs/08_finetune.ipynb #49b5dc58
 def two_stage(model: nn.Module, train, valid=None, *, head_epochs: int, epochs: int, head_lr: float, lr: float,
@@ -688,13 +750,30 @@ def two_stage(model: nn.Module, train, valid=None, *, head_epochs: int, epochs: 
     Kumar et al. (2022), Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution,
     arXiv:2202.10054.
     """
+    settings = options.pop("settings", None) or Settings()
     freeze(model)
     unfreeze(model, find_head(model)[1])
     groups = param_groups(model, head_lr, weight_decay)
-    first = fit(model, train, valid, epochs=head_epochs, params=groups, lr=head_lr, **options)
+    first = fit(
+        model,
+        train,
+        valid,
+        epochs=head_epochs,
+        lr=head_lr,
+        settings=replace(settings, params=groups),
+        **options,
+    )
     unfreeze(model)
     groups = param_groups(model, lr, weight_decay, layer_decay=layer_decay)
-    return first, fit(model, train, valid, epochs=epochs, params=groups, lr=lr, **options)
+    return first, fit(
+        model,
+        train,
+        valid,
+        epochs=epochs,
+        lr=lr,
+        settings=replace(settings, params=groups),
+        **options,
+    )
 
 # %% ../nbs/08_finetune.ipynb #3a841f01
 STRATEGIES = {
@@ -734,13 +813,25 @@ def tune(model: nn.Module, train, valid=None, *, strategy: str = "full", lr: flo
         stages = {"head_epochs": epochs // 2, "epochs": epochs - epochs // 2, "head_lr": lr, "lr": lr / 10}
         return list(two_stage(model, train, valid, weight_decay=weight_decay, **stages, **options))
     callbacks = [*options.pop("callbacks", ()), *_callbacks(model, strategy, epochs)]
+    settings = options.pop("settings", None) or Settings()
     if strategy.startswith(("head", "last")):
         batchnorm = "train" if "moving" in strategy else "eval"
         freeze(model, batchnorm=batchnorm)
         unfreeze(model, depth=-2 if strategy == "last block" else -1, batchnorm=batchnorm)
     groups = param_groups(model, lr, weight_decay, layer_decay=0.5 if strategy == "layer-wise" else None,
                           frozen=bool(callbacks))
-    return [fit(model, train, valid, epochs=epochs, params=groups, lr=lr, callbacks=callbacks, **options)]
+    return [
+        fit(
+            model,
+            train,
+            valid,
+            epochs=epochs,
+            lr=lr,
+            callbacks=callbacks,
+            settings=replace(settings, params=groups),
+            **options,
+        )
+    ]
 
 # %% ../nbs/08_finetune.ipynb #c46b183d
 def _callbacks(model: nn.Module, strategy: str, epochs: int) -> list:
@@ -821,7 +912,14 @@ def pretrained_cnn(images: ImageSet, *, per_class: int = 1000, epochs: int = 4, 
     seed_everything(seed)
     model = SmallCNN(len(images.classes), (images.x.shape[1], 16, 32, 32))
     few = images.per_class(per_class, seed=seed)
-    fit(model, few, epochs=epochs, lr=lr, schedule="cosine", precision="fp32", seed=seed, progress=False)
+    fit(
+        model,
+        few,
+        epochs=epochs,
+        lr=lr,
+        seed=seed,
+        settings=Settings(schedule="cosine", precision="fp32", progress=False),
+    )
     return model
 
 # %% ../nbs/08_finetune.ipynb #1116ef4a
@@ -866,11 +964,21 @@ def transfer_run(pretrained: nn.Module, train: ImageSet, valid: ImageSet, test: 
     """
     model = fresh_head(pretrained, len(train.classes), seed, scratch=strategy == "scratch")
     few = train.per_class(labels, seed=seed)
-    how = {"epochs": epochs, "batch_size": batch_size, "precision": "fp32", "seed": seed, "progress": False}
+    how = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
+    settings = Settings(precision="fp32", progress=False)
     if head_lr is not None:
-        fit(model, few, params=param_groups(model, lr, head_lr=head_lr), lr=lr, **how)
+        fit(
+            model,
+            few,
+            lr=lr,
+            settings=replace(
+                settings, params=param_groups(model, lr, head_lr=head_lr)
+            ),
+            **how,
+        )
     else:
-        tune(model, few, strategy="full" if strategy == "scratch" else strategy, lr=lr, **how)
+        tune(model, few, strategy="full" if strategy == "scratch" else strategy, lr=lr,
+             settings=settings, **how)
     parts = {"valid_accuracy": valid, "test_accuracy": test}
     scores = {k: evaluate(model, part, precision="fp32")["accuracy"] for k, part in parts.items() if part is not None}
     if old is not None and strategy != "scratch":

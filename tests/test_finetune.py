@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertForToken
 from ftbook import finetune as ft
 from ftbook import mlm
 from ftbook.data import ImageSet
-from ftbook.train import fit
+from ftbook.train import Settings, fit
 
 
 def bert(cls=BertForSequenceClassification, layers=3):
@@ -169,7 +169,7 @@ def test_frozen_parts_stay_bit_identical_through_fit(batchnorm):
     model = Small()
     ft.freeze(model, "conv*", "bn*", batchnorm=batchnorm)
     before = copy.deepcopy(model.state_dict())
-    fit(model, batch(), epochs=2, lr=0.1, progress=False)
+    fit(model, batch(), epochs=2, lr=0.1, settings=Settings(progress=False))
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     moving = {f"bn{i}.{b}" for i in (1, 2) for b in ("running_mean", "running_var", "num_batches_tracked")}
     assert changed == {"fc.weight", "fc.bias"} | (moving if batchnorm == "train" else set())
@@ -345,9 +345,8 @@ def test_gradual_unfreezing_opens_exactly_the_blocks_it_says(plan, expected):
         model,
         batch(),
         epochs=4,
-        params=ft.param_groups(model, 0.05, frozen=True),
         callbacks=[callback, seen],
-        progress=False,
+        settings=Settings(params=ft.param_groups(model, 0.05, frozen=True), progress=False),
     )
     cut = list(ft.blocks(model).values())
     for open_names, n in zip(seen.seen, expected, strict=True):
@@ -367,9 +366,8 @@ def test_gradual_unfreezing_refuses_an_optimizer_without_the_parameters_and_bad_
             model,
             batch(),
             epochs=3,
-            params=ft.param_groups(model, 0.1),
             callbacks=[ft.GradualUnfreezing(1)],
-            progress=False,
+            settings=Settings(params=ft.param_groups(model, 0.1), progress=False),
         )
     for plan in (0, {}, {1: 2}, {0: 0}):
         with pytest.raises(ValueError, match="plan is"):
@@ -389,9 +387,8 @@ def test_alternating_moves_head_then_body():
         model,
         batch(),
         epochs=2,
-        params=ft.param_groups(model, 0.05, frozen=True),
         callbacks=[ft.Alternating(), Keep()],
-        progress=False,
+        settings=Settings(params=ft.param_groups(model, 0.05, frozen=True), progress=False),
     )
     moved = [{k for k in a if not torch.equal(a[k], b[k])} for a, b in [(start, states[0]), (states[0], states[1])]]
     assert moved[0] == {"fc.weight", "fc.bias"}
@@ -400,7 +397,9 @@ def test_alternating_moves_head_then_body():
 
 def test_two_stage_trains_the_head_first():
     model = Small()
-    first, second = ft.two_stage(model, batch(), batch(), head_epochs=2, epochs=1, head_lr=0.1, lr=0.01, progress=False)
+    first, second = ft.two_stage(
+        model, batch(), batch(), head_epochs=2, epochs=1, head_lr=0.1, lr=0.01, settings=Settings(progress=False)
+    )
     assert len(first) == 2 and len(second) == 1 and len(trainable(model)) == len(list(model.parameters()))
 
 
@@ -412,11 +411,6 @@ def test_report_names_what_is_trained_and_what_no_group_holds():
     lost = str(ft.report(model, torch.optim.SGD([model.fc.weight], lr=0.1)))
     assert "1 tensors in no group" in lost
     assert "learning rate" not in str(ft.report(model))
-
-
-def test_plain_model_unwraps_ddp():
-    model = Small()
-    assert ft.plain_model(model) is model
 
 
 class Counting(nn.BatchNorm2d):
@@ -475,7 +469,9 @@ MAPS = {
 def test_every_strategy_moves_the_blocks_at_the_rates_it_says(strategy):
     model, seen = ft.SmallCNN(4), Opened()
     statistics = model.body[0][1].running_mean.clone()
-    histories = ft.tune(model, toy_images(), strategy=strategy, lr=1.0, epochs=4, callbacks=[seen], progress=False)
+    histories = ft.tune(
+        model, toy_images(), strategy=strategy, lr=1.0, epochs=4, callbacks=[seen], settings=Settings(progress=False)
+    )
     assert torch.allclose(torch.tensor(seen.rates), torch.tensor(MAPS[strategy], dtype=torch.float))
     assert len(histories) == (2 if strategy == "two-stage" else 1)
     held = strategy in ("head", "last block")

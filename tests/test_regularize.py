@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.ops import stochastic_depth
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from ftbook import peft
 from ftbook import regularize as rg
 from ftbook.data import ImageSet, TextSet
-from ftbook.train import fit
+from ftbook.train import EarlyStopping, Settings, fit
 
 
 def net(seed=0, dropout=0.0):
@@ -31,7 +33,8 @@ def examples(n=60, seed=1):
     return x, (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
 
 
-HOW = {"epochs": 3, "lr": 0.05, "batch_size": 20, "weight_decay": 0.0, "progress": False}
+QUIET = Settings(weight_decay=0.0, progress=False)
+HOW = {"epochs": 3, "lr": 0.05, "batch_size": 20, "settings": QUIET}
 
 
 def trained(model, **options):
@@ -109,8 +112,102 @@ def test_stochastic_depth_rises_with_depth_and_goes_without_a_trace():
         for hook in hooks:
             hook.remove()
     assert torch.equal(model.train()(x), before) and list(model.state_dict()) == keys
-    with pytest.raises(ValueError, match="matches no parameter"):
+    with pytest.raises(ValueError, match="matches no module of Sequential; near names: "):
         rg.drop_outputs(model, "nothing", p=0.1)
+
+
+def test_of_modules_inside_each_other_the_inner_ones_drop_and_a_shared_one_drops_once():
+    shared = nn.Linear(4, 4, bias=False)
+    model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared), nn.Linear(4, 2))
+    assert rg._modules(model, ("*",)) == [shared, model[2]]
+    assert rg._modules(model, ("0",)) == [model[0]] and rg._modules(model, ("*", "!2")) == [shared]
+    with rg.drop_outputs(model, "*", p=0.5):
+        assert [len(m._forward_hooks) for m in (shared, model[2])] == [1, 1]
+
+
+def test_modules_that_are_never_called_or_return_no_tensor_are_refused_and_attention_drops_its_output():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    with pytest.raises(ValueError, match="never called.*'self_attn' instead"):
+        rg.drop_outputs(layer, "out_proj", p=0.1)
+    x = torch.randn(2, 3, 8)
+    with rg.drop_outputs(layer, "self_attn", p=1.0):
+        assert not layer.self_attn(x, x, x)[0].any() and layer.self_attn(x, x, x)[1] is not None
+    lstm = nn.Sequential(nn.ModuleDict({"inner": nn.Linear(2, 2)}))
+    lstm[0].forward = lambda x: {"y": x}
+    with rg.drop_outputs(lstm, "0", p=0.1), pytest.raises(TypeError, match="returns a dict"):
+        lstm(x)
+
+
+# with adapters, in any order
+
+
+ATTACHED = {
+    "drop_outputs": lambda m, p: rg.drop_outputs(m, "0", p=p),
+    "drop_connect": lambda m, p: rg.drop_connect(m, "0", p=p),
+    "mixout": lambda m, p: rg.mixout(m, "0", p=p, reference={"0.weight": torch.zeros(8, 4)}),
+}
+ADAPTERS = {
+    "LoRA": peft.LoRA(r=2, target=("0",)),
+    "DoRA": peft.DoRA(r=2, target=("0",)),
+    "BitFit": peft.BitFit(("0",)),
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("first", ["adapter", "regularizer"])
+@pytest.mark.parametrize("name", ATTACHED)
+def test_regularizers_and_adapters_go_together_and_come_off_in_any_order(name, first, adapter):
+    x, model = examples()[0], net()
+    before, keys, bias = model(x), list(model.state_dict()), model[0].bias
+    p = 0.5 if adapter == "DoRA" else 1.0
+    attach = {
+        "adapter": lambda: peft.apply(model, ADAPTERS[adapter], head=()).remove,
+        "regularizer": lambda: ATTACHED[name](model, p).remove,
+    }
+    undo = [attach[kind]() for kind in sorted(attach, reverse=first == "regularizer")]
+    out = model.train()[:1](x)
+    if p == 1.0:
+        assert torch.allclose(out, 0 * bias if name == "drop_outputs" else bias.expand_as(out))
+    assert torch.allclose(model.eval()(x), before, atol=1e-6)
+    model.train()(x).sum().backward()
+    for back in undo:
+        back()
+    assert list(model.state_dict()) == keys and torch.equal(model(x), before)
+    assert not any(m._forward_hooks for m in model.modules()) and type(model[0]) is nn.Linear
+
+
+def test_what_an_adapter_adds_stays_whole_and_rates_count_each_layer_once():
+    model = net()
+    adapter = peft.apply(model, peft.LoRA(r=2, target=("0", "4")), head=())
+    with rg.drop_connect(model, p=0.5):
+        named = [n for n, _ in model.named_parameters() if "original" in n]
+        assert named == ["0.base.parametrizations.weight.original", "4.base.parametrizations.weight.original"]
+    plain = {n.replace(".base", ""): p for n, p in model.named_parameters()}
+    with rg.mixout(model, "0", "4", p=0.0, reference=plain):
+        pass
+    with pytest.raises(ValueError, match="reference has no '4.weight'"):
+        rg.mixout(model, "0", "4", p=0.5, reference={"0.weight": model[0].base.weight})
+    assert not any("original" in n for n, _ in model.named_parameters())
+    x = torch.ones(4000, 4)
+    with rg.drop_outputs(model, "0", "4", p=0.6, shared="rows"), torch.no_grad():
+        dropped = (model[:1](x) == 0).all(1).float().mean()
+        assert abs(float(dropped) - 0.3) < 0.04
+    adapter.remove()
+
+
+def test_mixout_first_does_not_make_drop_outputs_drop_the_weights():
+    model = net()
+    with rg.mixout(model, "0", p=0.0), rg.drop_outputs(model, "0", p=1.0):
+        assert not model[:1](torch.ones(2, 4)).any() and model[0].weight.all()
+
+
+def test_a_parametrization_that_is_refused_leaves_nothing_behind():
+    model = net()
+    with rg.drop_connect(model, "4", p=0.5):
+        with pytest.raises(ValueError, match="parametrization already"):
+            rg.mixout(model, "0", "4", p=0.5)
+        assert type(model[0]) is nn.Linear
+    assert type(model[4]) is nn.Linear
 
 
 # DropConnect and mixout
@@ -130,7 +227,7 @@ def test_mixout_is_the_model_at_0_and_the_pretrained_one_at_1():
 
 def test_mixout_keeps_the_mean_weight_and_equals_its_definition():
     w, u = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
-    step = rg.DropToward(0.7, u)
+    step = rg._DropToward(0.7, u)
     torch.manual_seed(5)
     found = step(w)
     torch.manual_seed(5)
@@ -157,7 +254,7 @@ def test_what_is_attached_trains_and_leaves_keys_order_and_class_as_they_were(at
     names = [n for n, _ in model.named_parameters()]
     before = copy.deepcopy(model.state_dict())
     with attach(model):
-        fit(model, examples(), examples(seed=2), monitor="valid_loss", **HOW)
+        fit(model, examples(), examples(seed=2), callbacks=[EarlyStopping("valid_loss", patience=None)], **HOW)
     assert list(model.state_dict()) == keys and [type(m) for m in model] == classes
     assert [n for n, _ in model.named_parameters()] == names
     assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
@@ -168,7 +265,7 @@ def test_what_is_attached_trains_and_leaves_keys_order_and_class_as_they_were(at
 def test_embeddings_stay_whole_unless_named():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     assert rg._matrices(model, ()) == ["1.weight"] and rg._matrices(model, ("0",)) == ["0.weight"]
-    assert rg.head_names(model) == {"2.weight", "2.bias"}
+    assert rg._head_names(model) == {"2.weight", "2.bias"}
 
 
 # penalties and proximal steps
@@ -215,9 +312,9 @@ def test_an_l2_penalty_is_torchs_weight_decay_for_sgd():
 def test_decoupled_decay_with_adam_is_adamw():
     ours, theirs = net().double(), net().double()
     data = tuple(t.double() if t.is_floating_point() else t for t in examples())
-    how = HOW | {"schedule": "cosine"}
+    how = HOW | {"settings": replace(QUIET, schedule="cosine")}
     fit(ours, data, optimizer=torch.optim.Adam, callbacks=[rg.DecoupledDecay(ours, 0.5)], **how)
-    fit(theirs, data, optimizer="adamw", **(how | {"weight_decay": 0.5}))
+    fit(theirs, data, optimizer="adamw", **(how | {"settings": replace(QUIET, schedule="cosine", weight_decay=0.5)}))
     assert same(ours.parameters(), theirs.parameters(), 1e-12)
 
 
@@ -324,8 +421,16 @@ def test_gradient_noise_has_its_variance_and_is_gone_after_training():
         sgd.made = torch.optim.SGD(parameters, lr=1.0)
         return sgd.made
 
-    fit(model, (x, torch.zeros(4, 100)), loss="mse", optimizer=sgd, callbacks=[noise], epochs=1, batch_size=2,
-        progress=False)
+    fit(
+        model,
+        (x, torch.zeros(4, 100)),
+        loss="mse",
+        optimizer=sgd,
+        epochs=1,
+        batch_size=2,
+        callbacks=[noise],
+        settings=Settings(progress=False),
+    )
     moved = (model.weight - start).flatten()
     assert abs(float(moved.std()) / math.sqrt(0.04 + 0.02) - 1) < 0.05 and noise.count == 2
     assert not sgd.made._optimizer_step_pre_hooks
