@@ -1,6 +1,8 @@
 """Figures: what is drawn, that nothing overlaps, that alternative text is asked for."""
-import itertools
+import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -9,9 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from ftbook import plot
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_module_says_what_it_is_for_and_lists_what_it_offers():
+    assert plot.__doc__.startswith("One style for every figure")
+    assert len(plot.__all__) <= 15 and all(hasattr(plot, name) for name in plot.__all__)
+    here = {n for n, v in vars(plot).items() if getattr(v, "__module__", None) == plot.__name__ and not n.startswith("_")}
+    assert here <= set(plot.__all__), "what is not listed begins with an underscore"
 
 
 @settings(deadline=None, max_examples=50)
@@ -20,6 +31,8 @@ def test_spread_keeps_the_gap_and_the_order(positions, gap):
     moved = plot.spread(positions, gap)
     order = np.argsort(positions, kind="stable")
     assert (np.diff(moved[order]) >= gap - 1e-6).all()
+    if len(positions) and np.diff(np.sort(positions)).min(initial=np.inf) >= gap:
+        np.testing.assert_allclose(moved, positions, atol=1e-9)
     if len(positions) < 2:
         assert moved.tolist() == list(positions)
 
@@ -89,38 +102,107 @@ def test_scatter_names_classes_at_their_centers():
     assert [(t.get_text(), t.xy) for t in ax.texts] == [("0", (1.0, 1.0)), ("2", (9.0, 9.0))]
 
 
-NODES = {c: f"node {c} with some text" for c in "abcdefgh"}
-EDGES = [("a", "b"), ("a", "c", "label"), ("b", "d"), ("c", "d"), ("d", "e"), ("a", "e"), ("f", "b"), ("g", "h"), ("e", "a")]
-
-
 def boxes(ax):
-    return list(dict.fromkeys(tuple(np.round(p.get_extents().bounds, 1)) for p in ax.patches if isinstance(p, FancyBboxPatch)))
+    return [p.get_bbox() for p in ax.patches if isinstance(p, FancyBboxPatch)]
 
 
-@pytest.mark.parametrize("direction", ["LR", "TB"])
-@pytest.mark.parametrize("layers", [None, [["a", "f", "g"], ["b", "c", "h"], ["d"], ["e"]]])
-def test_concept_map_draws_every_box_apart(direction, layers):
-    ax = plot.concept_map(NODES, EDGES, direction=direction, layers=layers)
-    found = boxes(ax)
-    assert len(found) == len(NODES)
-    for (x, y, w, h), (u, v, s, t) in itertools.combinations(found, 2):
-        assert x + w <= u or u + s <= x or y + h <= v or v + t <= y, "boxes overlap"
-    assert "label" in [t.get_text() for t in ax.texts]
+def on_edge(box, point):
+    """Whether a point lies on the edge of a box, to a hundredth of a point."""
+    away = np.abs(point - box.get_points().mean(0)) - np.array(box.size) / 2
+    return abs(away.max()) < 0.01
 
 
-def test_concept_map_inside_one_layer_and_errors():
-    plot.concept_map({"a": "A", "b": "B"}, [("a", "b")], layers=[["a", "b"]])
-    for nodes, edges, options, message in [({}, [], {}, "no nodes"), ({"a": "A"}, [("a", "a")], {}, "two different nodes"),
-                                           ({"a": "A"}, [("a", "b")], {}, "does not have"),
-                                           ({"a": "A"}, [], {"direction": "RL"}, "'LR' or 'TB'"),
-                                           ({"a": "A"}, [], {"layers": [[]]}, "exactly once")]:
-        with pytest.raises(ValueError, match=message):
-            plot.concept_map(nodes, edges, **options)
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=7, unique=True), st.data())
+def test_arrows_run_from_the_edge_of_one_box_to_the_edge_of_the_other(places, data):
+    names = [f"n{i}" for i in range(len(places))]
+    nodes = {name: (f"box {name}\nof text", place) for name, place in zip(names, places, strict=True)}
+    start, end = data.draw(st.permutations(names))[:2]
+    bends = data.draw(st.lists(st.tuples(st.floats(5, 9), st.floats(-2, 6)), max_size=2))
+    try:
+        ax = plot.concept_map(nodes, [(start, end, "", bends)])
+    except ValueError as error:
+        assert "runs through box" in str(error)
+        return
+    (path,) = (p._path_original.vertices for p in ax.patches if isinstance(p, FancyArrowPatch))
+    drawn = dict(zip(names, boxes(ax), strict=True))
+    assert on_edge(drawn[start], path[0]) and on_edge(drawn[end], path[-1])
+    assert len(path) == len(bends) + 2
+    grid = np.array([120, -52])
+    for name, place in zip(names, places, strict=True):
+        np.testing.assert_allclose(drawn[name].get_points().mean(0), grid * place, atol=1e-9)
+    plt.close(ax.figure)
 
 
-def test_ordering_never_adds_crossings():
-    order, edges = [["a", "b", "c"], ["x", "y", "z"]], [("a", "z"), ("b", "y"), ("c", "x")]
-    assert plot.crossings(order, edges) == 3 and plot.crossings(plot.ordering(order, edges), edges) == 0
+def test_a_box_holds_its_text_and_a_data_unit_is_a_point():
+    texts = {"a": "i", "b": "a wide line of text", "c": "three\nlines of\ntext", "d": ""}
+    ax = plot.concept_map({n: (t, (0, i)) for i, (n, t) in enumerate(texts.items())}, [("a", "b", "a label")], cell=(200, 90))
+    figure = ax.figure
+    np.testing.assert_allclose(figure.get_size_inches() * 72, [np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())])
+    figure.canvas.draw()
+    for box, text in zip(boxes(ax), ax.texts, strict=False):
+        written = text.get_window_extent().transformed(ax.transData.inverted())
+        assert box.x0 <= written.x0 and written.x1 <= box.x1 and box.y0 <= written.y0 and written.y1 <= box.y1
+    label = ax.texts[-1]
+    assert label.get_text() == "a label" and boxes(ax)[0].y0 > label.get_position()[1] > boxes(ax)[1].y1
+
+
+def test_a_label_stands_on_the_longest_part_of_its_arrow():
+    nodes = {"a": ("A", (0, 0)), "b": ("B", (3, 1))}
+    ax = plot.concept_map(nodes, [("a", "b", "way", [(0, 1)])], cell=(100, 50))
+    x, y = ax.texts[-1].get_position()
+    assert y == -50 and 100 < x < 200
+
+
+LINE = {"a": ("A", (0, 0)), "b": ("B", (1, 0)), "c": ("C", (2, 0))}
+
+
+@pytest.mark.parametrize(("nodes", "edges", "options", "message"), [
+    ({}, [], {}, "no nodes"),
+    ({"a": "A"}, [], {}, r"node 'a' is 'A'; give \(text, \(column, row\)\)"),
+    ({"a": ("A", 3)}, [], {}, r"give \(text, \(column, row\)\)"),
+    ({"a": ("A", (1, 2, 3))}, [], {}, r"give \(text, \(column, row\)\)"),
+    (LINE, [("a", "a")], {}, "two nodes that differ"),
+    (LINE, [("a",)], {}, r"give \(from, to\)"),
+    (LINE, [("a", "b", "", (), 1)], {}, r"or \(from, to, label, bends\)"),
+    (LINE, [("a", "x"), ("b", "y")], {}, r"edges names \['x', 'y'\].*nodes has \['a', 'b', 'c'\]"),
+    (LINE, [], {"colors": {"z": 1}}, r"colors names \['z'\]"),
+    ({**LINE, "d": ("D", (0.1, 0)), "e": ("E", (2, 0.2))}, [], {}, "box 'a' overlaps box 'd'; box 'c' overlaps box 'e': move a box"),
+    (LINE, [("a", "c")], {}, "arrow 'a' to 'c' runs through box 'b': .*bend an arrow"),
+    (LINE, [("a", "b", "a long label between")], {}, "box 'a' overlaps label 'a long label between'"),
+    (LINE, [("a", "b", "", [(2, 0)])], {}, "arrow 'a' to 'b' runs through box 'c'"),
+    (LINE, [("a", "b", "", [(0, 0)])], {}, "arrow 'a' to 'b' runs through box 'a'"),
+    (LINE, [("a", "b", "", [(1.02, 0)])], {}, "arrow 'a' to 'b' runs through box 'b'"),
+])
+def test_a_map_that_cannot_be_read_is_refused_by_name(nodes, edges, options, message):
+    open_figures = plt.get_fignums()
+    with pytest.raises(ValueError, match=message):
+        plot.concept_map(nodes, edges, **options)
+    assert plt.get_fignums() == open_figures
+
+
+def test_an_arrow_goes_around_a_box_by_its_bends():
+    ax = plot.concept_map(LINE, [("a", "c", "", [(0, 1), (2, 1)])], colors={"c": 2})
+    assert len(boxes(ax)) == 3
+    last = [p for p in ax.patches if isinstance(p, FancyBboxPatch)][-1]
+    assert mpl.colors.same_color(last.get_edgecolor(), plot.palette[2])
+
+
+@pytest.mark.parametrize(("notebook", "maps"), [("01_background", 4), ("A1_data", 1)])
+def test_the_maps_of_the_book_are_legible_at_360_pixels(notebook, maps):
+    cells = json.loads((ROOT / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    seen = []
+    stub = SimpleNamespace(concept_map=plot.concept_map, show=lambda ax, **about: seen.append(ax))
+    scope = {"plot": stub}
+    for cell in cells:
+        if cell["cell_type"] == "code" and "plot.concept_map(" in "".join(cell["source"]):
+            exec("".join(cell["source"]), scope)
+    assert len(seen) == maps
+    for ax in seen:
+        width = ax.figure.get_size_inches()[0] * 100  # as `show` puts it on the page
+        smallest = min(t.get_fontsize() for t in ax.texts) * 100 / 72
+        assert width <= 700 and smallest * 360 / width >= 9
+        plt.close(ax.figure)
 
 
 def test_style_is_used_inside_and_left_alone_outside():
@@ -163,10 +245,6 @@ def test_widget_leaves_a_note(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
     plot.widget(lambda rate: None, rate=(0.0, 1.0, 0.1))
     assert len(shown) == 1
-
-
-def test_text_size_grows():
-    assert plot.text_size("a\nb")[1] > plot.text_size("ab")[1] and plot.text_size("")[0] > 0
 
 
 def test_numbers_in_words_keep_their_decimals():
