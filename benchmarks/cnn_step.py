@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftbook import data, evaluate, fit, results
+from ftbook import Settings, data, evaluate, fit, results
 
 EPOCHS = 3
 
@@ -58,7 +58,8 @@ def plain_steps(images, labels, steps: int) -> float:
 def our_steps(images, labels, steps: int, **options) -> float:
     """Seconds of a step of `fit`."""
     clock = Clock()
-    fit(cnn(), [(images, labels)] * (steps + 1), callbacks=[clock], progress=False, **options)
+    settings = Settings(progress=False, **options)
+    fit(cnn(), [(images, labels)] * (steps + 1), callbacks=[clock], settings=settings)
     return float(np.median(clock.times))
 
 
@@ -71,7 +72,7 @@ def peak_share(images, labels, tiny: bool) -> float:
 
 def accuracy(train, valid, seed: int, **options) -> float:
     model = cnn(seed)
-    fit(model, train, epochs=EPOCHS, seed=seed, progress=False, **options)
+    fit(model, train, epochs=EPOCHS, seed=seed, settings=Settings(progress=False, **options))
     return evaluate(model, valid, precision=options.get("precision", "auto"))["accuracy"]
 
 

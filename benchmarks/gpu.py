@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftbook import fit
+from ftbook import Settings, fit
 from ftbook import peft as lora
 from ftbook.mlm import MaskedLM
 
@@ -163,9 +163,8 @@ def run_ours(name: str, setting: dict, tiny: bool, steps: int, warmup: int) -> t
         loss=loss,
         lr=1e-5,
         epochs=-(-(steps + warmup) // 4),
-        max_steps=steps + warmup,
         callbacks=[clock],
-        progress=False,
+        settings=Settings(precision=options.pop("precision"), max_steps=steps + warmup, progress=False),
         **options,
     )
     return clock.seconds(), peak_mb()

@@ -15,7 +15,7 @@ from _corpus import conll_like, tokenizer
 from adapters import twin
 from lora_step import step_of
 
-from ftbook import fit, plot
+from ftbook import Settings, fit, plot
 from ftbook import peft as lora
 from ftbook.ner import WordPieces, encode
 from ftbook.runtime import Meter, atomic_write
@@ -142,9 +142,9 @@ def workload(tiny: bool) -> dict:
     n, width = (64, 16) if tiny else (2_048, 512)
     model = torch.nn.Sequential(*(m for _ in range(4) for m in (torch.nn.Linear(width, width), torch.nn.ReLU())))
     x, y = torch.randn(n, width), torch.randint(0, 10, (n,))
-    fit(model, (x, y), max_steps=2, batch_size=256, precision="fp32", progress=False)
+    fit(model, (x, y), batch_size=256, settings=Settings(precision="fp32", max_steps=2, progress=False))
     start = time.perf_counter()
-    fit(model, (x, y), epochs=1 if tiny else 3, batch_size=256, precision="fp32", progress=False)
+    fit(model, (x, y), epochs=1 if tiny else 3, batch_size=256, settings=Settings(precision="fp32", progress=False))
     return {"seconds": time.perf_counter() - start, "main": is_main()}
 
 
@@ -185,11 +185,18 @@ def memory(args) -> dict:
     steps = [2, 4] if args.tiny else [50, 100, 200, 400, 800]
     x, y = torch.randn(1024, 256), torch.randint(0, 10, (1024,))
     model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
-    fit(model, (x, y), max_steps=2, batch_size=64, progress=False, metrics="accuracy")
+    fit(model, (x, y), batch_size=64, metrics="accuracy", settings=Settings(max_steps=2, progress=False))
     peaks = []
     for n in steps:
         with Meter("cpu") as meter:
-            fit(model, (x, y), epochs=n, max_steps=n, batch_size=64, progress=False, metrics="accuracy")
+            fit(
+                model,
+                (x, y),
+                epochs=n,
+                batch_size=64,
+                metrics="accuracy",
+                settings=Settings(max_steps=n, progress=False),
+            )
         peaks.append(meter.peak_mb)
     return {
         "x": steps,

@@ -8,7 +8,7 @@ import torch
 from _corpus import tokenizer
 from cnn_step import Clock
 
-from ftbook import mlm
+from ftbook import Settings, mlm
 
 HIDDEN, LAYERS, ROWS, LENGTH = 256, 4, 32, 128
 
@@ -65,7 +65,13 @@ def ours(ids, tok, hidden, layers, rows, precision):
         clock = Clock()
         model = mlm.small_bert(len(tok), hidden, layers, 4)
         mlm.pretrain(
-            model, tok, ids, steps=steps + 1, batch_size=rows, precision=precision, callbacks=[clock], progress=False
+            model,
+            tok,
+            ids,
+            steps=steps + 1,
+            batch_size=rows,
+            callbacks=[clock],
+            settings=Settings(precision=precision, progress=False),
         )
         return float(np.mean(clock.times))
 
@@ -93,9 +99,8 @@ def curve(ids, tok, precision: str, seed: int, steps: int) -> np.ndarray:
         every=max(1, steps // 10),
         batch_size=16,
         lr=2e-3,
-        precision=precision,
         seed=seed,
-        progress=False,
+        settings=Settings(precision=precision, progress=False),
     )
     return np.array(history["train_loss"])
 

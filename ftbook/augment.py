@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .data import ImageSet, TextSet
 from .finetune import SmallCNN, TextClassifier, encode_texts
 from .runtime import seed_everything
-from .train import evaluate, fit, predict
+from .train import Settings, evaluate, fit, predict
 
 # %% ../nbs/16_augment.ipynb #0f163094
 def _check_images(x: Tensor) -> None:
@@ -755,8 +755,20 @@ def few_label_run(seed: int, *, train: ImageSet, valid: ImageSet, test: ImageSet
     seed_everything(seed)
     model = SmallCNN(K, (train.x.shape[1], *channels))
     epochs = -(-steps // -(-len(few) // batch_size))
-    fit(model, few, epochs=epochs, max_steps=steps, lr=lr, schedule="cosine", batch_size=batch_size, seed=seed,
-        transform=None if method == "none" else policy(method, K, strength), progress=False)
+    fit(
+        model,
+        few,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        settings=Settings(
+            schedule="cosine",
+            transform=None if method == "none" else policy(method, K, strength),
+            max_steps=steps,
+            progress=False,
+        ),
+    )
     parts = {"valid": valid, "train": few} | ({} if test is None else {"test": test})
     return {f"{k}_accuracy": evaluate(model, v, metrics="accuracy")["accuracy"] for k, v in parts.items()}
 
@@ -788,8 +800,21 @@ def text_run(seed: int, *, body: nn.Module, tokenizer: Any, vocab: Any, train: T
     model = TextClassifier(copy.deepcopy(body), K)
     encoded = {**encode_texts(few.texts, tokenizer), "labels": few.y}
     epochs = -(-steps // -(-len(few.y) // batch_size))
-    fit(model, encoded, epochs=epochs, max_steps=steps, lr=lr, schedule="linear", warmup=0.1, batch_size=batch_size,
-        seed=seed, transform=text_policy(method, vocab, model, K, strength), progress=False)
+    fit(
+        model,
+        encoded,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        settings=Settings(
+            schedule="linear",
+            warmup=0.1,
+            transform=text_policy(method, vocab, model, K, strength),
+            max_steps=steps,
+            progress=False,
+        ),
+    )
     return {f"{k}_accuracy": evaluate(model, _by_length(v, tokenizer), metrics="accuracy", batch_size=64)["accuracy"]
             for k, v in (("valid", valid), ("test", test)) if v is not None}
 

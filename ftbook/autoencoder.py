@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .runtime import atomic_write, seed_everything
-from .train import History, evaluate, fit
+from .train import History, Settings, evaluate, fit
 
 # %% ../nbs/05_autoencoder.ipynb #211f0e27
 def reconstruction_loss(
@@ -314,11 +314,12 @@ def pretrain(model: nn.Module, images, valid=None, *, corruption="none", reducti
     reduction : {"mean", "sum"}
         See `reconstruction_loss`.
     **options
-        Passed to `ftbook.train.fit` (``batch_size``, ``schedule``, ``seed``, ``checkpoint``, ``progress`` ...).
+        Passed to `ftbook.train.fit` (``batch_size``, ``seed``, ``callbacks``, ``settings`` ...).
 
     Examples
     --------
-    >>> history = pretrain(Autoencoder((64, 16, 4), (1, 8, 8)), torch.rand(32, 1, 8, 8), epochs=1, progress=False)
+    >>> net = Autoencoder((64, 16, 4), (1, 8, 8))
+    >>> history = pretrain(net, torch.rand(32, 1, 8, 8), epochs=1)
     >>> len(history["train_loss"])
     1
     """
@@ -476,11 +477,10 @@ def few_label_run(encoder: nn.Module, train, valid, test=None, *, labels: int, f
         lr=lr,
         batch_size=64,
         epochs=math.ceil(steps / math.ceil(len(few) / 64)),
-        max_steps=steps,
-        schedule="cosine",
-        precision="fp32",
         seed=seed,
-        progress=False,
+        settings=Settings(
+            schedule="cosine", precision="fp32", max_steps=steps, progress=False
+        ),
     )
     return {
         name: evaluate(model, part, precision="fp32")["accuracy"] for name, part in zip(scored, parts[1:], strict=False)

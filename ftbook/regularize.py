@@ -212,7 +212,7 @@ class Proximal:
     --------
     >>> net, data = nn.Linear(4, 1), (torch.zeros(8, 4), torch.zeros(8, 1))
     >>> how = {"loss": "mse", "callbacks": [Proximal(net, "weight", l1=1e3)]}
-    >>> _ = fit(net, data, progress=False, **how)
+    >>> _ = fit(net, data, **how)
     >>> net.weight.tolist()
     [[0.0, 0.0, 0.0, 0.0]]
     """
@@ -303,9 +303,9 @@ class DecoupledDecay(_BeforeStep):
     >>> net.weight.data.fill_(1.0)
     tensor([[1., 1.]])
     >>> data = (torch.zeros(4, 2), torch.zeros(4, 1))
-    >>> how = {"optimizer": torch.optim.SGD, "weight_decay": 0.0, "lr": 0.1}
-    >>> decay = DecoupledDecay(net, strength=5.0)
-    >>> _ = fit(net, data, loss="mse", callbacks=[decay], progress=False, **how)
+    >>> decay, plain = DecoupledDecay(net, 5.0), Settings(weight_decay=0.0)
+    >>> how = {"optimizer": torch.optim.SGD, "lr": 0.1, "settings": plain}
+    >>> _ = fit(net, data, loss="mse", callbacks=[decay], **how)
     >>> net.weight.data
     tensor([[0.5000, 0.5000]])
     """
@@ -834,8 +834,7 @@ class WeightAverage:
     --------
     >>> average, net = WeightAverage(decay=0.9), nn.Linear(2, 2)
     >>> data = (torch.randn(8, 2), torch.tensor([0, 1] * 4))
-    >>> how = {"batch_size": 4, "callbacks": [average], "progress": False}
-    >>> _ = fit(net, data, **how)
+    >>> _ = fit(net, data, batch_size=4, callbacks=[average])
     >>> average.count
     2
     """

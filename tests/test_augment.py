@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from ftbook import augment as au
 from ftbook import data, mlm, ner
 from ftbook.finetune import SmallCNN, TextClassifier, encode_texts
-from ftbook.train import fit
+from ftbook.train import Settings, fit
 
 X = torch.rand(16, 3, 12, 10, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 5
@@ -132,7 +132,14 @@ def test_fit_takes_soft_targets_and_runs_repeat():
            for m in ("cutmix", "cutmix", "none")]
     assert out[0] == out[1] != out[2] and set(out[0]) == {"valid_accuracy", "train_accuracy", "test_accuracy"}
     model = SmallCNN(10, (1, 8))
-    history = fit(model, few, epochs=3, lr=1e-2, transform=au.MixUp(10), metrics={"top": au.soft_accuracy}, progress=False)
+    history = fit(
+        model,
+        few,
+        epochs=3,
+        lr=1e-2,
+        metrics={"top": au.soft_accuracy},
+        settings=Settings(transform=au.MixUp(10), progress=False),
+    )
     assert history["train_loss"][-1] < history["train_loss"][0]
 
 
@@ -140,7 +147,7 @@ def test_the_judge_sees_flips_and_puts_the_stream_back():
     digits = data.load("digits", "train")
     torch.manual_seed(0)
     net = SmallCNN(10, (1, 16, 32))
-    fit(net, digits, epochs=6, lr=1e-2, progress=False)
+    fit(net, digits, epochs=6, lr=1e-2, settings=Settings(progress=False))
     state = torch.get_rng_state()
     before, after = au.changed_predictions(net, digits, au.policy("flip", strength=1.0))
     assert torch.equal(state, torch.get_rng_state()) and (before != after).float().mean() > 0.2

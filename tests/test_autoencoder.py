@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ftbook import autoencoder as ae
 from ftbook import data
-from ftbook.train import evaluate, fit
+from ftbook.train import Settings, evaluate, fit
 
 SMALL = (64, 16, 4)
 SHAPE = (1, 8, 8)
@@ -124,7 +124,7 @@ def test_pretraining_lowers_the_validation_loss(corruption, digits):
         corruption=corruption,
         epochs=3,
         lr=5e-3,
-        progress=False,
+        settings=Settings(progress=False),
     )
     assert history["valid_loss"][-1] < history["valid_loss"][0]
 
@@ -133,7 +133,7 @@ def test_pretraining_never_sees_the_labels(digits):
     def weights(images):
         torch.manual_seed(0)
         model = ae.Autoencoder(SMALL, SHAPE)
-        ae.pretrain(model, images, epochs=1, progress=False)
+        ae.pretrain(model, images, epochs=1, settings=Settings(progress=False))
         return model.state_dict()
 
     few = digits[:128]
@@ -151,13 +151,13 @@ def test_pretext_is_the_same_puzzle_in_every_validation(digits):
 def test_pretrain_refuses_bad_images():
     model = ae.Autoencoder(SMALL, SHAPE)
     with pytest.raises(ValueError, match="reconstruction needs 0..1"):
-        ae.pretrain(model, 3 * torch.rand(4, 1, 8, 8), progress=False)
+        ae.pretrain(model, 3 * torch.rand(4, 1, 8, 8), settings=Settings(progress=False))
     with pytest.raises(ValueError, match="non-empty Tensor"):
-        ae.pretrain(model, torch.rand(0, 1, 8, 8), progress=False)
+        ae.pretrain(model, torch.rand(0, 1, 8, 8), settings=Settings(progress=False))
     with pytest.raises(ValueError, match="none, noise, mask"):
-        ae.pretrain(model, torch.rand(4, 1, 8, 8), corruption="blur", progress=False)
+        ae.pretrain(model, torch.rand(4, 1, 8, 8), corruption="blur", settings=Settings(progress=False))
     with pytest.raises(ValueError, match=r"\(B, 1, 8, 8\)"):
-        ae.pretrain(model, torch.rand(4, 1, 9, 9), progress=False)
+        ae.pretrain(model, torch.rand(4, 1, 9, 9), settings=Settings(progress=False))
     with pytest.raises(ValueError, match="floating-point"):
         model(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
 
@@ -179,7 +179,7 @@ def test_bad_architectures_are_refused():
 def test_frozen_encoder_stays_bit_identical_and_tuned_one_moves(freeze, digits):
     model = ae.classifier_from(models()[2].encoder, 10, freeze=freeze)
     before = copy.deepcopy(model.state_dict())
-    fit(model, digits[:128], epochs=2, lr=1e-2, progress=False)
+    fit(model, digits[:128], epochs=2, lr=1e-2, settings=Settings(progress=False))
     same = {k: torch.equal(v, before[k]) for k, v in model.state_dict().items()}
     assert not same["head.weight"] and not same["head.bias"]
     assert all(v is freeze for k, v in same.items() if k.startswith("encoder."))
@@ -251,7 +251,7 @@ def test_vit_encodes_only_visible_patches_and_fills_the_hidden_ones():
 def test_vit_pretrains(digits):
     torch.manual_seed(0)
     vit = ae.MaskedViT(size=8, channels=1, patch=2, dim=16, depth=1, heads=2, decoder_dim=16, decoder_depth=1)
-    history = ae.pretrain(vit, digits[:400], digits[400:500], epochs=3, lr=3e-3, progress=False)
+    history = ae.pretrain(vit, digits[:400], digits[400:500], epochs=3, lr=3e-3, settings=Settings(progress=False))
     assert history["valid_loss"][-1] < history["valid_loss"][0]
 
 
@@ -279,11 +279,8 @@ def test_probe_on_latents_equals_the_frozen_classifier(digits):
         lr=1e-2,
         batch_size=64,
         epochs=20,
-        max_steps=40,
-        schedule="cosine",
-        precision="fp32",
         seed=3,
-        progress=False,
+        settings=Settings(schedule="cosine", precision="fp32", max_steps=40, progress=False),
     )
     assert probe["valid_accuracy"] == pytest.approx(evaluate(model, valid, precision="fp32")["accuracy"], abs=0.011)
     assert ae.latents(encoder.train(), valid).shape == (200, 4) and encoder.training

@@ -443,7 +443,7 @@ def test_custom_function_equals_autograd(n_in, n_out, rows, seed, bias, data):
     base = nn.Linear(n_in, n_out, bias, dtype=torch.float64).requires_grad_(False)
     A, B = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((r, n_in), (n_out, r)))
     x = torch.randn(2, rows, n_in, dtype=torch.float64, requires_grad=True)
-    call = lambda x, A, B: peft.LowRankLinear.apply(x, A, B, base, 1.7)  # noqa: E731
+    call = lambda x, A, B: peft._fused(x, A, B, base, 1.7)  # noqa: E731
     plain = F.linear(x, base.weight, base.bias) + 1.7 * x @ A.T @ B.T
     assert torch.allclose(call(x, A, B), plain)
     assert torch.autograd.gradcheck(call, (x, A, B))
@@ -732,14 +732,14 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_adapter_trains_with_fit():
-    from ftbook.train import fit
+    from ftbook.train import Settings, fit
 
     torch.manual_seed(0)
     model = make("cnn")
     x, y = torch.randn(64, 3, 8, 8), torch.arange(64) % 4
     adapter = put(model, "lora_all")
     frozen = {n: b.clone() for n, b in model.named_buffers()}
-    options = dict(lr=1e-2, batch_size=16, progress=False, precision="fp32")
-    history = fit(model, (x, y), epochs=2, params=list(adapter.parameters()), **options)
+    settings = Settings(params=list(adapter.parameters()), progress=False, precision="fp32")
+    history = fit(model, (x, y), epochs=2, lr=1e-2, batch_size=16, settings=settings)
     assert history["train_loss"][-1] < history["train_loss"][0]
     assert all(torch.equal(b, frozen[n]) for n, b in model.named_buffers())

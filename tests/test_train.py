@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -7,20 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import train_script
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as example_budget
 from hypothesis import strategies as st
 from torch import nn
 
 from ftbook import train as T
 from ftbook.data import Batches, ImageSet
-from ftbook.train import EarlyStopping, History, evaluate, fit, predict
+from ftbook.train import Checkpoint, EarlyStopping, History, Run, Settings, evaluate, fit, predict
 
 
 def toy(n=100, seed=0, classes=3):
@@ -39,7 +40,10 @@ def same(a, b):
 
 
 def quiet(model, data, *args, **options):
-    return fit(model, data, *args, progress=False, device="cpu", **options)
+    """fit on the CPU without a bar; the fields of Settings may be given flat."""
+    names = {f.name for f in dataclasses.fields(Settings)} & set(options)
+    chosen = {"progress": False, "device": "cpu", **{name: options.pop(name) for name in names}}
+    return fit(model, data, *args, settings=Settings(**chosen), **options)
 
 
 # ---------------------------------------------------------------- the loop itself
@@ -47,7 +51,7 @@ def quiet(model, data, *args, **options):
 def test_equals_a_bare_loop_bit_for_bit():
     data, ours, bare = toy(), net(), net()
     quiet(ours, data, toy(40, 1), epochs=2, batch_size=32, metrics="accuracy", seed=5)
-    optimizer = torch.optim.AdamW(T.decay_groups(bare.parameters(), 0.01), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(T._decay_groups(bare.parameters(), 0.01), lr=1e-3, fused=True)
     batches = Batches(*data, batch_size=32, shuffle=True, seed=5)
     for _ in range(2):
         for x, y in batches:
@@ -105,7 +109,7 @@ def test_validation_does_not_change_training():
     assert same(a, b)
 
 
-@settings(max_examples=12, deadline=None)
+@example_budget(max_examples=12, deadline=None)
 @given(n=st.integers(5, 70), batch=st.integers(1, 20), accumulate=st.integers(1, 5))
 def test_accumulation_equals_the_big_batch(n, batch, accumulate):
     a, b = net().double(), net().double()
@@ -136,8 +140,10 @@ def test_a_batch_without_targets_is_skipped():
     a = net()
     history = quiet(a, Batches(x, y, batch_size=2))
     assert math.isfinite(history["train_loss"][0])
-    with pytest.raises(ValueError, match="only targets of -100"):
+    with pytest.raises(ValueError, match="train has nothing to score: every target is -100"):
         quiet(a, Batches(x[:2], y[:2]))
+    with pytest.raises(ValueError, match="only targets of -100"):
+        quiet(a, [(x[:2], y[:2])])
     with pytest.raises(ValueError, match="nothing to score"):
         evaluate(a, (x[:2], y[:2]))
 
@@ -189,12 +195,12 @@ def test_schedules():
 
     quiet(net(), data, schedule="linear", warmup=0.25, epochs=2, batch_size=25, lr=1.0, callbacks=[Spy()])
     assert seen == pytest.approx([0.5, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    assert T.resolve_schedule("constant") is None and T.resolve_schedule(None) is None
-    assert T.resolve_schedule("constant", 0.5)(3, 4) == 1.0 and T.resolve_schedule("cosine")(5, 10) == pytest.approx(0.5)
+    assert T._resolve_schedule("constant") is None and T._resolve_schedule(None) is None
+    assert T._resolve_schedule("constant", 0.5)(3, 4) == 1.0 and T._resolve_schedule("cosine")(5, 10) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="unknown schedule 'step'.*cosine"):
-        T.resolve_schedule("step")
+        T._resolve_schedule("step")
     with pytest.raises(ValueError, match="share of all steps"):
-        T.resolve_schedule("linear", 10)
+        T._resolve_schedule("linear", 10)
     with pytest.raises(ValueError, match="pass max_steps="):
         quiet(net(), (b for b in [data]), schedule="cosine")
     history = quiet(net(), (b for b in [data] * 9), schedule="cosine", max_steps=3)
@@ -263,8 +269,8 @@ def test_images_are_scaled_and_laid_out():
     with pytest.raises(RuntimeError, match="shape|channels"):
         quiet(nn.Sequential(nn.Conv2d(5, 2, 3), nn.Flatten()), pictures)
     flat = nn.Sequential(nn.Flatten(), nn.Conv1d(1, 1, 1))
-    assert T.wants_channels_last("auto", flat, (torch.ones(2, 3), 0)) is False
-    assert T.wants_channels_last("auto", small_conv(), (torch.ones(2, 3), 0)) is False
+    assert T._wants_channels_last("auto", flat, (torch.ones(2, 3), 0)) is False
+    assert T._wants_channels_last("auto", small_conv(), (torch.ones(2, 3), 0)) is False
 
 
 def test_optimizer_state_follows_the_layout():
@@ -414,7 +420,8 @@ class Fake:
 @pytest.mark.parametrize("mode, values, best", [("max", [1, 3, 2, 2, 9], 2), ("min", [5, 3, 4, 4, 1], 2)])
 def test_early_stopping_restores_the_best(mode, values, best):
     stopped, reference = net(), net()
-    history = quiet(stopped, toy(), epochs=5, monitor="score", mode=mode, patience=2, callbacks=[Fake(values)])
+    stopper = EarlyStopping("score", patience=2, mode=mode)
+    history = quiet(stopped, toy(), epochs=5, callbacks=[stopper, Fake(values)])
     assert len(history) == 4 and history.best["epoch"] == best and history["score"] == values[:4]
     quiet(reference, toy(), epochs=best)
     assert same(stopped, reference)
@@ -422,7 +429,8 @@ def test_early_stopping_restores_the_best(mode, values, best):
 
 def test_early_stopping_options():
     a, b = net(), net()
-    quiet(a, toy(), epochs=4, monitor="score", patience=1, restore_best=False, callbacks=[Fake([3, 2, 1, 0])])
+    stop = EarlyStopping("score", patience=1, restore=False)
+    quiet(a, toy(), epochs=4, callbacks=[Fake([3, 2, 1, 0]), stop])
     quiet(b, toy(), epochs=2)
     assert same(a, b)
     stop = EarlyStopping("score", patience=1, min_delta=0.5)
@@ -430,16 +438,18 @@ def test_early_stopping_options():
     assert len(history) == 2 and stop.best == 1
     assert len(quiet(net(), toy(), epochs=4, callbacks=[Fake([1, 1.4, 3, 4]), stop])) == 2, "an object serves again"
     assert EarlyStopping("perplexity").mode == "min" and EarlyStopping("valid_f1").mode == "max"
-    assert quiet(net(), toy(), toy(30, 1), epochs=2, patience=1).best is not None
-    assert quiet(net(), toy(), epochs=2, monitor="train_accuracy", metrics="accuracy").best["train_accuracy"] > 0
+    assert EarlyStopping("valid_mse").mode == "min" and EarlyStopping().monitor == "valid_loss"
+    assert quiet(net(), toy(), toy(30, 1), epochs=2, callbacks=[EarlyStopping(patience=1)]).best is not None
+    keep = EarlyStopping("train_accuracy", patience=None)
+    assert quiet(net(), toy(), epochs=2, callbacks=[keep], metrics="accuracy").best["train_accuracy"] > 0
     frozen = net()
     frozen[0].requires_grad_(False)
-    assert set(T.trained_weights(frozen)) == {"3.weight", "3.bias"}
-    for bad in ({"mode": "up"}, {"patience": 0}):
-        with pytest.raises(ValueError, match="mode|patience"):
+    assert set(T._trained_weights(frozen)) == {"3.weight", "3.bias"}
+    for bad in ({"mode": "up"}, {"patience": 0}, {"min_delta": -1}):
+        with pytest.raises(ValueError, match="mode|patience|min_delta"):
             EarlyStopping(**bad)
     with pytest.raises(ValueError, match="'other' was not measured"):
-        quiet(net(), toy(), monitor="other", callbacks=[Fake([1])])
+        quiet(net(), toy(), callbacks=[EarlyStopping("other"), Fake([1])])
 
 
 def test_best_weights_include_what_was_unfrozen_later():
@@ -454,7 +464,8 @@ def test_best_weights_include_what_was_unfrozen_later():
                 state.optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.1, "fused": True})
 
     fake = Fake([3, 2, 1])
-    quiet(model, toy(), epochs=3, monitor="score", callbacks=[Unfreeze(), fake], clip_norm=1.0, schedule="linear")
+    quiet(model, toy(), epochs=3, callbacks=[EarlyStopping("score", patience=None), Unfreeze(), fake], clip_norm=1.0,
+          schedule="linear")
     reference = net()
     reference[0].requires_grad_(False)
     quiet(reference, toy(), max_steps=1, clip_norm=1.0)
@@ -510,7 +521,7 @@ def test_progress_bar_and_plot(capsys):
         def on_step_end(self, state):
             time.sleep(0.12)
 
-    fit(net(), toy(), batch_size=50, callbacks=[Nap()], device="cpu")
+    quiet(net(), toy(), batch_size=50, callbacks=[Nap()], progress=True)
     history = quiet(net(), toy(), toy(20, 1), epochs=2, metrics="accuracy")
     for names in ((), ("valid_accuracy",)):
         ax = history.plot(*names)
@@ -524,26 +535,26 @@ def test_progress_bar_and_plot(capsys):
 def test_precision_rule(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(T, "native_bf16", lambda device: True)
-    assert T.choose_precision("auto", nn.Linear(512, 512), cpu)[0] == "bf16"
-    assert T.choose_precision("auto", nn.Conv2d(64, 64, 3), cpu) == ("bf16", "native bf16 and convolution")
-    assert "attention" in T.choose_precision("auto", nn.TransformerEncoderLayer(8, 2, 8), cpu)[1]
+    assert T._choose_precision("auto", nn.Linear(512, 512), cpu)[0] == "bf16"
+    assert T._choose_precision("auto", nn.Conv2d(64, 64, 3), cpu) == ("bf16", "native bf16 and convolution")
+    assert "attention" in T._choose_precision("auto", nn.TransformerEncoderLayer(8, 2, 8), cpu)[1]
     monkeypatch.setattr(T, "native_bf16", lambda device: False)
-    assert T.choose_precision("auto", nn.Linear(512, 512), cpu) == ("fp32", "cpu without native bf16")
-    assert T.choose_precision("bf16", nn.Linear(2, 2), cpu) == ("bf16", "asked for")
+    assert T._choose_precision("auto", nn.Linear(512, 512), cpu) == ("fp32", "cpu without native bf16")
+    assert T._choose_precision("bf16", nn.Linear(2, 2), cpu) == ("bf16", "asked for")
     with pytest.raises(ValueError, match="'fp64'"):
-        T.choose_precision("fp64", nn.Linear(2, 2), cpu)
+        T._choose_precision("fp64", nn.Linear(2, 2), cpu)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_close_to_fp32(precision, tmp_path):
     data, half, full = toy(300), net(), net()
     options = {"epochs": 8, "lr": 0.02, "batch_size": 50}
-    history = quiet(half, data, data, precision=precision, clip_norm=5.0, checkpoint=tmp_path / "a.pt", **options)
+    history = quiet(half, data, data, precision=precision, clip_norm=5.0, callbacks=[Checkpoint(tmp_path / "a.pt")], **options)
     reference = quiet(full, data, data, precision="fp32", clip_norm=5.0, **options)
     assert history.settings["precision"] == precision
     assert history["valid_loss"][-1] == pytest.approx(reference["valid_loss"][-1], abs=0.05)
     assert all(p.dtype == torch.float32 for p in half.parameters()) and predict(half, data[0]).dtype == torch.float32
-    again = quiet(half, data, data, precision=precision, clip_norm=5.0, checkpoint=tmp_path / "a.pt", **options)
+    again = quiet(half, data, data, precision=precision, clip_norm=5.0, callbacks=[Checkpoint(tmp_path / "a.pt")], **options)
     assert again.rows == history.rows
 
 
@@ -564,14 +575,16 @@ def test_early_errors():
         (dict(train=(x, y), metrics="f1"), ValueError, "unknown metric 'f1'.*accuracy"),
         (dict(train=(x, y), metrics={"a": 1}), TypeError, "not callable"),
         (dict(train=(x, y), loss="hinge"), ValueError, "unknown loss 'hinge'.*cross_entropy"),
-        (dict(train=(x, y), monitor="valid_loss"), ValueError, "needs validation data"),
-        (dict(train=(x, y), patience=2), ValueError, "needs validation data"),
-        (dict(train=(x, y), monitor="train_accuracy"), ValueError, "will not be measured"),
+        (dict(train=(x, y), callbacks=[EarlyStopping("train_accuracy")]), ValueError, "will not be measured"),
         (dict(train=(x, y), callbacks=[EarlyStopping("valid_loss")]), ValueError, "needs validation data"),
         (dict(train=(x, y), epochs=0), ValueError, "epochs"),
-        (dict(train=(x, y), max_steps=0), ValueError, "max_steps"),
         (dict(train=(x, y), batch_size=2.5), ValueError, "batch_size"),
-        (dict(train=(x, y), clip_norm=0), ValueError, "clip_norm"),
+        (dict(train=(x, y), epochs=True), ValueError, "epochs"),
+        (dict(train=(x, y), lr=-1.0), ValueError, "lr must be at least 0"),
+        (dict(train=(x, y), lr=True), ValueError, "lr must be"),
+        (dict(train=(x, y), callbacks=EarlyStopping()), TypeError, "a list of objects, got EarlyStopping"),
+        (dict(train=(x, y), callbacks=[Fake]), TypeError, "the class Fake"),
+        (dict(train=(x, y), callbacks=[Checkpoint("a"), Checkpoint("b")]), ValueError, "2 Checkpoints"),
         (dict(train=(b for b in [(x, y)]), epochs=2), ValueError, "read only once"),
         (dict(train=iter([])), ValueError, "nothing to learn"),
         (dict(train=(x, y.float()[:, None]), loss="mse"), ValueError, "shape"),
@@ -583,7 +596,7 @@ def test_early_errors():
         assert same(model, net()), options
     with pytest.raises(TypeError, match="Module"):
         quiet(lambda x: x, (x, y))
-    T.check_labels(torch.tensor([-100]), 2)
+    T._check_labels(torch.tensor([-100]), 2)
 
 
 def test_nan_names_epoch_step_and_batch():
@@ -609,15 +622,22 @@ def test_nan_names_epoch_step_and_batch():
 
 
 def test_values_on_an_accelerator_are_read_late_but_name_the_step():
-    s = SimpleNamespace(device=torch.device("cuda"), on_cpu=False, pending=[], kept=[], metrics={}, sums={"loss": 0.0}, count=0,
-                        epoch=0, precision="fp32", step=0, batch=0,
-                        optimizer=torch.optim.SGD(net().parameters(), lr=0.1))
-    for s.step in range(60):
-        s.batch = s.step
-        T.account(s, 0, torch.tensor(math.nan if s.step == 55 else 2.0), None, None, 3)
-    assert s.sums["loss"] == 300 and s.count == 150 and len(s.pending) == 10
+    run = a_run()
+    run.device, run._on_cpu, run._sums = torch.device("cuda"), False, {"loss": 0.0}
+    run.optimizer = torch.optim.SGD(net().parameters(), lr=0.1)
+    for run.step in range(60):
+        run.batch = run.step
+        T._account(run, 0, torch.tensor(math.nan if run.step == 55 else 2.0), None, None, 3, 3)
+    assert run._sums["loss"] == 300 and run._weight == 150 and len(run._pending) == 10
     with pytest.raises(FloatingPointError, match="step 56, batch 56"):
-        T.settle(s)
+        T._settle(run)
+
+
+def a_run(model=None, train=None, **options):
+    """A Run as fit makes it, before anything is resolved."""
+    given = {"valid": None, "loss": "cross_entropy", "metrics": None, "epochs": 1, "batch_size": 128, "lr": 1e-3,
+             "optimizer": "adamw", "callbacks": (), "seed": 0, "settings": Settings(device="cpu"), **options}
+    return Run(model or net(), toy() if train is None else train, **given)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -629,6 +649,12 @@ class Stop(Exception):
 class Bomb:
     def __init__(self, step):
         self.step = step
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
     def on_step_end(self, state):
         if state.step == self.step:
@@ -643,64 +669,64 @@ def test_resume_equals_never_stopped(tmp_path, step, kind):
             return toy()
         return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*toy()), batch_size=20, shuffle=True)
 
-    options = {"epochs": 4, "batch_size": 20, "lr": 0.05, "schedule": "cosine", "patience": 2, "metrics": "accuracy"}
+    options = {"epochs": 4, "batch_size": 20, "lr": 0.05, "schedule": "cosine", "metrics": "accuracy"}
     whole, broken = net(dropout=0.4), net(dropout=0.4)
-    a = quiet(whole, data(), toy(40, 1), callbacks=[Bomb(-1)], **options)
-    options |= {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 3}
+    a = quiet(whole, data(), toy(40, 1), callbacks=[Bomb(-1), EarlyStopping(patience=2)], **options)
+    more = [EarlyStopping(patience=2), Checkpoint(tmp_path / "run.pt", every=3)]
     with pytest.raises(Stop):
-        quiet(broken, data(), toy(40, 1), callbacks=[Bomb(step)], **options)
+        quiet(broken, data(), toy(40, 1), callbacks=[Bomb(step), *more], **options)
     fresh = net(seed=7, dropout=0.4) if step > 3 else broken
     if step <= 3:
         fresh = net(dropout=0.4)
-    b = quiet(fresh, data(), toy(40, 1), callbacks=[Bomb(-1)], **options)
+    b = quiet(fresh, data(), toy(40, 1), callbacks=[Bomb(-1), *more], **options)
     assert same(whole, fresh)
     strip = [[{k: v for k, v in r.items() if k != "seconds"} for r in h.rows] for h in (a, b)]
     assert strip[0] == strip[1] and b.best["epoch"] == a.best["epoch"]
 
 
 def test_resume_in_channels_last(tmp_path):
-    options = {"epochs": 3, "batch_size": 5, "checkpoint": tmp_path / "c.pt", "checkpoint_every": 1}
+    options, file = {"epochs": 3, "batch_size": 5}, Checkpoint(tmp_path / "c.pt", every=1)
     whole, broken = small_conv(), small_conv()
     quiet(whole, images(), epochs=3, batch_size=5)
     with pytest.raises(Stop):
-        quiet(broken, images(), callbacks=[Bomb(7)], **options)
+        quiet(broken, images(), callbacks=[Bomb(7), file], **options)
     again = small_conv()
-    quiet(again, images(), callbacks=[Bomb(-1)], **options)
+    quiet(again, images(), callbacks=[Bomb(-1), file], **options)
     assert same(whole, again)
 
 
 def test_a_finished_run_is_not_repeated_and_can_be_extended(tmp_path):
     file = tmp_path / "run.pt"
     a = net()
-    quiet(a, toy(), epochs=2, checkpoint=file)
+    quiet(a, toy(), epochs=2, callbacks=[Checkpoint(file)])
     b = net(1)
-    assert len(quiet(b, toy(), epochs=2, checkpoint=str(file))) == 2 and same(a, b)
+    assert len(quiet(b, toy(), epochs=2, callbacks=[Checkpoint(str(file))])) == 2 and same(a, b)
     longer, c = net(2), net()
-    quiet(longer, toy(), epochs=4, checkpoint=file)
+    quiet(longer, toy(), epochs=4, callbacks=[Checkpoint(file)])
     quiet(c, toy(), epochs=4)
     assert same(longer, c)
     d = net()
-    quiet(d, toy(), epochs=4, checkpoint=file, resume=False)
+    quiet(d, toy(), epochs=4, callbacks=[Checkpoint(file, resume=False)])
     assert same(d, c) and list(tmp_path.iterdir()) == [file]
 
 
 def test_foreign_checkpoints_are_refused(tmp_path):
     file = tmp_path / "run.pt"
-    quiet(net(), toy(), checkpoint=file)
+    quiet(net(), toy(), callbacks=[Checkpoint(file)])
     before = file.read_bytes()
     with pytest.raises(ValueError, match="another model.*3.weight.*resume=False"):
-        quiet(net(classes=4), toy(classes=4), checkpoint=file)
+        quiet(net(classes=4), toy(classes=4), callbacks=[Checkpoint(file)])
     for options, name in (({"lr": 0.1}, "groups"), ({"seed": 3}, "seed"), ({"batch_size": 64}, "batch_size"),
                           ({"loss": "focal"}, "loss"), ({"schedule": "cosine"}, "schedule")):
         with pytest.raises(ValueError, match=f"another configuration: {name} was"):
-            quiet(net(), toy(), checkpoint=file, **options)
+            quiet(net(), toy(), callbacks=[Checkpoint(file)], **options)
     assert file.read_bytes() == before
     file.write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="not a checkpoint of fit.*delete it"):
-        quiet(net(), toy(), checkpoint=file)
+        quiet(net(), toy(), callbacks=[Checkpoint(file)])
     torch.save({"model": 1}, file)
     with pytest.raises(ValueError, match="KeyError"):
-        quiet(net(), toy(), checkpoint=file)
+        quiet(net(), toy(), callbacks=[Checkpoint(file)])
 
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -746,7 +772,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 def test_killed_while_writing(tmp_path, monkeypatch):
     """A write that dies half-way leaves the old checkpoint, and the next run clears what was left."""
     file = tmp_path / "run.pt"
-    quiet(net(), toy(), checkpoint=file)
+    quiet(net(), toy(), callbacks=[Checkpoint(file)])
     whole = file.read_bytes()
 
     def die(state, path):
@@ -755,11 +781,13 @@ def test_killed_while_writing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(torch, "save", die)
-        quiet(net(), toy(), epochs=2, checkpoint=file)
+        quiet(net(), toy(), epochs=2, callbacks=[Checkpoint(file)])
     assert file.read_bytes() == whole
-    (tmp_path / ".run.123-deadbeef.pt").write_bytes(b"left by a killed process")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".run.{gone.pid}-deadbeef.pt").write_bytes(b"left by a killed process")
     a, b = net(), net()
-    quiet(a, toy(), epochs=2, checkpoint=file)
+    quiet(a, toy(), epochs=2, callbacks=[Checkpoint(file)])
     quiet(b, toy(), epochs=2)
     assert same(a, b) and list(tmp_path.iterdir()) == [file]
 
@@ -793,28 +821,22 @@ def test_process_group_of_one(monkeypatch):
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        monkeypatch.setattr(T, "world", lambda: (0, 1))
-        s = T.prepare(SimpleNamespace(**{**DEFAULTS, "model": net(), "train": toy()}))
-        s.size = 2
-        assert T.weights_of(s, [3, 5]) == [3 / 4, 5 / 4]
-        assert T.reduce_sums(s, {"loss": 6.0}, 3) == {"loss": 2.0}
+        monkeypatch.setattr(T, "_world", lambda: (0, 1))
+        run = T._prepare(a_run())
+        run._size = 2
+        assert T._shares_of(run, [3, 5]) == [3 / 4, 5 / 4]
+        assert T._reduce(run, {"loss": 6.0, "right": 4.0}, 2, 3) == {"loss": 2.0, "right": 2.0}
+        assert T._reduce(run, {"loss": 0.0}, 0, 0) is None
     finally:
         dist.destroy_process_group()
 
 
-DEFAULTS = {"valid": None, "loss": "cross_entropy", "epochs": 1, "lr": 1e-3, "optimizer": "adamw", "params": None,
-            "weight_decay": 0.01, "schedule": None, "warmup": 0.0, "batch_size": 128, "metrics": None, "monitor": None,
-            "mode": "auto", "patience": None, "restore_best": None, "clip_norm": None, "accumulate": 1,
-            "precision": "auto", "channels_last": "auto", "device": "cpu", "checkpoint": None, "checkpoint_every": None,
-            "resume": True, "callbacks": (), "transform": None, "seed": 0, "progress": False, "max_steps": None}
-
-
-@settings(max_examples=20, deadline=None)
+@example_budget(max_examples=20, deadline=None)
 @given(n=st.integers(1, 20), size=st.integers(1, 5))
 def test_shards_are_a_partition(n, size):
     x = torch.arange(n)
     for batch in ((x, x), {"x": x, "n": 3}, x):
-        parts = [T.shard(batch, rank, size) for rank in range(size)]
+        parts = [T._shard(batch, rank, size) for rank in range(size)]
         rows = [p["x"] if isinstance(p, dict) else p if torch.is_tensor(p) else p[0] for p, _ in parts]
         if n < size:
             assert all(torch.equal(r, x) for r in rows) and sum(share for _, share in parts) == pytest.approx(1)
@@ -822,14 +844,18 @@ def test_shards_are_a_partition(n, size):
             assert torch.cat(rows).sort().values.equal(x) and {share for _, share in parts} == {1.0}
 
 
-def test_signature_of_fit_has_all_defaults():
+def test_fit_has_twelve_parameters_and_all_are_documented():
     import inspect
 
     parameters = inspect.signature(fit).parameters
-    assert {k: v.default for k, v in parameters.items() if k in DEFAULTS and k not in ("device", "progress")} == \
-        {k: v for k, v in DEFAULTS.items() if k not in ("device", "progress")}
-    documented = fit.__doc__
-    assert all(name in documented for name in parameters) and isinstance(History().rows, list)
+    assert len(parameters) == 12 and all(name in fit.__doc__ for name in parameters)
+    assert {f.name for f in dataclasses.fields(Settings)} == {
+        "schedule", "warmup", "weight_decay", "params", "clip_norm", "accumulate", "precision", "channels_last",
+        "device", "transform", "max_steps", "progress"}
+    assert all(f"    {f.name} : " in Settings.__doc__ for f in dataclasses.fields(Settings))
+    public = [f.name for f in dataclasses.fields(Run) if not f.name.startswith("_")]
+    assert all(name in Run.__doc__ for name in public)
+    assert isinstance(History().rows, list) and T.__doc__ and repr(a_run()).startswith("Run(epoch 0")
 
 
 @pytest.mark.parametrize(("precision", "inside"), [("bf16", "eager"), ("fp32", "sdpa")])
@@ -847,7 +873,7 @@ def test_attention_is_plain_while_training_in_bf16_on_a_cpu(precision, inside):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(model, [batch] * 3, precision=precision, callbacks=[Look()], progress=False)
+        quiet(model, [batch] * 3, precision=precision, callbacks=[Look()])
     assert seen == [inside] * 2 and model.config._attn_implementation == "sdpa"
-    history = fit(model, [batch], precision=precision, progress=False)
+    history = quiet(model, [batch], precision=precision)
     assert history.settings["plain_attention"] == (inside == "eager")

@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from ftbook.train import fit, is_main
+from ftbook.train import Checkpoint, EarlyStopping, Settings, fit, is_main
 
 
 class Slow:
@@ -19,6 +19,12 @@ class Slow:
 
     def on_step_end(self, state):
         time.sleep(self.seconds)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
 
 def data():
@@ -42,10 +48,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     x, y = data()
     net = model(args.dropout)
+    callbacks = [Slow(args.slow), EarlyStopping(patience=4)]
+    if args.checkpoint:
+        callbacks.append(Checkpoint(args.checkpoint, every=1))
+    settings = Settings(schedule="cosine", warmup=0.1, clip_norm=1.0, accumulate=args.accumulate, device="cpu",
+                        progress=False)
     history = fit(net, (x[:150], y[:150]), (x[150:], y[150:]), epochs=6, lr=0.02, batch_size=16, metrics="accuracy",
-                  schedule="cosine", warmup=0.1, clip_norm=1.0, patience=4, accumulate=args.accumulate,
-                  checkpoint=args.checkpoint, checkpoint_every=1 if args.checkpoint else None,
-                  callbacks=[Slow(args.slow)], device="cpu", progress=False)
+                  callbacks=callbacks, settings=settings)
     if is_main():
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
         torch.save({"weights": net.state_dict(), "rows": rows, "processes": history.settings["processes"]}, args.out)

@@ -119,8 +119,13 @@ def run(seed, optimizer, lr, head=1.0, decay=None, final=False):
         groups = [{"params": model.body.parameters()}, {"params": model.head.parameters(), "lr": lr * head}]
         rule = optim.optimizer(optimizer, groups, **options)
     try:
-        train.fit(model, batches(hidden, mask, y, order), optimizer=rule, schedule=SCHEDULE, precision="auto",
-                  seed=seed, progress=False)
+        train.fit(
+            model,
+            batches(hidden, mask, y, order),
+            optimizer=rule,
+            seed=seed,
+            settings=train.Settings(schedule=SCHEDULE, precision="auto", progress=False),
+        )
     except FloatingPointError:  # diverged: scored as a model that knows nothing
         return {"valid_loss": 9.0, "valid_accuracy": 0.5} | ({"test_loss": 9.0, "test_accuracy": 0.5} if final else {})
     return score(model, "valid") | (score(model, "test") if final else {})
@@ -179,8 +184,14 @@ def head_only(seed, lr):
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:SIZE]
     head = nn.Linear(x.shape[1], 2)
     rule = optim.AdamW(head.parameters(), lr=lr)
-    train.fit(head, (x[order], y[order]), optimizer=rule, schedule=SCHEDULE, batch_size=BATCH, seed=seed,
-              progress=False)
+    train.fit(
+        head,
+        (x[order], y[order]),
+        optimizer=rule,
+        batch_size=BATCH,
+        seed=seed,
+        settings=train.Settings(schedule=SCHEDULE, progress=False),
+    )
     found = {}
     with torch.no_grad():
         for split, inputs, target in (("valid", x_valid, y_valid), ("test", x_test, y_test)):

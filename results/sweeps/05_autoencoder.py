@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
-from ftbook import data, results, runtime
+from ftbook import Settings, data, results, runtime
 from ftbook.autoencoder import Autoencoder, ConvAutoencoder, few_label_run, pretrain
 
 CHAPTER = "05_autoencoder"
@@ -38,10 +38,8 @@ def encoder(architecture, corruption, pool_size, seed):
             few,
             corruption=corruption,
             epochs=epochs,
-            max_steps=PRETEXT_STEPS,
-            schedule="cosine",
             seed=seed,
-            progress=False,
+            settings=Settings(schedule="cosine", max_steps=PRETEXT_STEPS, progress=False),
         )
     return model.encoder
 

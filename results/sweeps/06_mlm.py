@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from ftbook import data, mlm
+from ftbook import Checkpoint, Settings, data, mlm
 from ftbook.runtime import cache_dir
+from ftbook.train import is_main
 
 PEAK_LR, BATCH, RATE, SEED = 2e-3, 32, 0.3, 0
 ASSET = Path(mlm.__file__).parent / "assets" / "bert-mini-en"
@@ -68,10 +69,22 @@ def pretrain(seconds: float, steps: int, lr: float, name: str) -> None:
     if not work(f"{name}.ckpt").exists():  # a resumed run reads its weights from the checkpoint
         mlm.start_from_counts(model, train, mlm.vocabulary(tokenizer))
     report = Report(name, model, tokenizer)
-    mlm.pretrain(model, tokenizer, train, packed("valid")[:256], steps=steps, seconds=seconds, lr=lr,
-                 warmup=0.06, batch_size=BATCH, every=200, seed=SEED, masking={"probability": RATE},
-                 checkpoint=work(f"{name}.ckpt"),
-                 callbacks=[report], progress=False)
+    mlm.pretrain(
+        model,
+        tokenizer,
+        train,
+        packed("valid")[:256],
+        steps=steps,
+        seconds=seconds,
+        lr=lr,
+        warmup=0.06,
+        batch_size=BATCH,
+        every=200,
+        seed=SEED,
+        masking={"probability": RATE},
+        callbacks=[report, Checkpoint(work(f"{name}.ckpt"))],
+        settings=Settings(progress=False),
+    )
 
 
 class Report:
@@ -80,8 +93,14 @@ class Report:
     def __init__(self, name, model, tokenizer):
         self.name, self.model, self.tokenizer = name, model, tokenizer
 
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
     def on_epoch_end(self, state) -> None:
-        if state.rank == 0:
+        if is_main():
             print({k: round(v, 5) for k, v in state.row.items()}, flush=True)
             torch.save({"rows": state.history.rows, "model": self.model.state_dict()}, work(f"{self.name}.now.pt"))
 

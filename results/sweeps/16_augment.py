@@ -9,7 +9,7 @@ from functools import cache
 
 from ftbook import augment, data, mlm, results, runtime
 from ftbook.finetune import SmallCNN
-from ftbook.train import evaluate, fit
+from ftbook.train import Settings, evaluate, fit
 
 CHAPTER = "16_augment"
 LABELS = runtime.pick(quick=[5], cpu=[10, 50, 250])
@@ -96,7 +96,7 @@ def judges():
     for seed in range(3):
         runtime.seed_everything(seed)
         models.append(SmallCNN(10, (3, 16, 32, 64)))
-        fit(models[-1], pool, epochs=4, lr=3e-3, schedule="cosine", seed=seed, progress=False)
+        fit(models[-1], pool, epochs=4, lr=3e-3, seed=seed, settings=Settings(schedule="cosine", progress=False))
     scores = [evaluate(m, valid, metrics="accuracy")["accuracy"] for m in models]
     rows = []
     for method, strengths in KINDS.items():
