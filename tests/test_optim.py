@@ -374,10 +374,18 @@ def test_fit_and_torch_schedulers_take_them():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
         rule = optim.optimizer(name, net, lr=0.05)
-        history = train.fit(net, (x, y), epochs=8, batch_size=16, optimizer=rule,
-                            schedule=optim.schedule("cosine", warmup=0.2), progress=False)
+        history = train.fit(
+            net,
+            (x, y),
+            epochs=8,
+            batch_size=16,
+            optimizer=rule,
+            settings=train.Settings(schedule=optim.schedule("cosine", warmup=0.2), progress=False),
+        )
         assert history["train_loss"][-1] < history["train_loss"][0], name
-    by_class = train.fit(nn.Linear(3, 2), (x, y), epochs=2, lr=0.01, optimizer=optim.AdamW, progress=False)
+    by_class = train.fit(
+        nn.Linear(3, 2), (x, y), epochs=2, lr=0.01, optimizer=optim.AdamW, settings=train.Settings(progress=False)
+    )
     assert len(by_class) == 2
     rule = optim.SGD(nn.Linear(2, 1).parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(rule, 1, 0.5)
@@ -429,7 +437,7 @@ def test_factors_lie_between_zero_and_one(name, total, warmup):
 
 def test_the_training_loop_takes_every_schedule_by_name():
     for name in optim.SCHEDULES:
-        ours, theirs = optim.schedule(name, warmup=0.3), train.resolve_schedule(name, 0.3)
+        ours, theirs = optim.schedule(name, warmup=0.3), train._resolve_schedule(name, 0.3)
         assert [ours(t, 17) for t in range(17)] == [theirs(t, 17) for t in range(17)]
         assert theirs.__qualname__ == name
 
