@@ -1,5 +1,6 @@
 """Chapter 8's library: what is frozen stays bit-identical, groups cover, schedules open what they say."""
 
+import contextlib
 import copy
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertForToken
 from ftbook import finetune as ft
 from ftbook import mlm
 from ftbook.data import ImageSet
-from ftbook.train import Settings, fit
+from ftbook.train import Checkpoint, Settings, fit
 
 
 def bert(cls=BertForSequenceClassification, layers=3):
@@ -395,12 +396,142 @@ def test_alternating_moves_head_then_body():
     assert not moved[1] & {"fc.weight", "fc.bias"} and "conv1.weight" in moved[1]
 
 
+def test_the_tuner_and_its_error_list_every_strategy():
+    assert all(f'"{name}"' in ft.tune.__doc__ for name in ft.STRATEGIES)
+    assert all(strategy.about for strategy in ft.STRATEGIES.values())
+
+
+def test_a_strategy_of_ones_own_trains_its_patterns_at_its_rates():
+    model, seen = bert(), {}
+
+    class See:
+        def on_epoch_end(self, run):
+            names = {id(p): n for n, p in run.model.named_parameters()}
+            seen.update({names[id(p)]: g["lr"] for g in run.optimizer.param_groups for p in g["params"]})
+
+    ids = {"input_ids": torch.ones(4, 3, dtype=torch.long), "labels": torch.tensor([0, 1, 0, 1])}
+    how = ft.Strategy(trained=("layer.2", "!output", "classifier"), layer_decay=0.5, head_lr=0.1)
+    ft.tune(model, ids, how=how, lr=0.01, loss=None, callbacks=[See()])
+    assert sorted(seen) == sorted(trainable(model)) and not any(".output." in n for n in seen)
+    assert {seen[n] for n in seen if "layer.2" in n} == {0.01 * 0.5**2} and seen["classifier.bias"] == 0.1
+
+
+class Doubling(nn.Module):
+    "A stand-in for an adapter: a trained factor on a frozen layer."
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.factor = base.requires_grad_(False), nn.Parameter(torch.rand(()))
+
+    def forward(self, x):
+        return self.factor * self.base(x)
+
+
+class Adapts:
+    def apply(self, model):
+        model.requires_grad_(False)
+        model[0] = Doubling(model[0])
+        return "a handle"
+
+
+def test_an_object_with_apply_is_tuned_and_what_it_draws_follows_the_seed():
+    data, first = (torch.rand(8, 2), torch.tensor([0, 1] * 4)), []
+    for seed in (0, 1, 0):
+        torch.manual_seed(7)
+        model = nn.Sequential(nn.Linear(2, 2))
+        state = torch.get_rng_state()
+        (history,) = ft.tune(model, data, how=Adapts(), lr=1e-9, epochs=2, seed=seed)
+        assert len(history) == 2 and trainable(model) == ["0.factor"] and torch.equal(state, torch.get_rng_state())
+        first.append(model[0].factor.item())
+    assert first[0] == first[2] != first[1]
+
+
+def test_an_object_with_tune_does_it_all():
+    class Own:
+        def tune(self, model, train, valid=None, **options):
+            return [options]
+
+    found = ft.tune(Small(), "train", how=Own(), lr=0.1, epochs=3, seed=1)
+    assert found == [{"lr": 0.1, "epochs": 3, "seed": 1}]
+
+
 def test_two_stage_trains_the_head_first():
-    model = Small()
-    first, second = ft.two_stage(
-        model, batch(), batch(), head_epochs=2, epochs=1, head_lr=0.1, lr=0.01, settings=Settings(progress=False)
-    )
-    assert len(first) == 2 and len(second) == 1 and len(trainable(model)) == len(list(model.parameters()))
+    model, states = Small(), []
+
+    class Keep:
+        def on_epoch_end(self, run):
+            states.append((trainable(run.model), run.lr))
+
+    how = ft.TwoStage(share=0.75, slower=4.0)
+    first, second = ft.tune(model, batch(), batch(), how=how, lr=0.1, epochs=4, callbacks=[Keep()])
+    assert [len(first), len(second)] == [3, 1] and len(trainable(model)) == len(list(model.parameters()))
+    assert states == [(["fc.weight", "fc.bias"], 0.1)] * 3 + [(trainable(model), 0.025)]
+
+
+class Interrupt:
+    "Breaks off after so many steps, counted over all stages."
+
+    def __init__(self, after):
+        self.left = after
+
+    def on_step_end(self, run):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def tuned(how, path, after=0, keep=True, every=1):
+    "A tuned network, its callbacks, rows and trainable names; broken off after some steps and gone on with."
+    for steps in (after, 0) if after else (0,):
+        torch.manual_seed(steps)  # a network of a later process starts from the same weights, whatever was drawn before
+        model = ft.SmallCNN(3, (1, 4, 4, 4))
+        torch.manual_seed(0)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        kept = [Checkpoint(path, every=every, keep=keep), Interrupt(steps)]
+        try:
+            histories = ft.tune(
+                model, batch(12), how=how, lr=0.05, epochs=4, batch_size=4, metrics="accuracy", callbacks=kept,
+                settings=Settings(precision="fp32", progress=False),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            assert steps
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for h in histories for row in h.rows]
+    return model.state_dict(), rows, trainable(model)
+
+
+@pytest.mark.parametrize("how", ["gradual", "alternating", "two-stage", "head, moving statistics"])
+def test_a_run_broken_off_after_any_step_ends_as_the_unbroken_one(how, tmp_path):
+    state, rows, names = tuned(how, tmp_path / "whole.pt")
+    for after in (1, 3, 4, 6, 8, 11):  # epochs end after 3, 6, 9 and 12
+        found, found_rows, found_names = tuned(how, tmp_path / f"{after}.pt", after)
+        assert all(torch.equal(state[k], found[k]) for k in state), after
+        assert (found_rows, found_names) == (rows, names), after
+
+
+def test_gradual_unfreezing_remembers_what_was_open_in_the_epochs_before_a_break(tmp_path):
+    plan = ft.GradualUnfreezing(1)
+    for left in (8, 0):
+        model = Small()
+        groups, plan = ft.param_groups(model, 0.05, frozen=True), ft.GradualUnfreezing(1)
+        callbacks = [plan, Checkpoint(tmp_path / "c.pt", every=1), Interrupt(left)]
+        with contextlib.suppress(KeyboardInterrupt):
+            fit(model, batch(12), epochs=4, batch_size=4, callbacks=callbacks, settings=Settings(params=groups))
+    assert [len(names) for names in plan.opened] == [1, 2, 3, 3] and plan._model is None
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_both_stages_have_files_of_their_own_that_go_when_they_are_not_to_be_kept(keep, tmp_path):
+    tuned("two-stage", tmp_path / "run.pt", after=8, keep=keep)
+    files = ["run.stage1.pt", "run.stage2.pt"] if keep else []
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
 
 
 def test_report_names_what_is_trained_and_what_no_group_holds():
@@ -458,7 +589,7 @@ MAPS = {
     "head, moving statistics": [[0, 0, 0, 1]] * 4,
     "last block": [[0, 0, 1, 1]] * 4,
     "gradual": [[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]],
-    "layer-wise": [[0.125, 0.25, 0.5, 1]] * 4,
+    "layer-wise": [[0.512, 0.64, 0.8, 1]] * 4,
     "two-stage": [[0, 0, 0, 1]] * 2 + [[0.1] * 4] * 2,
     "alternating": [[0, 0, 0, 1], [1, 1, 1, 0]] * 2,
     "full": [[1] * 4] * 4,
@@ -470,7 +601,7 @@ def test_every_strategy_moves_the_blocks_at_the_rates_it_says(strategy):
     model, seen = ft.SmallCNN(4), Opened()
     statistics = model.body[0][1].running_mean.clone()
     histories = ft.tune(
-        model, toy_images(), strategy=strategy, lr=1.0, epochs=4, callbacks=[seen], settings=Settings(progress=False)
+        model, toy_images(), how=strategy, lr=1.0, epochs=4, callbacks=[seen], settings=Settings(progress=False)
     )
     assert torch.allclose(torch.tensor(seen.rates), torch.tensor(MAPS[strategy], dtype=torch.float))
     assert len(histories) == (2 if strategy == "two-stage" else 1)
@@ -479,8 +610,14 @@ def test_every_strategy_moves_the_blocks_at_the_rates_it_says(strategy):
 
 
 def test_tune_and_take_classes_refuse_what_they_do_not_know():
-    with pytest.raises(ValueError, match="'gradual'"):
-        ft.tune(ft.SmallCNN(4), toy_images(), strategy="slow", lr=1.0, epochs=1)
+    for wrong in ("slow", ft.Strategy, 3, None):
+        with pytest.raises(ValueError, match=r"allowed are 'head', .*'full', and objects: Strategy.*ftbook.peft.LoRA"):
+            ft.tune(ft.SmallCNN(4), toy_images(), how=wrong, lr=1.0)
+    with pytest.raises(ValueError, match="two stages needs one: give more epochs"):
+        ft.tune(ft.SmallCNN(4), toy_images(), how="two-stage", lr=1.0, epochs=1)
+    net = ft.SmallCNN(4)
+    with pytest.raises(ValueError, match="a strategy chooses what is trained"):
+        ft.tune(net, toy_images(), lr=1.0, settings=Settings(params=list(net.parameters())))
     with pytest.raises(ValueError, match="classes are 0 to 3"):
         ft.take_classes(toy_images(), [1, 4])
 
