@@ -1,22 +1,24 @@
 """Chapter 9's library: images in, weights found, predictions explained, strategies that move what they say."""
 
 import copy
-import io
+import hashlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix as reference_matrix
 from torch import nn
 
 from ftbook import vision as v
-from ftbook.data import ChecksumError, ImageSet
+from ftbook.data import ChecksumError, File
 from ftbook.finetune import SmallCNN
-from ftbook.train import predict
+from ftbook.images import ImageSet, as_images
+from ftbook.train import Settings, fit, predict
+
+QUIET = Settings(progress=False)
 
 
 def images(n=24, classes=2, size=8, seed=0):
@@ -32,7 +34,7 @@ def small(classes=4, seed=0):
     return SmallCNN(classes, (3, 6, 8, 8)).eval()
 
 
-# images in
+# the source's network
 
 
 def test_the_source_network_has_the_source_shapes():
@@ -49,82 +51,6 @@ def test_the_source_network_has_the_source_shapes():
         v.TwoConvCNN(size=30)
 
 
-@pytest.mark.parametrize("x, error, message", [
-    (np.zeros((1, 3, 4, 4)), TypeError, "as_tensor"),
-    (torch.zeros(3, 3), ValueError, "not empty"),
-    (torch.zeros(0, 3, 4, 4), ValueError, "not empty"),
-    (torch.zeros(1, 4, 4, 3), ValueError, "permute"),
-    (torch.zeros(1, 1, 4, 4), ValueError, "1 channels, the model takes 3$"),
-    (torch.zeros(1, 3, 4, 4, dtype=torch.int32), TypeError, "uint8"),
-    (torch.full((1, 3, 4, 4), 200.0), ValueError, "divide by 255"),
-    (torch.full((1, 3, 4, 4), -1.0), ValueError, "normalization"),
-    (torch.full((1, 3, 4, 4), float("nan")), ValueError, "nan"),
-])
-def test_wrong_images_are_named(x, error, message):
-    with pytest.raises(error, match=message):
-        v.as_images(x)
-
-
-def test_right_images_become_floats():
-    assert v.as_images(torch.full((3, 2, 2), 51, dtype=torch.uint8)).flatten()[0] == pytest.approx(0.2)
-    assert v.as_images(torch.rand(2, 1, 4, 4), channels=None).shape == (2, 1, 4, 4)
-    assert v.as_images(torch.rand(2, 3, 4, 4).double()).dtype == torch.float32
-
-
-def picture(format="JPEG", shade=90, size=(40, 24)):
-    out = io.BytesIO()
-    Image.fromarray(np.full((size[1], size[0], 3), shade, np.uint8)).save(out, format)
-    return out.getvalue()
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "WEBP"])
-def test_pictures_are_decoded_square(format):
-    x = v.decode_image(picture(format), size=12)
-    assert x.shape == (3, 12, 12) and x.dtype == torch.uint8 and (x.int() - 90).abs().max() <= 2
-    with pytest.raises(ValueError, match="cannot be decoded"):
-        v.decode_image(picture(format)[: len(picture(format)) // 3])
-
-
-def folder(place, **classes):
-    for name, contents in classes.items():
-        (place / name).mkdir()
-        for i, raw in enumerate(contents):
-            (place / name / f"{i}.jpg").write_bytes(raw)
-    return place
-
-
-def test_a_folder_of_photos(tmp_path, capsys):
-    part = v.read_folder(folder(tmp_path, bees=[picture(shade=200)] * 2, ants=[picture(shade=10)]), size=8)
-    assert part.classes == ["ants", "bees"] and part.y.tolist() == [0, 1, 1] and part.skipped == []
-    assert part.x[0].float().mean() < 20 < 190 < part.x[1].float().mean() and capsys.readouterr().out == ""
-
-
-def test_corrupt_photos_stop_or_are_counted_and_named(tmp_path, capsys):
-    place = folder(tmp_path, ants=[picture(), b"no picture"], bees=[picture()])
-    with pytest.raises(ValueError, match="1.jpg cannot be decoded.*skip_corrupt"):
-        v.read_folder(place, size=8)
-    part = v.read_folder(place, size=8, skip_corrupt=True)
-    assert len(part) == 2 and [p.name for p in part.skipped] == ["1.jpg"]
-    assert "left out 1 corrupt files: 1.jpg" in capsys.readouterr().out
-
-
-def test_folders_that_do_not_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        v.read_folder(tmp_path / "none")
-    with pytest.raises(ValueError, match="no class folders"):
-        v.read_folder(tmp_path)
-    place = folder(tmp_path, ants=[picture()], bees=[])
-    with pytest.raises(ValueError, match="no pictures in the class bees"):
-        v.read_folder(place)
-    (place / "bees" / "0.jpg").write_bytes(b"?")
-    with pytest.raises(ValueError, match="class bees can be decoded"):
-        v.read_folder(place, size=8, skip_corrupt=True)
-    with pytest.raises(ValueError, match="none of the 1 files"):
-        v.load_images([place / "bees" / "0.jpg"], skip_corrupt=True)
-    with pytest.raises(FileNotFoundError, match="1 of 2 files do not exist"):
-        v.load_images([place / "ants" / "0.jpg", place / "x.jpg"])
-
-
 # backbones
 
 
@@ -136,7 +62,7 @@ def test_backbones_compute_what_torchvision_computes():
     torch.manual_seed(3)
     theirs = torchvision.models.mobilenet_v2().eval()
     x = torch.rand(2, 3, 64, 64)
-    normalize = torchvision.transforms.Normalize(v.IMAGENET_MEAN, v.IMAGENET_STD)
+    normalize = torchvision.transforms.Normalize(v._IMAGENET_MEAN, v._IMAGENET_STD)
     torch.testing.assert_close(ours(x), theirs(normalize(x)), rtol=1e-4, atol=1e-5)
     assert ours.origin == "random" and v.backbone("resnet18", None, n_classes=3)(x).shape == (2, 3)
 
@@ -151,7 +77,7 @@ def test_backbones_that_do_not_exist():
 def test_missing_weights_say_what_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_DATA", str(tmp_path))
     monkeypatch.setenv("FTBOOK_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="resnet50-.*load_bundled"):
+    with pytest.raises(FileNotFoundError, match="(?s)resnet50-.*FTBOOK_OFFLINE is set.*load_bundled"):
         v.backbone("resnet50")
     assert not list((tmp_path / "weights").glob("*")) if (tmp_path / "weights").exists() else True
 
@@ -160,22 +86,36 @@ def test_weights_are_found_verified_and_downloaded(tmp_path, monkeypatch):
     import torchvision
 
     monkeypatch.setenv("FTBOOK_DATA", str(tmp_path))
-    assert v.find_weights("mobilenet_v2") is None
-    name, _ = v.CONVERTED["mobilenet_v2"]
+    assert v._find_weights("mobilenet_v2") is None
+    name, _ = v._CONVERTED["mobilenet_v2"]
     (tmp_path / "weights").mkdir()
     torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "weights" / name)
-    with pytest.raises(ChecksumError, match="remove it"):
-        v.find_weights("mobilenet_v2")
-    right = v.sha256(tmp_path / "weights" / name)
-    monkeypatch.setitem(v.CONVERTED, "mobilenet_v2", (name, right))
+    with pytest.raises(ChecksumError, match="Move it away"):
+        v._find_weights("mobilenet_v2")
+    right = hashlib.sha256((tmp_path / "weights" / name).read_bytes()).hexdigest()
+    monkeypatch.setitem(v._CONVERTED, "mobilenet_v2", (name, right))
     assert v.backbone("mobilenet_v2").origin == name
 
-    def deliver(url, target, hash_prefix, progress):
-        assert hash_prefix == "f37072fd" and url.endswith("resnet18-f37072fd.pth")
-        torch.save(torchvision.models.resnet18().state_dict(), target)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", deliver)
-    assert v.backbone("resnet18", progress=False).origin == "resnet18-f37072fd.pth"
+def test_weights_are_downloaded_up_to_their_size_and_checked(tmp_path, monkeypatch):
+    import torchvision
+
+    monkeypatch.setenv("FTBOOK_DATA", str(tmp_path))
+    asked = []
+
+    def deliver(url, sink, seconds):
+        asked.append((url, sink.limit))
+        torch.save(torchvision.models.resnet18().state_dict(), sink.stream)
+
+    monkeypatch.setattr("ftbook.data._transfer", deliver)
+    with pytest.raises(FileNotFoundError, match="(?s)no weights for resnet18.*another resnet18-f37072fd.pth: expected f37072fd, got.*load_bundled"):
+        v.backbone("resnet18", progress=False)
+    url, limit = asked[0]
+    assert url.endswith("/resnet18-f37072fd.pth") and 46_827_520 <= limit < 46_900_000  # the file has 46,830,571 bytes
+    assert [f for f in tmp_path.rglob("*") if f.is_file()] == []
+    monkeypatch.setattr(v, "_official", lambda name: File("weights/resnet18-.pth", "", limit, (url,)))
+    monkeypatch.setattr("ftbook.data.verify", lambda path, digits: path)
+    assert v.backbone("resnet18", progress=False).origin == "resnet18-.pth"
 
 
 def test_imagenet_has_its_classes():
@@ -183,13 +123,71 @@ def test_imagenet_has_its_classes():
     assert len(names) == 1000 and names[309:311] == ["bee", "ant"]
 
 
-def test_a_small_cnn_survives_a_round_trip(tmp_path):
+class Compiled(nn.Module):
+    """What torch.compile gives: a module around the network, which it calls `_orig_mod`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod = model
+
+
+def tuned(kind):
+    """A network of every kind that can be stored, after a step of training, so that no tensor is as it was built."""
+    torch.manual_seed(3)
+    half = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    model = {"small": lambda: SmallCNN(2, (3, 6, 8, 8)), "small, normalized": lambda: v.Normalized(SmallCNN(2, (3, 4, 4)), *half),
+             "source": lambda: v.Normalized(v.TwoConvCNN(2, (3, 4, 6), 10, size=32), *half),
+             "compiled": lambda: Compiled(SmallCNN(2, (3, 6, 8, 8)))}.get(kind, lambda: v.backbone(kind, None, n_classes=2))()
+    part = images(8, size=32)
+    fit(getattr(model, "_orig_mod", model), part, epochs=1, lr=0.01, batch_size=4, settings=QUIET)
+    return model, part
+
+
+@pytest.mark.parametrize("kind", ["small", "small, normalized", "source", "compiled", "mobilenet_v2", "resnet18"])
+def test_a_tuned_network_is_stored_and_read_again_exactly(tmp_path, kind):
+    model, part = tuned(kind)
+    state = torch.get_rng_state()
+    again = v.load_cnn(v.save_cnn(model, tmp_path / "cnn", classes=["ant", "bee"]))
+    assert torch.equal(state, torch.get_rng_state()), "reading a network draws no random numbers"
+    plain = getattr(model, "_orig_mod", model).eval()
+    x = as_images(part.x)
+    with torch.no_grad():
+        assert torch.equal(again(x), plain(x)) and type(again) is type(plain)
+    assert again.classes == ["ant", "bee"] and not again.training and all(p.requires_grad for p in again.parameters())
+    assert v.predict_topk(again, x).names[0][0] in ("ant", "bee")
+    fit(again, part, epochs=1, lr=0.01, batch_size=4, settings=QUIET)
+    once_more = v.load_cnn(v.save_cnn(again, tmp_path / "cnn"))  # its classes and its kind are remembered
+    assert once_more.classes == ["ant", "bee"] and getattr(once_more, "name", "") == getattr(plain, "name", "")
+
+
+def test_half_the_bytes_are_the_readers_choice(tmp_path):
     model = small(2)
     model(torch.rand(8, 3, 8, 8))
-    again = v.load_cnn(v.save_cnn(model, tmp_path / "cnn", classes=["a", "b"]))
+    again = v.load_cnn(v.save_cnn(model, tmp_path / "cnn", dtype=torch.float16))
     x = torch.rand(4, 3, 8, 8)
     torch.testing.assert_close(again(x), model(x), rtol=5e-3, atol=5e-3)
-    assert again.classes == ["a", "b"] and not again.training
+    assert again.classes == ["0", "1"]
+    model.body[0][1].running_var.fill_(1e6)
+    with pytest.raises(ValueError, match="body.0.1.running_var has numbers too large for torch.float16; give dtype=torch.float32"):
+        v.save_cnn(model, tmp_path / "cnn", dtype=torch.float16)
+
+
+def test_networks_that_cannot_be_stored_are_named(tmp_path):
+    with pytest.raises(TypeError, match="knows SmallCNN, TwoConvCNN and what backbone.. gives, not Sequential; .*save_file"):
+        v.save_cnn(nn.Sequential(nn.Linear(2, 2)), tmp_path)
+    with pytest.raises(TypeError, match="not Flatten"):
+        v.save_cnn(v.Normalized(nn.Flatten()), tmp_path)
+    with pytest.raises(ValueError, match="3 class names for 2 outputs"):
+        v.save_cnn(small(2), tmp_path, classes="abc")
+    changed = v.backbone("resnet18", None, n_classes=2)
+    changed.net.conv1 = nn.Conv2d(3, 64, 3)
+    with pytest.raises(ValueError, match="net.conv1.weight is not as in the architecture"):
+        v.save_cnn(changed, tmp_path)
+    extra = small(2)
+    extra.body[0].adapter = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="body.0.adapter.weight is not as .* adapters"):
+        v.save_cnn(extra, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_bundled_model_is_small_and_knows_ten_classes(root):
@@ -251,17 +249,24 @@ def test_augment_draws_for_every_image_and_repeats_with_the_seed():
 
 def test_shifts_do_what_their_names_say():
     x = torch.rand(3, 3, 64, 64)
-    assert v.blur(x, 0.05).var() < 0.5 * x.var()
-    assert torch.equal(v.noise(x, seed=1), v.noise(x, seed=1)) and not torch.equal(v.noise(x), v.noise(x, seed=1))
+    blurred, noisy, darker = (v.SHIFTS[name] for name in ("blurred", "noisy", "darker"))
+    assert blurred(x, 0.05).var() < 0.5 * x.var()
+    assert torch.equal(noisy(x, seed=1), noisy(x, seed=1)) and not torch.equal(noisy(x), noisy(x, seed=1))
     flat = torch.full((2, 3, 64, 64), 0.5)
-    assert float((v.noise(flat, 0.1) - flat).std()) == pytest.approx(0.1, rel=0.05)
-    torch.testing.assert_close(v.darken(x, 0.7), 0.3 * x)
+    assert float((noisy(flat, 0.1) - flat).std()) == pytest.approx(0.1, rel=0.05)
+    torch.testing.assert_close(darker(x, 0.7), 0.3 * x)
     for change in v.SHIFTS.values():
         y = change((255 * x).to(torch.uint8))
         assert y.dtype == torch.float32 and 0 <= y.min() and y.max() <= 1
 
 
 # predictions
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4, 5, 7])
+def test_topk_gives_five_classes_or_all_if_they_are_fewer(classes):
+    top = v.predict_topk(small(classes), torch.rand(3, 3, 8, 8))
+    assert top.probability.shape == top.index.shape == (3, min(5, classes)) and len(top.names[0]) == min(5, classes)
 
 
 def test_topk_is_sorted_named_and_sums_to_one():
@@ -271,8 +276,10 @@ def test_topk_is_sorted_named_and_sums_to_one():
     assert top.index[:, 0].equal(model(x).argmax(1)) and top.names[0][0] == str(int(top.index[0, 0]))
     named = v.predict_topk(model, images(3, classes=4), k=1)
     assert named.names[0][0].startswith("class")
-    with pytest.raises(ValueError, match="k is 5"):
+    with pytest.raises(ValueError, match="k is 5; the model has 4 classes, so give 1 to 4"):
         v.predict_topk(model, x, k=5)
+    with pytest.raises(ValueError, match="k is 0"):
+        v.predict_topk(model, x, k=0)
     with pytest.raises(ValueError, match="2 class names for 4 outputs"):
         v.predict_topk(model, x, k=1, classes=["a", "b"])
 
@@ -318,11 +325,11 @@ def test_explaining_leaves_the_model_as_it_was():
 
 def test_class_maps_add_up_to_the_logit_of_a_pooled_linear_head():
     model, x = small(3), torch.rand(4, 3, 8, 8)
-    maps, logits = v.class_maps(model, x, target=2)
+    maps, logits = v._class_maps(model, x, target=2)
     torch.testing.assert_close(maps.sum((1, 2)), logits - model.head.bias[2].detach(), rtol=1e-4, atol=1e-5)
-    assert v.last_spatial_layer(model, x) is model.body
+    assert v._last_spatial_layer(model, x) is model.body
     with pytest.raises(ValueError, match="more than one place"):
-        v.last_spatial_layer(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2))
+        v._last_spatial_layer(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2))
 
 
 def test_overlays_are_pictures():
@@ -336,7 +343,7 @@ def test_overlays_are_pictures():
 
 def test_features_are_what_the_head_sees():
     model, part = small(3), images(6)
-    x = v.as_images(part.x)
+    x = as_images(part.x)
     seen = v.features(model, part, precision="fp32")
     torch.testing.assert_close(seen, model.body(x).mean((2, 3)).detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.head(seen), model(x), rtol=1e-4, atol=1e-5)
@@ -348,9 +355,19 @@ def test_a_head_on_cached_features_is_the_head_trained_in_place():
     for way in ("cached", "in place"):
         model = small(2)
         if way == "cached":
-            v.fit_cached_head(model, part, lr=0.05, epochs=3, batch_size=8, precision="fp32", progress=False)
+            v.fit_cached_head(
+                model, part, lr=0.05, epochs=3, batch_size=8, settings=Settings(precision="fp32", progress=False)
+            )
         else:
-            v.tune(model, part, strategy="head", lr=0.05, epochs=3, batch_size=8, precision="fp32", progress=False)
+            v.tune(
+                model,
+                part,
+                how="head",
+                lr=0.05,
+                epochs=3,
+                batch_size=8,
+                settings=Settings(precision="fp32", progress=False),
+            )
         results.append(model.state_dict())
     for key in results[0]:
         torch.testing.assert_close(results[0][key], results[1][key], rtol=1e-4, atol=1e-5)
@@ -360,7 +377,7 @@ def test_dropout_before_the_head_is_kept_in_cached_training():
     model = v.backbone("mobilenet_v2", weights=None, n_classes=2)
     part = images(8, size=32)
     torch.manual_seed(0)
-    history = v.fit_cached_head(model, part, lr=0.01, epochs=1, progress=False)
+    history = v.fit_cached_head(model, part, lr=0.01, epochs=1, settings=Settings(progress=False))
     assert len(history) == 1 and all(not p.requires_grad for n, p in model.named_parameters() if "classifier" not in n)
 
 
@@ -370,7 +387,7 @@ def test_the_probe_is_scikit_learns(classes):
     v.fit_probe(model, part, strength=1.0)
     seen = v.features(model, part).numpy()
     reference = LogisticRegression(C=1.0, max_iter=2000).fit(seen, part.y.numpy())
-    ours = predict(model, v.as_images(part.x), precision="fp32").softmax(1)
+    ours = predict(model, as_images(part.x), precision="fp32").softmax(1)
     np.testing.assert_allclose(ours.numpy(), reference.predict_proba(seen), rtol=1e-3, atol=1e-4)
 
 
@@ -400,9 +417,11 @@ def test_a_way_with_few_labels_and_a_rate_for_the_head():
     same = [torch.equal(a, b) for a, b in zip(model.body.parameters(), fresh.body.parameters(), strict=True)]
     assert all(same) and not torch.equal(model.head.weight, fresh.head.weight)
     assert "train_loss_1" not in metrics  # longer than ten epochs
-    augmented = v.tune_way(small(2), part, "head", lr=0.1, epochs=1, transform=v.Augment(), progress=False)
+    augmented = v.tune_way(
+        small(2), part, "head", lr=0.1, epochs=1, settings=Settings(transform=v.Augment(), progress=False)
+    )
     assert len(augmented) == 1
-    with pytest.raises(ValueError, match="strategy is 'magic'"):
+    with pytest.raises(ValueError, match="how is 'magic'"):
         v.tune_way(small(2), part, "magic", lr=0.1, epochs=1)
 
 
@@ -431,7 +450,3 @@ def test_the_source_recipe_is_evaluated():
     assert isinstance(model.net, v.TwoConvCNN) and {"valid_accuracy_1", "valid_accuracy_2", "test_accuracy"} <= set(metrics)
     _, metrics = v.source_run(part, part, model=small(2), optimizer="adamw", lr=1e-2, epochs=1)
     assert "test_accuracy" not in metrics
-
-
-def test_images_are_resized():
-    assert v.resized(images(4), 16).x.shape == (4, 3, 16, 16)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from ftbook import data, results, runtime, vision
+from ftbook import data, images, results, runtime, vision
 from ftbook.finetune import SmallCNN, fresh_head, old_accuracy, two_tasks
-from ftbook.train import evaluate, fit
+from ftbook.train import Settings, evaluate, fit
 
 CHAPTER = "09_vision"
 SEEDS = [1, 2, 3]
@@ -31,19 +31,28 @@ STRENGTHS = [1e-3, 1e-2, 1e-1]
 
 def bundled(epochs=24, lr=3e-3, seed=0):
     """Train the small CNN that the package ships, on all of CIFAR-10's training images that are at hand."""
-    images, test = data.load("cifar10"), data.load("cifar10", "test")
-    pool, valid = images.split([len(images) - 1_000, 1_000], seed=0)
+    pictures, test = data.load("cifar10"), data.load("cifar10", "test")
+    pool, valid = pictures.split([len(pictures) - 1_000, 1_000], seed=0)
     runtime.seed_everything(seed)
     model = SmallCNN(10, (3, 64, 128, 256))
     started = time.process_time()
     augment = vision.Augment(zoom=0.15, shift=0.06)
-    history = fit(model, pool, valid, epochs=epochs, lr=lr, schedule="cosine", warmup=0.1, weight_decay=0.05,
-                  batch_size=128, metrics="accuracy", transform=augment, seed=seed, progress=False)
+    history = fit(
+        model,
+        pool,
+        valid,
+        epochs=epochs,
+        lr=lr,
+        batch_size=128,
+        metrics="accuracy",
+        seed=seed,
+        settings=Settings(schedule="cosine", warmup=0.1, weight_decay=0.05, transform=augment, progress=False),
+    )
     facts = {"epochs": epochs, "lr": lr, "seed": seed, "minutes": (time.process_time() - started) / 60,
              "train_images": len(pool), "valid_accuracy": history["valid_accuracy"][-1],
              "train_accuracy": history["train_accuracy"][-1]}
     folder = Path(vision.__file__).parent / "assets" / "cnn-small-cifar10"
-    vision.save_cnn(model, folder, classes=test.classes)
+    vision.save_cnn(model, folder, test.classes, torch.float16)
     facts |= {"test_accuracy": evaluate(vision.load_cnn(folder), test, precision="fp32")["accuracy"], "n": len(test),
               "parameters": sum(p.numel() for p in model.parameters()), "source": pool.source}
     results.record(CHAPTER, "bundled", facts)
@@ -85,8 +94,8 @@ def cifar():
 
 @functools.cache
 def source_data():
-    images = data.load("cifar10")
-    pool, valid = images.split([len(images) - 2_000, 2_000], seed=0)
+    pictures = data.load("cifar10")
+    pool, valid = pictures.split([len(pictures) - 2_000, 2_000], seed=0)
     return pool.per_class(CIFAR["train"] // 10, seed=0), valid, data.load("cifar10", "test")
 
 
@@ -146,8 +155,8 @@ def original():
 
 @functools.cache
 def old_task():
-    images = vision.resized(data.load("cifar10").per_class(90, seed=0), 64)
-    train, test = images.split([600, 300], seed=0)
+    pictures = images.resized(data.load("cifar10").per_class(90, seed=0), 64)
+    train, test = pictures.split([600, 300], seed=0)
     return vision.OldTask(original(), train, test)
 
 
@@ -197,7 +206,9 @@ def peak_of(way):
     train = photos()[0].split([PHOTOS["batch_size"], 212], seed=0)[0]
     model = fresh_head(original(), 2, 0)
     with runtime.Meter() as meter:
-        vision.tune_way(model, train, way, lr=1e-4, epochs=4, batch_size=PHOTOS["batch_size"], progress=False)
+        vision.tune_way(
+            model, train, way, lr=1e-4, epochs=4, batch_size=PHOTOS["batch_size"], settings=Settings(progress=False)
+        )
     return meter.peak_mb
 
 
