@@ -250,3 +250,9 @@ def test_nothing_of_this_machine_is_committed():
     pattern = re.compile("|".join(["/wo" + "rk/", "/ro" + "ot/", "/tmp/b" + "ash_jobs", "py" + r"pi\.org", "registry" + r"\.npmjs",
                                    "deb\\." + "debian"]))
     assert [f for f in tracked() if pattern.search(read(f))] == []
+
+
+def test_whoever_serves_or_advises_to_serve_binds_to_this_machine_only():
+    served = {f: [line for line in read(f).splitlines() if re.search(r"-m http\.server|HTTPServer\(\(", line)] for f in tracked()}
+    assert served["tools/book.py"] and served["Makefile"]
+    assert [f"{f}: {line}" for f, lines in served.items() for line in lines if "127.0.0.1" not in line and "http\\." not in line] == []

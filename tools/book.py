@@ -77,7 +77,7 @@ def main() -> int:
     stamp.write_text(now)
     pages = len(list(out.glob("nbs/*.html"))) + 1
     print(f"book: {pages} pages in {shown}/ after {time.perf_counter() - start:.0f} s; "
-          f"serve them: python3 -m http.server -d {shown} 8000")
+          f"serve them: python3 -m http.server --bind 127.0.0.1 -d {shown} 8000")
     return 0
 
 
