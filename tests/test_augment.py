@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from ftbook import augment as au
-from ftbook import data, mlm, ner
+from ftbook import data, mlm
 from ftbook.finetune import SmallCNN, TextClassifier, encode_texts
-from ftbook.train import Settings, fit
+from ftbook.tags import spans, to_iob2
+from ftbook.train import Settings, accuracy, fit
 
 X = torch.rand(16, 3, 12, 10, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 5
@@ -44,13 +45,13 @@ def test_mixing_equals_torchvision(kind, seed):
 def test_color_equals_torchvision(b, c, s):
     f = v2.functional
     want = f.adjust_saturation(f.adjust_contrast(f.adjust_brightness(X, b), c), s)
-    ours = au.adjust_color(X, *(torch.full((16,), v) for v in (b, c, s)))
+    ours = au._adjust_color(X, *(torch.full((16,), v) for v in (b, c, s)))
     torch.testing.assert_close(ours, want, atol=2e-6, rtol=0)
 
 
 def test_gray_images_keep_their_saturation():
     one, x = torch.ones(4), torch.rand(4, 1, 5, 5)
-    torch.testing.assert_close(au.adjust_color(x, one, one, 0 * one), x)
+    torch.testing.assert_close(au._adjust_color(x, one, one, 0 * one), x)
 
 
 @pytest.mark.parametrize("name", [n for n in au.STRENGTHS if n not in ("none", "flip", "upside down", "randaugment")])
@@ -89,9 +90,9 @@ def test_erasing_keeps_to_its_area_and_probability():
 
 def test_boxes_share_and_bounds():
     lam = torch.rand(500)
-    boxes = au.draw_boxes(lam, 12, 10)
+    boxes = au._draw_boxes(lam, 12, 10)
     assert boxes.min() >= 0 and boxes[:, 2].max() <= 10 and boxes[:, 3].max() <= 12
-    assert (au.box_mask(boxes, 12, 10).float().mean((1, 2, 3)) <= 1 - lam + 1e-6).all()
+    assert (au._box_mask(boxes, 12, 10).float().mean((1, 2, 3)) <= 1 - lam + 1e-6).all()
 
 
 def test_soft_labels_and_accuracy():
@@ -99,7 +100,7 @@ def test_soft_labels_and_accuracy():
     x, y = au.mixup(X, soft, torch.full((16,), 0.5), torch.arange(16), 5)
     torch.testing.assert_close(x, X)
     torch.testing.assert_close(y, soft)
-    assert au.soft_accuracy(soft, Y) == au.soft_accuracy(soft, soft) == 1.0
+    assert accuracy(soft, Y) == accuracy(soft, soft) == 1.0
     whole = au.MixUp(5, per_image=False)(X, Y)[1]
     assert len(whole.max(1).values.round(decimals=4).unique()) <= 2
 
@@ -118,7 +119,7 @@ def test_pipeline_and_groups():
     lambda: au.random_flip(X[0]), lambda: au.random_flip([1]), lambda: au.random_crop(X, -1),
     lambda: au.random_resized_crop(X, (0.0, 1.0)), lambda: au.MixUp(5, 0), lambda: au.Grouped(abs, 0),
     lambda: au.policy("sharpen"), lambda: au.text_policy("synonyms", None, None), lambda: au.WordSwap(None, 2),
-    lambda: au.mix_labels(torch.tensor([3]), torch.tensor([0]), torch.tensor(1.0), 3),
+    lambda: au._mix_labels(torch.tensor([3]), torch.tensor([0]), torch.tensor(1.0), 3),
     lambda: au.augment_tagged(["a"], ["O"], "shuffle"), lambda: au.augment_tagged(["a"], [], "swap")])
 def test_bad_input_is_refused(call):
     with pytest.raises(ValueError):
@@ -137,10 +138,25 @@ def test_fit_takes_soft_targets_and_runs_repeat():
         few,
         epochs=3,
         lr=1e-2,
-        metrics={"top": au.soft_accuracy},
+        metrics="accuracy",
         settings=Settings(transform=au.MixUp(10), progress=False),
     )
     assert history["train_loss"][-1] < history["train_loss"][0]
+
+
+@pytest.mark.parametrize("kind", [au.MixUp, au.CutMix])
+def test_an_untrained_net_of_ten_classes_is_right_in_one_of_ten_also_on_mixed_labels(kind):
+    x, y = torch.rand(1000, 1, 4, 4), torch.arange(1000) % 10
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 10))
+    how = Settings(transform=kind(10), weight_decay=0.0, progress=False)
+    history = fit(net, (x, y), lr=0.0, metrics="accuracy", settings=how)
+    assert abs(history["train_accuracy"][0] - 0.1) < 0.04
+
+
+@pytest.mark.parametrize("label", [-100, -1, 10])
+def test_labels_that_no_class_has_cannot_be_mixed(label):
+    with pytest.raises(ValueError, match=f"label {label} is out of range for n_classes=10"):
+        au.MixUp(10)(torch.rand(2, 1, 2, 2), torch.tensor([0, label]))
 
 
 def test_the_judge_sees_flips_and_puts_the_stream_back():
@@ -180,7 +196,7 @@ def words(batch, tokenizer):
 
 def test_word_changes(bert):
     batch = encode_texts(TEXTS, bert["tokenizer"])
-    number = au.word_numbers(batch, bert["vocab"])
+    number = au._word_numbers(batch, bert["vocab"])
     assert (number.max(1).values + 1).tolist() == [len(t.split()) for t in TEXTS]
     plain = words(batch, bert["tokenizer"])
     swap = words(au.WordSwap(bert["vocab"], 1.0)(batch), bert["tokenizer"])
@@ -202,16 +218,16 @@ def test_pieces_of_a_word_stay_together(bert):
     vocab = bert["vocab"]
     for change in (au.WordSwap(vocab, 0.5), au.WordDropout(vocab, 0.5)):
         out = change(batch)
-        number = au.word_numbers(out, vocab)
+        number = au._word_numbers(out, vocab)
         pieces = [[tuple(i[n == k].tolist()) for k in range(int(n.max()) + 1)] for i, n in
                   zip(out["input_ids"], number, strict=True)]
-        known = au.word_numbers(batch, vocab)
+        known = au._word_numbers(batch, vocab)
         for row, found in enumerate(pieces):
             whole = {tuple(batch["input_ids"][row][known[row] == k].tolist()) for k in range(int(known[row].max()) + 1)}
             assert set(found) <= whole
 
 
-@pytest.mark.parametrize("method", au.TEXT_STRENGTHS)
+@pytest.mark.parametrize("method", au._TEXT_STRENGTHS)
 def test_text_run(bert, method):
     texts = data.load("sst2", bundled=True)
     small = texts.per_class(12, seed=0)
@@ -229,31 +245,27 @@ def test_classifier_ignores_what_is_hidden(bert):
 TAGS = st.lists(st.sampled_from(["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]), max_size=12)
 
 
-@given(tags=TAGS)
-@settings(max_examples=200, deadline=None)
-def test_mentions_agree_with_the_scorer(tags):
-    assert au.mention_spans(tags) == ner.spans(tags, strict=True)
-    lenient = [m for m in ner.spans(tags) if not tags[m[1]].startswith("B")]
-    assert au.iob2_violations(tags) == len(lenient)
+def orphans(tags):
+    return len(to_iob2(tags, "IOB2")[1])
 
 
 @given(tags=TAGS, seed=st.integers(0, 99), how=st.sampled_from(["swap", "delete", "crop"]))
 @settings(max_examples=200, deadline=None)
 def test_whole_mentions_survive(tags, seed, how):
-    while au.iob2_violations(tags):
+    while orphans(tags):
         tags = [t if not (t[0] == "I" and (not i or tags[i - 1][1:] != t[1:])) else "O" for i, t in enumerate(tags)]
     text = [f"w{i}" for i in range(len(tags))]
     new, new_tags = au.augment_tagged(text, tags, how, 0.5, random.Random(seed))
-    assert au.iob2_violations(new_tags) == 0 and len(new) == len(new_tags)
-    before = {(k, tuple(text[a:b])) for k, a, b in au.mention_spans(tags)}
-    after = {(k, tuple(new[a:b])) for k, a, b in au.mention_spans(new_tags)}
+    assert orphans(new_tags) == 0 and len(new) == len(new_tags)
+    before = {(k, tuple(text[a:b])) for k, a, b in spans(tags, strict=True)}
+    after = {(k, tuple(new[a:b])) for k, a, b in spans(new_tags, strict=True)}
     assert after <= before and (how == "crop" or after == before)
     assert all(tags[int(w[1:])] == t for w, t in zip(new, new_tags, strict=True))
 
 
 def test_word_by_word_breaks_labels():
     rng = random.Random(0)
-    broken = sum(au.iob2_violations(au.augment_tagged(["New", "York", "x"], ["B-LOC", "I-LOC", "O"], how, 0.5, rng, False)[1])
+    broken = sum(orphans(au.augment_tagged(["New", "York", "x"], ["B-LOC", "I-LOC", "O"], how, 0.5, rng, False)[1])
                  for how in ("swap", "delete", "crop") for _ in range(50))
     assert broken > 20
 
@@ -265,6 +277,6 @@ def test_replacing_mentions():
     rng = random.Random(0)
     for _ in range(20):
         new, tags = au.replace_mentions(*sentences[0], table, 1.0, rng)
-        assert [k for k, *_ in au.mention_spans(tags)] == ["LOC", "PER"] and au.iob2_violations(tags) == 0
+        assert [k for k, *_ in spans(tags, strict=True)] == ["LOC", "PER"] and orphans(tags) == 0
         assert len(new) == len(tags) and new[0] == "in" and new[-1] == "Ann"
     assert au.replace_mentions(*sentences[0], {}, 1.0) == tuple(map(list, sentences[0]))
