@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from ftbook import peft
 from ftbook import regularize as rg
 from ftbook.data import ImageSet, TextSet
-from ftbook.train import EarlyStopping, Settings, fit
+from ftbook.finetune import freeze, tune
+from ftbook.train import Checkpoint, EarlyStopping, Settings, evaluate, fit
 
 
 def net(seed=0, dropout=0.0):
@@ -37,8 +39,8 @@ QUIET = Settings(weight_decay=0.0, progress=False)
 HOW = {"epochs": 3, "lr": 0.05, "batch_size": 20, "settings": QUIET}
 
 
-def trained(model, **options):
-    fit(model, examples(), **{**HOW, **options})
+def trained(model, train=None, **options):
+    fit(model, train or examples(), **{**HOW, **options})
     return [p.detach() for p in model.parameters()]
 
 
@@ -435,8 +437,7 @@ def test_gradient_noise_has_its_variance_and_is_gone_after_training():
     moved = (model.weight - start).flatten()
     assert abs(float(moved.std()) / math.sqrt(0.04 + 0.02) - 1) < 0.05 and noise.count == 2
     assert not sgd.made._optimizer_step_pre_hooks
-    noise.load_state_dict({"count": 7})
-    assert noise.state_dict() == {"count": 7} and noise.deviation(3) == pytest.approx(0.1)
+    assert noise.deviation(3) == pytest.approx(0.1)
 
 
 # averaging
@@ -463,23 +464,209 @@ def test_averages_equal_torchs(decay):
     assert same(model.parameters(), last)
 
 
-def test_averaging_starts_and_strides_as_asked_and_resumes():
+def test_averaging_starts_and_strides_as_asked():
     model, average = net(), rg.WeightAverage(start=0.5, every=2)
     kept = []
 
     class Keep:
-        def on_step_end(self, state):
-            kept.append([p.detach().clone() for p in state.model.parameters()])
+        def on_step_end(self, run):
+            kept.append([p.detach().clone() for p in run.model.parameters()])
 
     trained(model, callbacks=[Keep(), average])  # 9 steps: averaging begins after the fourth
     mean = [torch.stack(ps).mean(0) for ps in zip(*(kept[i] for i in (4, 6, 8)), strict=True)]
     assert average.count == 3 and same(model.parameters(), mean, 1e-6)
-    again = rg.WeightAverage()
-    again.load_state_dict(average.state_dict())
-    assert again.count == 3
     for bad in ({"decay": 1.0}, {"start": 1.0}, {"every": 0}):
         with pytest.raises(ValueError):
             rg.WeightAverage(**bad)
+
+
+def test_a_share_of_the_steps_needs_their_number_and_averaging_that_never_began_warns():
+    x, y = examples()
+    stream = [(x[:20], y[:20])]
+    endless = type("Endless", (), {"__iter__": lambda self: iter(stream)})()
+    with pytest.raises(ValueError, match="no len.*: pass max_steps= to fit, or start=0"):
+        trained(net(), train=endless, callbacks=[rg.WeightAverage(start=0.75)])
+    model = net()
+    trained(model, train=endless, callbacks=[rg.WeightAverage()])
+    with pytest.warns(UserWarning, match="nothing was averaged: training ended after 3 steps.*start=0.9 of 9"):
+        stopper = EarlyStopping("train_loss", patience=1, min_delta=99.0)
+        fit(net(), (x, y), callbacks=[rg.WeightAverage(start=0.9), stopper, Stops(3)], **HOW)
+
+
+class Stops:
+    "Ends a run after so many steps."
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_end(self, run):
+        run.stop = run.stop or run.step == self.at
+
+
+class Averages:
+    "What the model held whenever an epoch was looked at, and what its own weights were."
+
+    def __init__(self):
+        self.seen, self.raw = [], []
+
+    def on_step_end(self, run):
+        self.last = [p.detach().clone() for p in run.model.parameters()]
+
+    def on_epoch_end(self, run):
+        self.seen.append([p.detach().clone() for p in run.model.parameters()])
+        self.raw.append(self.last)
+
+
+@pytest.mark.parametrize("first", ["average", "stopper"])
+def test_early_stopping_measures_and_keeps_the_best_average(first):
+    model, average, watch = net(), rg.WeightAverage(decay=0.9), Averages()
+    stopper = EarlyStopping("valid_loss", patience=2)
+    both = [average, stopper] if first == "average" else [stopper, average]
+    valid = (examples(seed=2)[0], examples(seed=3)[1])  # wrong labels: soon it gets worse
+    history = fit(model, examples(), valid, callbacks=[watch, *both], **{**HOW, "epochs": 12, "lr": 0.2})
+    best = history.best["epoch"] - 1
+    assert best < len(history) - 1, "it must have stopped, or the test shows nothing"
+    assert same(model.parameters(), watch.seen[best]) and not same(model.parameters(), watch.raw[best], 1e-3)
+    assert history["valid_loss"][best] == min(history["valid_loss"])
+    assert evaluate(model, valid)["loss"] == pytest.approx(history["valid_loss"][best], rel=1e-5)
+
+
+def test_the_weights_come_back_bit_for_bit_after_validation_even_after_an_error():
+    plain, averaged = net(), net()
+    trained(plain)
+    seen = Averages()
+    average = rg.WeightAverage(decay=0.5)
+    fit(averaged, examples(), examples(seed=2), callbacks=[average, seen], **HOW)
+    average.exchange(averaged)
+    assert same(averaged.parameters(), plain.parameters()), "validating the average has not changed the run"
+    run = SimpleNamespace(model=averaged)
+    before = [p.detach().clone() for p in averaged.parameters()]
+    with pytest.raises(KeyboardInterrupt), average.evaluation_weights(run):
+        assert not same(averaged.parameters(), before)
+        raise KeyboardInterrupt
+    assert same(averaged.parameters(), before)
+    with rg.WeightAverage().evaluation_weights(run):
+        assert same(averaged.parameters(), before), "nothing is averaged yet"
+
+
+def test_with_data_for_them_the_statistics_are_those_of_the_average_in_validation_and_at_the_end():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    seen, batches = [], [examples()]
+
+    class Look:
+        def on_step_end(self, run):
+            self.own = model[1].running_mean.clone()
+
+        def on_epoch_end(self, run):
+            other = copy.deepcopy(model)
+            update_bn(batches, other)
+            assert torch.allclose(other[1].running_mean, model[1].running_mean, atol=1e-6)
+            seen.append(model[1].running_mean.clone())
+
+        def on_epoch_begin(self, run):
+            if seen:
+                assert torch.equal(self.own, model[1].running_mean)
+
+    stopper = EarlyStopping("valid_loss", patience=None)
+    average = rg.WeightAverage(decay=0.9, train=batches)
+    history = fit(model, examples(), examples(seed=2), callbacks=[average, Look(), stopper], **HOW)
+    assert torch.equal(model[1].running_mean, seen[history.best["epoch"] - 1])
+
+
+def test_averaging_goes_on_over_weights_that_are_frozen_for_a_while():
+    model = net().double()
+    theirs = AveragedModel(model)
+
+    class Theirs:
+        def on_step_end(self, run):
+            theirs.update_parameters(run.model)
+
+    data = tuple(t.double() if t.is_floating_point() else t for t in examples())
+    tune(model, data, how="alternating", lr=0.05, epochs=4, callbacks=[Theirs(), rg.WeightAverage()], settings=QUIET)
+    assert same(model.parameters(), theirs.module.parameters(), 1e-12)
+
+
+def test_held_statistics_stay_as_they_are():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    freeze(model, "0", "1")
+    before = model[1].running_mean.clone()
+    assert rg.refresh_batchnorm(model, examples()) == 1
+    assert torch.equal(model[1].running_mean, before) and model[3].running_mean.any()
+
+    def broken(module, inputs):
+        raise KeyboardInterrupt
+
+    model[4].register_forward_pre_hook(broken)
+    with pytest.raises(KeyboardInterrupt):
+        rg.refresh_batchnorm(model, examples())
+    assert model[3].momentum == 0.1 and model[3].training and not model[1].training
+
+
+# resuming, and what is left behind
+
+
+CALLBACKS = {
+    "noise": lambda m: rg.GradientNoise(1e-2),
+    "decay": lambda m: rg.DecoupledDecay(m, 0.5),
+    "decay toward the start": lambda m: rg.DecoupledDecay(m, 1.0, toward="start"),
+    "proximal": lambda m: rg.Proximal(m, l1=0.05),
+    "EMA": lambda m: rg.WeightAverage(0.9),
+    "SWA": lambda m: rg.WeightAverage(start=0.5, every=2),
+}
+
+
+class Interrupt(Stops):
+    def on_step_end(self, run):
+        if run.step == self.at:
+            raise KeyboardInterrupt
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_run_broken_off_after_any_step_ends_as_the_unbroken_one(name, tmp_path):
+    def run(path, at=0, seed=0):
+        model = net(seed)
+        callbacks = [CALLBACKS[name](model), Checkpoint(path, every=1), Interrupt(at)]
+        fit(model, examples(), callbacks=callbacks, **HOW)
+        return model.state_dict()
+
+    whole = run(tmp_path / "whole.pt")
+    for at in (2, 4, 5, 9):  # epochs end after 3, 6 and 9
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / f"{at}.pt", at)
+        found = run(tmp_path / f"{at}.pt", seed=5)  # whatever weights the later process starts from
+        assert all(torch.equal(whole[k], found[k]) for k in whole), at
+
+
+@pytest.mark.parametrize("name", ["noise", "decay"])
+def test_hooks_never_outlive_a_run_and_a_second_beginning_adds_none(name):
+    model = net()
+    callback = CALLBACKS[name](model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, examples(), optimizer=optimizer, callbacks=[callback, Interrupt(2)], **HOW)
+    assert not optimizer._optimizer_step_pre_hooks
+    run = SimpleNamespace(step=0, optimizer=optimizer, model=model)
+    callback.on_train_begin(run)
+    callback.on_train_begin(run)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    callback.close(run)
+    callback.close(run)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_pretrained_weights_follow_the_model_to_its_device():
+    for make in (lambda m: {"callbacks": [rg.DecoupledDecay(m, 1.0, toward="start")]},
+                 lambda m: {"loss": rg.Penalized("cross_entropy", rg.l2_sp(m, 1.0))}):
+        model = net()
+        fit(model, examples(), **make(model), **{**HOW, "settings": replace(QUIET, device="cuda")})
 
 
 def test_batchnorm_statistics_equal_torchs():
@@ -519,11 +706,25 @@ def test_every_method_runs_and_leaves_a_plain_model():
     plain = task()
     keys = list(plain.start(0).state_dict())
     for method, (strengths, _) in rg.METHODS.items():
-        model, start = rg.tune_regularized(plain, method, strengths[-1], seed=1, epochs=2, batch_size=5, lr=1e-2)
-        assert list(model.state_dict()) == keys == list(start) and not model.dropout.p, method
+        model, how = plain.start(1), rg.Regularized(method, strengths[-1], plain)
+        (history,) = tune(model, plain.train(1), how=how, lr=1e-2, epochs=2, batch_size=5, seed=1, settings=QUIET)
+        assert list(model.state_dict()) == keys and not model.dropout.p and len(history), method
         assert not any(m._forward_hooks for m in model.modules()), method
-    with pytest.raises(ValueError, match="method is 'hope'"):
-        rg.tune_regularized(plain, "hope")
+    with pytest.raises(ValueError, match="method is 'hope'; allowed are none, L2 penalty"):
+        rg.Regularized("hope", 1.0, plain)
+
+
+def test_a_method_is_detached_and_its_hook_removed_when_training_breaks_off():
+    plain, model = task(), task().start(0)
+
+    def broken(output, target):
+        raise KeyboardInterrupt
+
+    for method in ("mixout", "stochastic depth", "gradient noise"):
+        how = rg.Regularized(method, 0.5, plain)
+        with pytest.raises(KeyboardInterrupt):
+            tune(model, plain.train(0), how=how, lr=1e-2, metrics={"x": broken}, settings=QUIET)
+        assert not any(m._forward_hooks for m in model.modules()) and type(model.stem) is nn.Linear
 
 
 def test_the_comparison_chooses_on_validation_and_reports_test():
