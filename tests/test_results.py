@@ -1,8 +1,17 @@
-"""Rows, intervals, stored numbers, sentences made from them, sweeps."""
+"""Rows, intervals, stored numbers, sentences made from them, sweeps, studies."""
+import copy
+import errno
+import itertools
 import json
 import multiprocessing
+import os
+import pickle
 import subprocess
 import sys
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -10,13 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ftbook import results
+from ftbook import results, runtime
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     monkeypatch.setenv("FTBOOK_PROFILE", "cpu")
+    monkeypatch.setattr(results, "_stand_ins", {})
+    monkeypatch.setattr(results, "_unsaved", {})
     return tmp_path
 
 
@@ -69,9 +80,9 @@ def test_difference_pairs_by_seed():
 
 def test_json_is_rounded_and_strict():
     value = {"a": 1 / 3, "b": float("inf"), "c": np.float32(0.5), "d": [True, None, "x", np.int64(3)]}
-    assert results.to_json(value) == {"a": 0.333333, "b": None, "c": 0.5, "d": [True, None, "x", 3]}
+    assert results._to_json(value) == {"a": 0.333333, "b": None, "c": 0.5, "d": [True, None, "x", 3]}
     with pytest.raises(TypeError):
-        results.to_json({"a": object()})
+        results._to_json({"a": object()})
 
 
 def test_record_and_load_keep_value_source_and_provenance(folder):
@@ -162,9 +173,287 @@ def test_table_merges_metrics_and_escapes():
 def test_call_payload_only_calls_public_functions():
     with pytest.raises(ValueError, match="no public function"):
         results.render({"call": {"function": "os.system", "arguments": {"command": "true"}}})
-    payload = {"call": {"function": "ftbook.results.format_number", "arguments": {"x": 0.5, "spec": ".0%"}}}
-    assert results.render(payload) == "50 %"
+    payload = {"call": {"function": "ftbook.data.status_text", "arguments": {"chapter": "99_none"}}}
+    assert "not measured yet" in results.render(payload)
 
+
+@pytest.mark.parametrize("function", ["ftbook.peft.save_file", "ftbook.results.record", "ftbook.data.load", "ftbook.data",
+                                      "ftbook.data._in_cache", "ftbook.runtime.os.system", ".status_text", ""])
+def test_render_calls_nothing_but_what_is_made_for_it(function, folder):
+    with pytest.raises(ValueError, match="no public function of ftbook that gives a page's text"):
+        results.render({"call": {"function": function, "arguments": {"chapter": "05_demo", "key": "x", "value": 1}}})
+    assert list(folder.iterdir()) == []
+
+
+def test_a_template_reaches_no_private_attribute():
+    for field in ("x.__class__", "x.__class__.__init__.__globals__", "x:{x.__class__}"):
+        with pytest.raises(ValueError, match="names that begin with _"):
+            results.say("{" + field + "}", x=1)
+
+
+HTML = ["<script>alert(1)</script>", "a <b>bold</b> word", "x < y", "<!-- gone -->", "`code` <i>", "\\`<b>`", "`a\n<b>`",
+        "x ` y\n`<b>`", "```<b>`x`", "&lt;b>", "<http://a b><b>", "a` <b> `b", "\\\\`a`<b>`"]
+
+
+def shown(text):
+    """The HTML that a reader's CommonMark renderer makes of a text."""
+    return pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+
+
+@pytest.mark.parametrize("text", HTML)
+def test_html_in_a_value_is_shown_and_not_obeyed_in_sentences_tables_and_captions(text):
+    for made in (results.say("value: {x}", x=text), results.say("`{x}`", x=text), results.table([{"a": text}]),
+                 results.table([{text: 1}]), results.table([{"a": 1}], caption=text)):
+        html = shown(str(made))
+        assert not [tag for tag in ("<script", "<b>", "<i>", "<!--") if tag in html], html
+    assert "x &lt; y" in shown(str(results.say("{x}", x="x < y")))
+    assert "<code>a < b" not in shown(str(results.say("{x}", x="`a < b`"))) and "`a < b`" in str(results.say("{x}", x="`a < b`"))
+    assert str(results.say("see <https://example.org/a>")) == "see <https://example.org/a>"
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text("`\\<b>&; |\n", max_size=14), st.sampled_from(["{x}", "`{x}`", "a `b` {x}", "{x} `"]))
+def test_no_text_brings_html_onto_a_page(text, template):
+    assert "<b>" not in shown(str(results.say(template, x=text)))
+    assert "<b>" not in shown(str(results.table([{"a": text, "b": 1}])))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.text("ab|\\`\n\r ", min_size=1, max_size=8), min_size=1, max_size=3, unique=True))
+def test_every_heading_and_cell_stays_one_cell(texts):
+    names = [t + str(i) for i, t in enumerate(texts)]
+    table = str(results.table([dict(zip(names, texts, strict=True))] * 2))
+    assert len(table.split("\n")) == 4
+    html = shown(table)
+    assert html.count("<th") - html.count("<thead") == len(texts) and html.count("<td") == 2 * len(texts)
+
+
+def test_a_heading_given_for_a_column_is_escaped_too():
+    table = str(results.table([{"x": 1}], columns={"x": "two\nlines | a bar"}))
+    assert table.startswith("| two lines \\| a bar |\n| ---: |\n")
+
+
+# ---------------------------------------------------------------- what is stored
+
+TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
+VALUES = st.recursive(TEXT | st.integers(-10**20, 10**20) | st.booleans() | st.none(),
+                      lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=12)
+
+
+@settings(deadline=None, max_examples=150)
+@given(VALUES)
+def test_text_and_structure_survive_exactly(value):
+    text = results._text({"k": value})
+    assert json.loads(text) == {"k": value}
+    assert json.loads(json.dumps({"k": value})) == json.loads(text)
+
+
+@pytest.mark.parametrize("value", ["a [ b ] c", "[ 1, 2 ]", "[\n 1\n]", 'say "[ x ]"', "\ud800 half", ["[ a ]", ["b ] [ c"]], "a  b"])
+def test_text_with_brackets_comes_back_as_it_was(value):
+    results.record("05_demo", "k", value)
+    assert results.load("05_demo", "k") == value
+
+
+def test_the_layout_of_the_committed_files_is_kept(root):
+    for file in sorted((root / "results").glob("*.json")):
+        text = file.read_text(encoding="utf-8")
+        assert results._text(json.loads(text)) + "\n" == text, f"{file.name} would change without a new number"
+
+
+def test_keys_that_are_one_as_text_are_refused():
+    with pytest.raises(ValueError, match="one as text, such as 1 and '1'"):
+        results.record("05_demo", "k", {1: "a", "1": "b"})
+
+
+def test_a_stored_value_is_copied_and_sent_as_a_plain_one():
+    value = results.record("05_demo", "k", {"lr": 0.1, "n": 3, "names": ["a"]})
+    for plain in (pickle.loads(pickle.dumps(value)), copy.deepcopy(value)):
+        assert plain == value and type(plain) is dict and type(plain["lr"]) is float
+    assert value["names"][0].source["path"] == ["names", 0] and isinstance(value["n"], int) and value["lr"] + 1 == 1.1
+
+
+def test_what_a_row_was_varied_in_is_exact_and_what_was_measured_is_rounded():
+    row = results.record("05_demo", "r", results.row("loss", [1 / 3, 2 / 3], lr=1 / 3))
+    assert row["lr"] == 1 / 3 and results.load("05_demo", "r")["lr"] == 1 / 3 and row["values"] == [0.333333, 0.666667]
+
+
+# ---------------------------------------------------------------- the lock, the disk, what killed writers leave
+
+def write_with_own_temporary_folder(worker, folder, temporary):
+    os.environ |= {"FTBOOK_RESULTS": str(folder), "FTBOOK_PROFILE": "cpu", "TMPDIR": str(temporary)}
+    tempfile.tempdir = None
+    for i in range(30):
+        results.record("05_demo", f"{worker}.{i}", i)
+
+
+def test_processes_with_different_temporary_folders_lose_nothing_and_leave_no_lock(folder):
+    context = multiprocessing.get_context("fork")
+    workers = []
+    for w in range(4):
+        (folder / f"tmp{w}").mkdir()
+        workers.append(context.Process(target=write_with_own_temporary_folder, args=(w, folder, folder / f"tmp{w}")))
+    [w.start() for w in workers]
+    [w.join() for w in workers]
+    assert len(json.loads((folder / "05_demo.json").read_text())["cpu"]) == 120
+    assert sorted(f.name for f in folder.iterdir()) == ["05_demo.json", "tmp0", "tmp1", "tmp2", "tmp3"]
+
+
+def test_threads_lose_nothing(folder):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: results.record("05_demo", f"k{i}", i), range(40)))
+    assert len(json.loads((folder / "05_demo.json").read_text())["cpu"]) == 40 and len(list(folder.iterdir())) == 1
+
+
+def test_the_lock_is_ignored_by_git(root):
+    check = subprocess.run(["git", "check-ignore", "results/.05_demo.json.lock"], cwd=root, capture_output=True)
+    assert check.returncode == 0 or not (root / ".git").exists()
+
+
+def die_while_writing(folder):
+    @contextmanager
+    def cut(path, write=runtime.atomic_write):
+        with write(path) as temporary:
+            temporary.write_text("half")
+            os._exit(1)
+        yield
+
+    os.environ |= {"FTBOOK_RESULTS": str(folder), "FTBOOK_PROFILE": "cpu"}
+    runtime.atomic_write = cut
+    results.record("05_demo", "k", 1)
+
+
+def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_others_files_stay(folder):
+    for name in ("05_demo", "05_demo_b"):
+        (folder / f".{name}.4-beef.json").write_text("live" if name.endswith("b") else "half")
+    (folder / ".05_demo.notes.json").write_text("a reader's")
+    process = multiprocessing.get_context("fork").Process(target=die_while_writing, args=(folder,))
+    process.start()
+    process.join()
+    assert process.exitcode == 1
+    results.record("05_demo", "k", 2)
+    assert results.load("05_demo", "k") == 2
+    assert sorted(f.name for f in folder.iterdir()) == [".05_demo.notes.json", ".05_demo_b.4-beef.json", "05_demo.json"]
+
+
+def full_disk(monkeypatch, after=0):
+    """The disk is full from some write on; returns a function that makes room."""
+    left = itertools.count()
+
+    @contextmanager
+    def write(path, real=runtime.atomic_write):
+        if next(left) >= after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with real(path) as temporary:
+            yield temporary
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(runtime, "atomic_write", write)
+    return patch.undo
+
+
+def test_a_value_that_cannot_be_written_is_kept_and_written_with_the_next(monkeypatch):
+    make_room = full_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space left.*kept in memory, 1 value"):
+        results.record("05_demo", "a", 1)
+    with pytest.raises(OSError, match="2 value"):
+        results.record("05_demo", "b", 2)
+    make_room()
+    results.record("05_demo", "c", 3)
+    assert [results.load("05_demo", k) for k in "abc"] == [1, 2, 3]
+
+
+def test_a_full_disk_stops_a_sweep_at_once_and_loses_no_run(monkeypatch):
+    calls = []
+
+    def run(seed, lr):
+        calls.append(lr)
+        return {"loss": lr}
+
+    choices, where = {"lr": [float(i) for i in range(1, 21)]}, {"chapter": "05_demo", "name": "s", "progress": False}
+    make_room = full_disk(monkeypatch, after=3)
+    with pytest.raises(OSError, match="kept in memory"):
+        results.sweep(run, choices, [0], **where)
+    assert len(calls) == 4, "no run after the one that could not be stored"
+    make_room()
+    assert len(results.sweep(run, choices, [0], **where).rows) == 20
+    assert sorted(calls) == choices["lr"], "every run once"
+
+
+def test_a_run_that_meets_a_full_disk_stops_the_sweep_too():
+    def run(seed, lr):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        results.sweep(run, {"lr": [1, 2]}, [0], chapter="05_demo", name="s", progress=False)
+
+
+# ---------------------------------------------------------------- data that stand in for others
+
+def test_numbers_of_substituted_data_are_not_stored_under_the_real_name(folder, monkeypatch):
+    results.record("10_demo", "known", {"names": 13204})
+    before = (folder / "10_demo.json").read_bytes()
+    results.substituted("wnut17", "no network; get it from https://example.org")
+    for store in (lambda: results.record("10_demo", "known", {"names": 91}),
+                  lambda: results.sweep(noisy, {"lr": [0.1], "method": ["full"]}, [0], chapter="10_demo", name="s"),
+                  lambda: compare([{"method": "a", "lr": 0.1}])):
+        with pytest.raises(RuntimeError, match="stands in for wnut17 .*https://example.org.*FTBOOK_PROFILE=quick.*substitute="):
+            store()
+    assert (folder / "10_demo.json").read_bytes() == before and list(folder.iterdir()) == [folder / "10_demo.json"]
+    assert list(results.substituted()) == ["wnut17"]
+    monkeypatch.setenv("FTBOOK_PROFILE", "quick")
+    assert results.record("10_demo", "known", {"names": 91})["names"] == 91
+    assert json.loads((folder / "10_demo.json").read_text())["cpu"]["known"]["value"] == {"names": 13204}
+
+
+@pytest.mark.parametrize("bundled", [True, False])
+def test_a_chapter_without_a_network_does_not_overwrite_measured_numbers(folder, cache, monkeypatch, bundled):
+    data = pytest.importorskip("ftbook.data")
+    monkeypatch.setenv("FTBOOK_OFFLINE", "1")
+    results.record("10_demo", "known", 13204)
+    if not bundled:
+        with pytest.raises(FileNotFoundError):
+            data.load("wnut17", "train")
+        assert results.substituted() == {} and results.record("10_demo", "known", 13204) == 13204
+        return
+    data.load("wnut17", "train", bundled=True)
+    with pytest.raises(RuntimeError, match="wnut17"):
+        results.record("10_demo", "known", 91)
+    assert results.load("10_demo", "known") == 13204
+    monkeypatch.setenv("FTBOOK_PROFILE", "quick")
+    results._stand_ins.clear()
+    data.load("digits"), data.load("fashion_mnist", bundled=True)
+    assert list(results.substituted()) == ["fashion_mnist"], "what was asked for is no substitute"
+
+
+def test_a_substitute_that_is_named_is_stored_and_stands_in_the_provenance(folder):
+    results.substituted("wnut17")
+    results.record("10_demo", "known", 91, substitute="bundled corpus")
+    where = {"chapter": "10_demo", "name": "s", "progress": False}
+    results.sweep(noisy, {"lr": [0.1], "method": ["full"]}, [0], substitute="bundled corpus", **where)
+    compare([{"method": "a", "lr": 0.1}], substitute="bundled corpus")
+    stored = json.loads((folder / "10_demo.json").read_text())["cpu"]
+    assert stored["known"]["provenance"]["substitute"] == "bundled corpus"
+    assert stored["s"]["provenance"][0]["substitute"] == stored["s"]["value"]["substitute"] == "bundled corpus"
+    for other in ("another corpus", None):
+        results._stand_ins.clear()
+        with pytest.raises(ValueError, match="has substitute 'bundled corpus', this one"):
+            results.sweep(noisy, {"lr": [0.1], "method": ["full"]}, [1], substitute=other, **where)
+        with pytest.raises(ValueError, match="has substitute 'bundled corpus', this one"):
+            compare([{"method": "a", "lr": 0.1}], substitute=other)
+
+
+def loads_a_substitute(seed, lr):
+    results.substituted("wnut17", "in the run")
+    return {"loss": lr}
+
+
+def test_data_substituted_within_a_run_are_noticed_before_the_run_is_stored(folder):
+    with pytest.raises(RuntimeError, match="wnut17: in the run"):
+        results.sweep(loads_a_substitute, {"lr": [1, 2]}, [0], chapter="10_demo", name="s", progress=False)
+    assert list(folder.iterdir()) == []
+
+
+# ---------------------------------------------------------------- sweeps
 
 def noisy(seed, lr, method):
     if method == "broken":
@@ -220,15 +509,16 @@ def test_sweep_reports_failures_and_refuses_wrong_questions():
 
 def test_settings_grid_random_and_errors():
     choices = {"a": [1, 2, 3], "b": ["x", None]}
-    assert len(results.settings(choices)) == 6
-    few, more = (results.settings(choices, "random", n) for n in (2, 4))
+    assert len(results._settings(choices)) == 6
+    few, more = (results._settings(choices, "random", n) for n in (2, 4))
     assert more[:2] == few and len({json.dumps(s) for s in more}) == 4
-    for wrong, error in (({"a": "abc"}, ValueError), ({"a": []}, ValueError), ({"a": [object()]}, TypeError)):
+    for wrong, error in (({"a": "abc"}, ValueError), ({"a": []}, ValueError), ({"a": [object()]}, TypeError),
+                         ({"a": [float("inf")]}, ValueError), ({"seed": [1]}, ValueError), ({"metric": [1]}, ValueError)):
         with pytest.raises(error):
-            results.settings(wrong)
+            results._settings(wrong)
     for search, trials in (("best", None), ("random", None)):
         with pytest.raises(ValueError):
-            results.settings(choices, search, trials)
+            results._settings(choices, search, trials)
 
 
 def test_results_do_not_import_torch():
@@ -251,3 +541,288 @@ def test_whole_numbers_take_the_format_of_their_column():
     assert "12,345" in str(getattr(shown, "data", shown))
     plain = results.table([{"way": "a", "pieces": 12345}])
     assert "12345" in str(getattr(plain, "data", plain))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.floats(1e-8, 1e3), min_size=1, max_size=5, unique=True))
+def test_every_rate_is_a_setting_of_its_own_to_the_last_bit(rates):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FTBOOK_RESULTS", folder)
+        rates = [*rates, np.nextafter(rates[0], 2), np.float32(rates[0]).item()]
+        done = results.sweep(lambda seed, lr: {"loss": lr}, {"lr": rates}, [0], chapter="05_demo", name="s", progress=False)
+        assert len(done.rows) == len(set(rates))
+        for found in (done, results.load_sweep("05_demo", "s")):
+            assert all(found.row("loss", lr=r)["lr"] == r for r in rates)
+
+
+def test_whole_numbers_find_their_floats_and_truth_is_no_number():
+    where = {"chapter": "05_demo", "name": "s", "progress": False}
+    results.sweep(lambda seed, a: {"x": 1}, {"a": [1, True, np.int64(2)]}, [0], **where)
+    done = results.sweep(lambda seed, a: pytest.fail("ran again"), {"a": [1.0, True, 2.0]}, [0], **where)
+    assert len(done.rows) == 3 and done.row("x", a=1.0)["a"] == 1 and done.row("x", a=True)["a"] is True
+
+
+OLD = {"cpu": {"s": {"provenance": [{"python": "3.11", "date": "2026-01-01"}], "value": {"n": 5, "runs": [
+    {"choice": {"lr": 0.333333, "m": "a"}, "seed": s, "metrics": {"loss": 1.0 + s}, "seconds": 1.0, "origin": 0}
+    for s in (0, 1)]}}}}
+
+
+def test_runs_that_were_stored_with_six_digits_are_found_by_the_exact_rate(folder):
+    (folder / "05_demo.json").write_text(json.dumps(OLD))
+    where = {"chapter": "05_demo", "name": "s", "n": 5, "progress": False}
+    done = results.sweep(lambda **k: pytest.fail("ran again"), {"lr": [1 / 3], "m": ["a"]}, [0, 1], **where)
+    assert done.row("loss", lr=1 / 3)["values"] == [1.0, 2.0] and results.load_sweep("05_demo", "s").row("loss", lr=1 / 3)
+    calls = []
+    results.sweep(lambda **k: calls.append(k["lr"]) or {"loss": 0}, {"lr": [0.3333331, 0.3333332], "m": ["a"]}, [0], **where)
+    assert calls == [0.3333331, 0.3333332], "one old run cannot stand for two rates"
+
+
+def test_rows_are_in_the_order_of_numbers():
+    choices = {"labels": [100, 10, 1, 30, 3], "m": ["b", "a", None]}
+    done = results.sweep(lambda seed, labels, m: {"x": labels}, choices, [10, 9], chapter="05_demo", name="s", progress=False)
+    for found in (done, results.load_sweep("05_demo", "s")):
+        assert [r["labels"] for r in found.summary("x", m="a")] == [1, 3, 10, 30, 100]
+        assert found.rows[0] | {"seconds": 0} == {"labels": 1, "m": None, "seed": 9, "x": 1, "seconds": 0}
+        assert [row.split("|")[1].strip() for row in str(found.table("x")).split("\n")[2::3]] == ["1", "3", "10", "30", "100"]
+
+
+def test_a_setting_that_diverged_is_shown_and_never_the_best():
+    scores = {1.0: float("nan"), 2.0: 0.5, 3.0: 0.4}
+    done = results.sweep(lambda seed, lr: {"acc": scores[lr] if seed else 0.6}, {"lr": list(scores)}, [0, 1],
+                         chapter="05_demo", name="s", progress=False)
+    assert np.isnan(done.row("acc", lr=1).mean), "the seed that is left is not the mean"
+    assert done.best("acc")["lr"] == 2 and done.best("acc", mode="min")["lr"] == 3
+    alone = results.sweep(lambda seed, lr: {"acc": float("inf")}, {"lr": [1]}, [0], chapter="05_demo", name="t", progress=False)
+    with pytest.raises(ValueError, match="'acc' is no number in any run"):
+        alone.best("acc")
+
+
+# ---------------------------------------------------------------- studies
+
+ASKED = []
+
+
+def measure(seed, split, method="a", lr=0.0, labels=10):
+    """A made-up method: its own random numbers, so that it is the same in a thread and in a process."""
+    ASKED.append((split, method, lr, seed))
+    noise = np.random.default_rng([seed, labels, len(split)]).normal(0, 1e-3)
+    peak = {"a": 0.2, "b": 1 / 3, "none": 0.1}.get(method, 0.2)
+    return {"score": 1 - abs(lr - peak) + noise, "loss": abs(lr - peak), "steps": 50}
+
+
+def compare(rows, run=measure, **options):
+    given = {"chapter": "10_demo", "name": "study", "choose": "score", "budget": "50 steps", "seeds": [1, 2, 3]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return results.study(run, rows, **given | options)
+
+
+RATES = [0.1, 0.2, 1 / 3, 0.5]
+ROWS = [{"method": "a", "lr": RATES}, {"method": "b", "lr": RATES}, {"method": "fixed", "lr": 0.2},
+        {"method": "like b", "lr": results.ChosenFor(method="b")}]
+
+
+def content(folder):
+    """What a study stored, without what differs between two runs of the same thing."""
+    stored = json.loads((folder / "10_demo.json").read_text())["cpu"]
+    for part in ("study.search", "study.final"):
+        for run in stored[part]["value"]["runs"]:
+            assert run.pop("seconds") >= 0
+    for rows in stored["study"]["value"].values():
+        for row in rows:
+            assert row.pop("minutes") >= 0
+    return {k: v["value"] for k, v in stored.items()}
+
+
+def test_a_study_chooses_on_validation_data_and_scores_the_test_data_once():
+    ASKED.clear()
+    found = compare(ROWS, n={"valid": 50, "test": 200})
+    chosen = {"a": 0.2, "b": 1 / 3, "fixed": 0.2, "like b": 1 / 3}
+    search = [a for a in ASKED if a[0] == "valid"]
+    assert search == [("valid", m, lr, 0) for m in "ab" for lr in RATES], "one seed, and only what is searched"
+    assert [a for a in ASKED if a[0] == "test"] == [("test", m, lr, s) for m, lr in chosen.items() for s in (1, 2, 3)]
+    for row in found.rows("score"):
+        assert row["lr"] == chosen[row["method"]] and row["n"] == 200 and row["seeds"] == [1, 2, 3] and row["budget"] == "50 steps"
+        assert row["tried"] == (4 if row["method"] in "ab" else 1) and row["edge"] == [] and row["minutes"] >= 0
+        assert row.varied == {"method": row["method"], "lr": chosen[row["method"]]}
+    assert found.search.stored["n"] == 50 and len(found.search.rows) == 8 and len(found.final.rows) == 12
+    again = results.load_study("10_demo", "study")
+    assert again.rows("score") == found.rows("score") and again.metrics == ["loss", "score", "steps"]
+    said = results.say("{x:.2f} at {r:.4f}", x=again.row("score", method="b"), r=again.row("score", method="b")["lr"])
+    assert results.render(said.payload).endswith("at 0.3333") and "study" in repr(found) and not found.failed
+    assert "| a | 0.2 |" in str(found.table("score", "loss", columns=["method", "lr", "score"]))
+    assert len(found.plot("score").get_yticklabels()) == 4
+    ASKED.clear()
+    compare(ROWS, n={"valid": 50, "test": 200})
+    assert ASKED == [], "nothing runs twice"
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.data())
+def test_a_study_that_was_killed_anywhere_and_goes_on_equals_the_unbroken_one(data):
+    stops = data.draw(st.lists(st.integers(0, 19), max_size=3))
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FTBOOK_RESULTS", first)
+        compare(ROWS)
+        patch.setenv("FTBOOK_RESULTS", second)
+        tests = []
+        for stop in [*stops, 99]:
+            left = itertools.count()
+
+            def run(seed, split, stop=stop, left=left, **settings):
+                if next(left) == stop:
+                    raise KeyboardInterrupt
+                if split == "test":
+                    tests.append((*settings.values(), seed))
+                return measure(seed, split, **settings)
+
+            try:
+                compare(ROWS, run)
+            except KeyboardInterrupt:
+                pass
+        assert len(tests) == len(set(tests)) == 12, "each test score once, however often the study was stopped"
+        assert content(results.Path(first)) == content(results.Path(second))
+
+
+@pytest.mark.parametrize("pool", [lambda: ThreadPoolExecutor(3),
+                                  lambda: ProcessPoolExecutor(2, multiprocessing.get_context("fork"))], ids=["threads", "processes"])
+def test_an_executor_gives_the_rows_of_one_process(pool, tmp_path, monkeypatch):
+    folders = tmp_path / "here", tmp_path / "pool"
+    monkeypatch.setenv("FTBOOK_RESULTS", str(folders[0]))
+    compare(ROWS)
+    monkeypatch.setenv("FTBOOK_RESULTS", str(folders[1]))
+    with pool() as executor:
+        compare(ROWS, executor=executor)
+    assert content(folders[0]) == content(folders[1])
+
+
+def stands_in(seed, split, lr):
+    results.substituted("wnut17", "in another process")
+    return {"score": lr}
+
+
+def another_profile(seed, split, lr):
+    os.environ["FTBOOK_PROFILE"] = "quick"
+    return {"score": lr}
+
+
+def ends_its_process(seed, split, lr):
+    os._exit(1)
+
+
+@pytest.mark.parametrize("run, match", [
+    (stands_in, "wnut17: in another process"), (another_profile, "in the quick profile, the study in cpu"),
+    (ends_its_process, "the executor could not do a run .BrokenProcessPool"),
+    (lambda seed, split, lr: {"score": 1}, "must be importable there")])
+def test_what_goes_wrong_in_another_process_is_told_and_nothing_is_stored(run, match, folder):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
+        with pytest.raises(RuntimeError, match=match):
+            compare([{"lr": 0.1}], run, executor=executor)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("options, edge", [
+    ([0.2, 0.3, 0.4], ["lr"]), ([0.1, 0.15, 0.2], ["lr"]), ([0.1, 0.2, 0.3], []), ([0.2], []), ([0.0, 0.5, 1.0], []),
+    ([0.4, 0.2, 0.1], [])])
+def test_a_choice_at_the_edge_of_its_grid_is_warned_of_and_stands_in_the_row(options, edge):
+    given = {"chapter": "10_demo", "name": "edge", "choose": "score", "budget": "b", "seeds": [1]}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = results.study(measure, [{"method": "a", "lr": options}], **given)
+    assert found.row("score")["edge"] == edge
+    assert [str(w.message) for w in told] == ([f"study edge.search: for {{'method': 'a'}} the best lr is 0.2, at the edge of "
+                                               f"{options}; widen the grid"] if edge else [])
+
+
+def test_names_have_no_edge_and_several_settings_are_searched_together():
+    def run(seed, split, kind, lr, flag):
+        return {"score": {"x": 0, "y": 2, "z": 1}[kind] - abs(lr - 2) + flag}
+
+    row = compare([{"kind": ["x", "z", "y"], "lr": (1, 2, 3), "flag": [False, True]}], run).row("score")
+    assert row.varied == {"kind": "y", "lr": 2, "flag": True} and row["tried"] == 18 and row["edge"] == []
+
+
+def test_a_lower_score_may_be_the_better_and_several_seeds_may_search():
+    found = compare([{"method": "b", "lr": RATES}], choose="loss", mode="min", search_seeds=[7, 8])
+    assert found.row("loss")["lr"] == 1 / 3 and len(found.search.rows) == 8
+
+
+@pytest.mark.parametrize("rows, match", [
+    ([], "no rows"),
+    ([{"method": "a", "lr": [1, 2]}, {"method": "b", "lr": [1, 2, 3]}], "different numbers of settings: 2 for .*; 3 for"),
+    ([{"method": "a", "lr": [1, 2]}, {"method": "a", "lr": [3, 4]}], "2 rows do not differ in what is fixed"),
+    ([{"method": "a", "lr": results.ChosenFor(method="c")}], "takes lr from another, and 0 rows have {'method': 'c'}"),
+    ([{"method": "a", "lr": [1, 2]}, {"method": "b", "lr": results.ChosenFor(method="a")},
+      {"method": "c", "lr": results.ChosenFor(method="b")}], "0 rows have {'method': 'b'}"),
+    ([{"split": "test"}], "'split' is a field of every row"),
+    ([{"lr": []}], "at least one option"),
+])
+def test_rows_that_cannot_be_compared_are_refused_before_the_first_run(rows, match):
+    with pytest.raises(ValueError, match=match):
+        compare(rows, lambda **k: pytest.fail("ran"))
+
+
+@pytest.mark.parametrize("options, match", [({"mode": "best"}, "'max' or 'min'"), ({"seeds": []}, "at least one seed"),
+                                            ({"search_seeds": []}, "at least one seed")])
+def test_wrong_options_of_a_study_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        compare(ROWS, lambda **k: pytest.fail("ran"), **options)
+
+
+def test_a_study_mixes_neither_budgets_nor_numbers_of_examples():
+    compare(ROWS[:1], n={"valid": 5, "test": 9})
+    for other, match in (({"budget": "60 steps"}, "budget '50 steps', this one '60 steps'"), ({"n": {"test": 8}}, "n 9, this one 8"),
+                         ({"n": {"valid": 4, "test": 9}}, "n 5, this one 4")):
+        with pytest.raises(ValueError, match=match):
+            compare(ROWS[:1], **{"n": {"valid": 5, "test": 9}} | other)
+
+
+def test_rows_that_take_more_steps_than_others_are_found_out():
+    def run(seed, split, method, lr):
+        return {"score": lr, "steps": 60 if method == "b" else 50}
+
+    with pytest.raises(ValueError, match="budgets differ: 60 steps for {'method': 'b', 'lr': 0.1}, 50 for {'method': 'a'"):
+        compare(ROWS[:2], run)
+
+
+def test_a_search_run_that_fails_or_diverges_comes_last_and_a_final_run_that_fails_is_told():
+    trouble = {"final": True}
+
+    def run(seed, split, method, lr):
+        if lr == 0.2 or (trouble["final"] and split == "test" and seed == 2):
+            raise RuntimeError("diverged")
+        return {"score": float("nan") if lr == 0.1 else lr}
+
+    rows = [{"method": "a", "lr": RATES}, {"method": "b", "lr": RATES}]
+    with pytest.raises(RuntimeError, match="2 final run.s. of study study failed, for example .*diverged"):
+        compare(rows, run)
+    trouble["final"] = False
+    found = compare(rows, run)
+    assert [r["lr"] for r in found.rows("score")] == [0.5, 0.5] and len(found.failed) == 2
+    with pytest.raises(RuntimeError, match="no run of .* gave a number as 'score'"):
+        compare([{"lr": [0.1, 0.2]}], lambda seed, split, lr: {"score": float("nan")}, name="none")
+    with pytest.raises(ValueError, match="run.. returned score, loss, steps for .*'accuracy' is to choose"):
+        compare(ROWS, name="other", choose="accuracy")
+
+
+def test_a_study_is_asked_for_what_it_has():
+    found = compare(ROWS)
+    with pytest.raises(ValueError, match="no metric 'f1'; it has loss, score, steps"):
+        found.rows("f1")
+    with pytest.raises(ValueError, match="4 rows match {}; they differ in"):
+        found.row("score")
+    assert [r["method"] for r in found.rows("score", lr=1 / 3)] == ["b", "like b"]
+    results.record("10_demo", "number", 1)
+    for key in ("number", "study.final"):
+        with pytest.raises(ValueError, match="is no study"):
+            results.load_study("10_demo", key)
+    assert repr(results.ChosenFor(method="b", labels=3)) == "ChosenFor(method='b', labels=3)"
+
+
+def test_a_widened_grid_runs_only_what_is_new_and_the_rows_follow():
+    compare([{"method": "a", "lr": [0.1, 0.15]}])
+    ASKED.clear()
+    row = compare([{"method": "a", "lr": [0.1, 0.15, 0.2, 0.3]}]).row("score")
+    assert [a[:3] for a in ASKED] == [("valid", "a", 0.2), ("valid", "a", 0.3)] + [("test", "a", 0.2)] * 3
+    assert row["lr"] == 0.2 and row["edge"] == [] and row["tried"] == 4
+    assert len(results.load_study("10_demo", "study").final.rows) == 3, "final runs of the former choice do not count"

@@ -2,6 +2,8 @@
 import builtins
 import itertools
 import math
+import tempfile
+import warnings
 
 import numpy as np
 import pytest
@@ -27,6 +29,37 @@ def test_draws_keep_to_the_space_and_extend():
     assert {s["kind"] for s in some} == {"a", "b"} and Options("a", "b").at(1.0) == "b"
     assert search.grid_choices(SPACE, 3) == {"x": [1.0, 10.0, 100.0], "k": [2, 6, 9], "kind": ["a", "b"]}
     assert Range(0, 2).grid(1) == [1.0]
+
+
+@given(low=st.integers(-9, 9), size=st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_every_whole_number_of_a_range_is_as_likely_as_the_next(low, size):
+    part, n = Range(low, low + size - 1, integer=True), 840 * size
+    found = [part.at((i + 0.5) / n) for i in range(n)]
+    assert [found.count(k) for k in range(low, low + size)] == [840] * size
+    assert part.at(0.0) == low and part.at(1.0) == low + size - 1 and part.grid(2) == [low, low + size - 1]
+
+
+@given(low=st.integers(1, 50), size=st.integers(2, 60))
+@settings(max_examples=60, deadline=None)
+def test_with_log_a_whole_number_is_as_likely_as_its_share_of_the_logarithm(low, size):
+    part, high, n = Range(low, low + size, log=True, integer=True), low + size, 20_000
+    found = np.bincount([part.at((i + 0.5) / n) for i in range(n)], minlength=high + 1)[low:] / n
+    share = np.diff(np.log(np.arange(low, high + 2) - 0.5)) / np.log((high + 0.5) / (low - 0.5))
+    assert np.abs(found - share).max() < 1e-3
+
+
+@given(ends=st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)), u=st.floats(0, 1), log=st.booleans(), integer=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_a_value_lies_in_its_range_and_whole_numbers_are_whole(ends, u, log, integer):
+    low, high = sorted(ends)
+    if integer and math.ceil(low) > math.floor(high):
+        with pytest.raises(ValueError, match="no whole number"):
+            Range(low, high, log, integer)
+        return
+    part = Range(low, high, log, integer)
+    for value in (part.at(u), *part.grid(3)):
+        assert low <= value <= high and (isinstance(value, int) or not integer)
 
 
 def sklearn_schedule(candidates, most, least, factor):
@@ -55,7 +88,7 @@ def test_schedule_equals_scikit_learn(candidates, most, least, factor):
 @given(value=st.integers(1, 10**6), base=st.integers(2, 7))
 @settings(max_examples=100, deadline=None)
 def test_whole_log(value, base):
-    k = search.whole_log(value, base)
+    k = search._whole_log(value, base)
     assert base**k <= value < base ** (k + 1)
 
 
@@ -101,6 +134,60 @@ def test_halving_finds_the_best_resumes_and_counts():
     assert go(mode="min").best["x"] in (0, 8)
 
 
+SCORES = st.floats(-9, 9) | st.sampled_from([math.nan, math.inf, None])  # None: the run fails
+
+
+@given(scores=st.lists(SCORES, min_size=9, max_size=9), mode=st.sampled_from(["max", "min"]))
+@settings(max_examples=25, deadline=None)
+def test_halving_ranks_a_score_that_is_no_number_last_and_loses_no_run(scores, mode):
+    def run(seed, i, steps):
+        if scores[i] is None:
+            raise RuntimeError("diverged")
+        return {"score": scores[i]}
+
+    def go():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return search.successive_halving(run, [{"i": i} for i in range(9)], resource="steps", metric="score", mode=mode,
+                                             schedule=search.halving_schedule(9, 9), chapter="toy", name="n")
+
+    ended = [i for i in range(9) if scores[i] is not None]
+    numbers = [i for i in ended if math.isfinite(scores[i])]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FTBOOK_RESULTS", folder)
+        if not numbers:
+            with pytest.raises(RuntimeError, match="no run with steps=1 ended with a number as 'score'"):
+                go()
+            return
+        found = go()
+        better = {"max": max, "min": min}[mode]
+        assert scores[found.best["i"]] == better(scores[i] for i in numbers)
+        assert sorted(r["i"] for r in found.rungs[0]) == ended
+        assert [r["score"] is None for r in found.rungs[0]] == sorted(i not in numbers for i in ended)
+
+
+def test_halving_goes_on_with_the_exact_setting_and_names_a_missing_metric():
+    seen = []
+
+    def run(seed, lr, steps):
+        seen.append(lr)
+        return {"score": lr}
+
+    where = {"resource": "steps", "chapter": "toy", "name": "e"}
+    settings = [{"lr": 1 / 3}, {"lr": 1 / 7}, {"lr": 1 / 9}]
+    found = search.successive_halving(run, settings, schedule=[(3, 1), (1, 3)], metric="score", **where)
+    assert found.best == {"lr": 1 / 3} and seen[-1] == 1 / 3
+    with pytest.raises(ValueError, match="returned no 'accuracy'"):
+        search.successive_halving(run, settings, schedule=[(3, 1)], metric="accuracy", **where)
+
+
+@pytest.mark.parametrize("call", [lambda: search.expected_best([0.1, math.nan], 1), lambda: search.best_of([0.1], [math.inf], [1]),
+                                  lambda: search.expected_best([[0.1]], 1)])
+def test_estimates_refuse_scores_that_are_no_numbers(call):
+    with pytest.raises(ValueError, match="no finite numbers; give one number per trial, a diverged trial that of chance"):
+        call()
+
+
 def test_run_settings_keeps_what_ran(capsys):
     def run(seed, x):
         if x == 2:
@@ -138,7 +225,8 @@ def test_without_optuna_the_message_helps(monkeypatch):
 
 
 @pytest.mark.parametrize("call", [
-    lambda: Range(2, 1), lambda: Range(0, 1, log=True), lambda: Options(), lambda: search.draw(SPACE, 0),
+    lambda: Range(2, 1), lambda: Range(0, 1, log=True), lambda: Range(0, math.inf), lambda: Range(math.nan, 1),
+    lambda: search.expected_best([1, 2], 1, mode="best"), lambda: Options(), lambda: search.draw(SPACE, 0),
     lambda: search.halving_schedule(0, 9), lambda: search.halving_schedule(9, 9, factor=1),
     lambda: search.selection_weights(5, 6), lambda: search.selection_weights(5, 0), lambda: search.best_of([1], [1, 2], [1]),
     lambda: search.optuna_search(None, SPACE, 1, metric="y", sampler="grid"),
