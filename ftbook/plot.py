@@ -38,13 +38,14 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Outline
 from matplotlib.rcsetup import cycler
@@ -655,22 +656,20 @@ def concept_map(
     grid = np.array([cell[0], -cell[1]], dtype=float)  # rows downwards
     colors, arrows, labels = colors or {}, [], []
     full = _checked_edges(nodes, edges, colors)
-    boxes = {
-        n: _text_box(grid * at, t, 10, (16, 10)) for n, (t, at) in nodes.items()
-    }
+    boxes = {}
+    for name, (text, at) in nodes.items():
+        boxes[name] = _text_box(grid * at, text, 10, (16, 10))
     for start, end, label, bends in full:
-        ends = [grid * nodes[name][1] for name in (start, end)]
-        path = np.array([ends[0], *(grid * bend for bend in bends), ends[1]])
-        path[[0, -1]] = (
-            _leave(boxes[start], path[1]),
-            _leave(boxes[end], path[-2]),
-        )
+        a, b = (nodes[name][1] for name in (start, end))
+        path = np.array([grid * point for point in (a, *bends, b)])
+        tail, tip = _leave(boxes[start], path[1]), _leave(boxes[end], path[-2])
+        path[0], path[-1] = tail, tip
         arrows.append((start, end, path))
         if label:
             longest = np.linalg.norm(np.diff(path, axis=0), axis=1).argmax()
             middle = path[longest : longest + 2].mean(0)
             labels.append((label, _text_box(middle, label, 9, (4, 2))))
-    if faults := _faults(boxes, arrows, labels):
+    if faults := list(_faults(boxes, arrows, labels)):
         cure = "move a box, bend an arrow, or enlarge `cell`"
         raise ValueError(f"{'; '.join(faults)}: {cure}")
     return _drawn_map(nodes, boxes, colors, arrows, labels)
@@ -698,67 +697,62 @@ def _checked_edges(nodes: Mapping, edges: Sequence, colors: Mapping) -> list:
     return [(*edge, *("", ())[len(edge) - 2 :]) for edge in edges]
 
 
-def _faults(boxes: Mapping, arrows: Sequence, labels: Sequence) -> list[str]:
+def _faults(
+    boxes: Mapping, arrows: Sequence, labels: Sequence
+) -> Iterator[str]:
     """What would be hard to read: overlaps, arrows that run through boxes."""
     things = [(f"box {name!r}", box) for name, box in boxes.items()]
     things += [(f"label {text!r}", box) for text, box in labels]
-    pairs = itertools.combinations(things, 2)
-    found = [f"{a} overlaps {b}" for (a, p), (b, q) in pairs if p.overlaps(q)]
-    for (start, end, points), (name, box) in itertools.product(
-        arrows, boxes.items()
-    ):
-        line, own = Outline(points), name in (start, end)
-        if any(box.contains(*bend) for bend in points[1:-1]) or (
-            not own and line.intersects_bbox(box, filled=False)
-        ):
-            found.append(
-                f"arrow {start!r} to {end!r} runs through box {name!r}"
-            )
-    return found
+    for (one, p), (other, q) in itertools.combinations(things, 2):
+        if p.overlaps(q):
+            yield f"{one} overlaps {other}"
+    for (start, end, path), name in itertools.product(arrows, boxes):
+        box, line = boxes[name], Outline(path)
+        crossed = name not in (start, end) and line.intersects_bbox(box, False)
+        if crossed or any(box.contains(x, y) for x, y in path[1:-1]):
+            yield f"arrow {start!r} to {end!r} runs through box {name!r}"
 
 # %% ../nbs/A5_plot.ipynb #3733d6d7
 def _drawn_map(
     nodes: Mapping,
-    boxes: Mapping[str, Bbox],
-    colors: Mapping[str, int],
+    boxes: Mapping,
+    colors: Mapping,
     arrows: Sequence,
     labels: Sequence,
 ) -> Axes:
     """A figure as large as its drawing, one data unit a point."""
-    corners = [
-        *(b.get_points() for b in boxes.values()),
-        *(a[2] for a in arrows),
-    ]
-    low = np.concatenate(corners).min(0) - 6
-    high = np.concatenate(corners).max(0) + 6
+    corners = [box.get_points() for box in boxes.values()]
+    points = np.concatenate([*corners, *(path for _, _, path in arrows)])
+    low, high = points.min(0) - 6, points.max(0) + 6
     figure = plt.figure(figsize=(high - low) / 72, layout="none")
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     ax.axis("off")
-    grey, line = "#555555", "-|>,head_length=5.5,head_width=2.4"
-    center: dict[str, Any] = {
-        "ha": "center",
-        "va": "center",
-        "linespacing": 1.2,
-    }
+
+    def write(
+        box: Bbox, text: str, size: float, look: dict | None = None
+    ) -> None:
+        x, y = box.get_points().mean(0)
+        t = ax.text(
+            x, y, text, ha="center", va="center", fontsize=size, bbox=look
+        )
+        t.set(linespacing=1.2, zorder=3)
+
+    grey, head = "#555555", "-|>,head_length=5.5,head_width=2.4"
     for _, _, path in arrows:
-        arrow = FancyArrowPatch(path=Outline(path), arrowstyle=line, color=grey)
+        arrow = FancyArrowPatch(path=Outline(path), arrowstyle=head, color=grey)
         arrow.set(linewidth=1.1, joinstyle="round", capstyle="butt", zorder=1)
         ax.add_patch(arrow)
     for name, box in boxes.items():
-        color = np.array(mpl.colors.to_rgb(palette[colors.get(name, 0)]))
-        face = 0.9 * np.array(mpl.colors.to_rgb(CARD)) + 0.1 * color
-        patch = FancyBboxPatch(
-            box.min, box.width, box.height, "round,pad=0,rounding_size=4"
-        )
+        color = palette[colors.get(name, 0)]
+        face = 0.9 * np.array(to_rgb(CARD)) + 0.1 * np.array(to_rgb(color))
+        shape = "round,pad=0,rounding_size=4"
+        patch = FancyBboxPatch(box.min, box.width, box.height, shape)
         patch.set(facecolor=face, edgecolor=color, linewidth=1.1, zorder=2)
         ax.add_patch(patch)
-        x, y = box.get_points().mean(0)
-        ax.text(x, y, nodes[name][0], fontsize=10, zorder=3, **center)
-    paper = {"fc": CARD, "ec": "none", "pad": 1}
+        write(box, nodes[name][0], 10)
     for text, box in labels:
-        x, y = box.get_points().mean(0)
-        ax.text(x, y, text, fontsize=9, zorder=3, bbox=paper, **center)
+        write(box, text, 9, {"fc": CARD, "ec": "none", "pad": 1})
     return ax
 
 # %% ../nbs/A5_plot.ipynb #c66a42f5
