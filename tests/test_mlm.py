@@ -1,13 +1,17 @@
 """Chapter 6: tokenizer, packing, masking, the head on masked positions, pretraining, checkpoints, measurements."""
 
 import math
+import re
+import time
+from copy import deepcopy
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftbook import mlm
+from ftbook import Checkpoint, Settings, mlm
+from ftbook.finetune import encodable, encode_texts, unpadded
 
 SENTENCES = (
     "The river runs past the old mill and into the lake.",
@@ -52,6 +56,14 @@ def test_detokenize_closes_up_punctuation():
 def test_read_documents_finds_titles_headings_and_empty_articles():
     text = "\n = One = \n\n first line \n = = Part = = \n\n second\n = Empty = \n\n = Two = \n x"
     assert mlm.read_documents(text) == ["One\nfirst line\nPart\nsecond", "Two\nx"]
+
+
+def test_headings_lose_their_equals_signs_in_linear_time():
+    text = "= A =\n= = Part = =\n= = = Deep one = = =\nx = y\n= half\n= 1 = 2"
+    assert mlm.read_documents(text + "\n") == ["A\nPart\nDeep one\nx = y\n= half\n= 1 = 2"]
+    start = time.process_time()
+    mlm.read_documents("= A =\n = x" + " =" * 40_000 + " b\nlast")
+    assert time.process_time() - start < 2
 
 
 def test_read_documents_without_titles_cuts_by_lines():
@@ -101,6 +113,85 @@ def test_pack_refuses_what_fills_no_sequence(tokenizer):
         mlm.pack(["He bought"], tokenizer, length=64)
     with pytest.raises(ValueError, match="do not fill"):
         mlm.pack([], tokenizer)
+
+
+def padded_copy(tokenizer):
+    """A copy whose file says, as all-MiniLM-L6-v2's does: pad to 128 pieces and cut at 128, always."""
+    odd = deepcopy(tokenizer)
+    odd.backend_tokenizer.enable_padding(length=128, pad_id=0, pad_token="[PAD]")
+    odd.backend_tokenizer.enable_truncation(128)
+    return odd
+
+
+def state(tokenizer):
+    return tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation
+
+
+def test_padding_and_truncation_of_the_tokenizers_file_change_nothing(documents, tokenizer, model):
+    odd, long = padded_copy(tokenizer), ["\n".join(documents[:20])] * 3  # more than 128 pieces each
+    assert len(tokenizer(long[0])["input_ids"]) > 500 and len(odd.backend_tokenizer.encode("a")) == 128
+    before = state(odd)
+    assert torch.equal(mlm.pack(long, odd, length=16), mlm.pack(long, tokenizer, length=16))
+    for texts in (["He bought bread.", "Anna"], long):
+        ours, plain = (encode_texts(texts, t, max_length=40) for t in (odd, tokenizer))
+        assert all(torch.equal(ours[k], plain[k]) for k in plain) and ours["input_ids"].shape[1] <= 40
+    assert mlm.fill_mask("The [MASK] runs.", 2, model, odd) == mlm.fill_mask("The [MASK] runs.", 2, model, tokenizer)
+    assert state(odd) == before and before[0]["length"] == before[1]["max_length"] == 128
+
+
+def test_encoding_texts_leaves_the_tokenizer_as_it_was(documents, tokenizer):
+    before = state(tokenizer)
+    encode_texts(["He bought bread.", "Anna"], tokenizer, max_length=4)
+    assert state(tokenizer) == before
+    assert mlm.pack(documents, tokenizer, length=16).shape == mlm.pack(documents, deepcopy(tokenizer), length=16).shape
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_tokenizer_is_restored_whatever_happens(tokenizer, error):
+    odd = padded_copy(tokenizer)
+    before = state(odd)
+    with pytest.raises(error), unpadded(odd) as backend:
+        assert backend.padding is None and backend.truncation is None
+        backend.enable_truncation(3)
+        raise error
+    assert state(odd) == before
+    plain = deepcopy(tokenizer)
+    plain.backend_tokenizer.no_padding()
+    plain.backend_tokenizer.no_truncation()
+    with unpadded(plain) as backend:
+        backend.enable_padding(length=7)
+    assert state(plain) == (None, None)
+    with unpadded(object()) as backend:  # a tokenizer written in Python
+        assert backend is None
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=20) | st.sampled_from(["x\ud800", "\udfff \ud83d\ude00"])
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(ANY_TEXT, min_size=1, max_size=4))
+def test_any_str_can_be_encoded(tokenizer, texts):
+    replaced = [re.sub("[\ud800-\udfff]", "\ufffd", t) for t in texts]
+    assert [encodable(t) for t in texts] == replaced and all(encodable(t).encode() for t in texts if t)
+    assert [len(encodable(t)) for t in texts] == [len(t) for t in texts]
+    padded = encode_texts(texts, tokenizer)
+    assert torch.equal(padded["input_ids"], encode_texts(replaced, tokenizer)["input_ids"])
+    more = [*texts, *SENTENCES * 3]
+    assert torch.equal(mlm.pack(more, tokenizer, 8), mlm.pack([*replaced, *SENTENCES * 3], tokenizer, 8))
+
+
+def test_half_surrogates_reach_no_tokenizer(tokenizer, model, documents):
+    assert mlm.fill_mask("The\ud800 [MASK] runs.", 1, model, tokenizer)
+    odd = [d + "\udc80" for d in documents]
+    assert mlm.train_tokenizer(odd, vocab_size=160).tokenize("Anna") == tokenizer.tokenize("Anna")
+
+
+def test_what_is_no_list_of_texts_is_refused_with_the_cure(tokenizer):
+    for encode in (encode_texts, mlm.pack):
+        with pytest.raises(TypeError, match="not the str 'one text'. Put a single text into a list"):
+            encode("one text", tokenizer)
+        with pytest.raises(TypeError, match="a text must be a str, not NoneType: None"):
+            encode(["a", None], tokenizer)
 
 
 @pytest.mark.parametrize("whole_word", [False, True])
@@ -228,7 +319,9 @@ def test_budget_agrees_across_processes(monkeypatch):
 
 def test_pretraining_beats_both_counting_baselines(tokenizer, ids, vocab):
     model = mlm.small_bert(len(tokenizer), hidden=32, layers=2, heads=2, positions=16)
-    history = mlm.pretrain(model, tokenizer, ids, ids, steps=250, every=50, lr=5e-3, batch_size=32, progress=False)
+    history = mlm.pretrain(
+        model, tokenizer, ids, ids, steps=250, every=50, lr=5e-3, batch_size=32, settings=Settings(progress=False)
+    )
     assert [row["steps"] for row in history.rows] == [50, 100, 150, 200, 250]
     scored = mlm.score(model, mlm.Masked(ids, vocab, 16, fixed=True, seed=1))
     unigram, bigram = (x.mean().item() for x in mlm.ngram_losses(mlm.ngram(ids, vocab), scored.previous, scored.target))
@@ -310,13 +403,19 @@ def test_pretraining_resumes_to_the_same_weights(tokenizer, ids, tmp_path):
             if state.step == self.at:
                 raise KeyboardInterrupt
 
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
     whole, broken = make(), make()
-    options = {"steps": 16, "every": 4, "batch_size": 4, "progress": False, "masking": {"whole_word": True}}
-    mlm.pretrain(whole, tokenizer, ids, **options, checkpoint=tmp_path / "a")
+    options = {"steps": 16, "every": 4, "batch_size": 4, "masking": {"whole_word": True}, "settings": Settings(progress=False)}
+    mlm.pretrain(whole, tokenizer, ids, callbacks=[Checkpoint(tmp_path / "a")], **options)
     with pytest.raises(KeyboardInterrupt):
-        mlm.pretrain(broken, tokenizer, ids, **options, checkpoint=tmp_path / "b", callbacks=[Crash(9)])
+        mlm.pretrain(broken, tokenizer, ids, callbacks=[Crash(9), Checkpoint(tmp_path / "b")], **options)
     resumed = make()
-    mlm.pretrain(resumed, tokenizer, ids, **options, checkpoint=tmp_path / "b", callbacks=[Crash(None)])
+    mlm.pretrain(resumed, tokenizer, ids, callbacks=[Crash(None), Checkpoint(tmp_path / "b")], **options)
     for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-6)
 
@@ -422,6 +521,6 @@ def test_next_segment_model_trains(model, ids, vocab):
     from ftbook.train import fit
 
     net = mlm.MaskedNextLM(model)
-    history = fit(net, mlm.MaskedPairs(ids, vocab, 8, steps=3), loss=None, progress=False)
+    history = fit(net, mlm.MaskedPairs(ids, vocab, 8, steps=3), loss=None, settings=Settings(progress=False))
     assert math.isfinite(history["train_loss"][0]) and net.answer.shape == (8, 2)
     assert mlm.reported(net, mlm.MaskedPairs(ids, vocab, 8, fixed=True))["follows_accuracy"] >= 0

@@ -1,9 +1,11 @@
 """ftbook.ner: reading, alignment, batches, F1, decoding, the tagger, and the bundled corpus."""
 
 import itertools
+import json
 import random
 import re
-import warnings
+import time
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -11,8 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from seqeval.metrics import classification_report
-from seqeval.scheme import IOB2, IOBES
+from sequences import iob2, random_sequences
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
@@ -20,7 +21,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from ftbook import ner
+from ftbook import Settings, ner
 from ftbook.ner import (
     BucketBatches,
     Corpus,
@@ -28,11 +29,10 @@ from ftbook.ner import (
     NERTagger,
     Sentence,
     WordPieces,
+    align,
     decode,
     encode,
-    entity_f1,
     iob2_transitions,
-    label_list,
     learn_transitions,
     mistakes,
     read_conll,
@@ -41,6 +41,8 @@ from ftbook.ner import (
     viterbi,
     write_conll,
 )
+from ftbook.tags import entity_f1, label_list, to_iob2
+from ftbook.train import Checkpoint, fit
 
 QUICK = settings(max_examples=60, deadline=None)
 LABELS = label_list(["LOC", "ORG", "PER"])
@@ -87,17 +89,6 @@ WORDS = st.text(
 
 
 @st.composite
-def iob2(draw, max_size=12, types=("LOC", "PER", "creative-work")):
-    """A well-formed IOB2 tag list."""
-    tags, prev = [], "O"
-    for _ in range(draw(st.integers(1, max_size))):
-        choices = ["O"] + [f"B-{t}" for t in types] + (["I-" + prev[2:]] if prev != "O" else [])
-        prev = draw(st.sampled_from(choices))
-        tags.append(prev)
-    return tags
-
-
-@st.composite
 def corpora(draw):
     """A small corpus with documents numbered from 0."""
     doc, out = 0, []
@@ -115,12 +106,6 @@ def test_what_is_written_is_read_back(tmp_path_factory, corpus, scheme, suffix):
     write_conll(corpus, path, scheme)
     back = read_conll(path, scheme)
     assert list(back) == list(corpus) and not back.repairs
-
-
-@QUICK
-@given(iob2(), st.sampled_from(["IOB1", "IOB2", "BIOES"]))
-def test_schemes_convert_both_ways(tags, scheme):
-    assert ner.to_iob2(ner.from_iob2(tags, scheme), scheme) == (tags, [])
 
 
 def test_scheme_is_detected(tmp_path):
@@ -186,7 +171,115 @@ def test_flaws_are_repaired_and_counted(tmp_path, text):
     corpus = read_conll(tmp_path / "f", strict=False)
     assert sum(corpus.repairs.values()) >= 1
     for s in corpus:
-        assert ner.to_iob2(s.tags, "IOB2") == (s.tags, []) and len(s.words) == len(s.tags)
+        assert to_iob2(s.tags, "IOB2") == (s.tags, []) and len(s.words) == len(s.tags)
+
+
+# a file in which most names begin with I-; two begin with a B- that IOB1 would not write
+CONLL_2003 = "EU I-ORG\nrejects O\n\nPeter I-PER\nBlackburn I-PER\n\n" * 50 + "in O\nRome B-LOC\n\nAda B-PER\nsat O\n"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_scheme_is_what_most_names_say_and_odd_lines_are_reported(tmp_path, strict):
+    (tmp_path / "eng.train").write_text(CONLL_2003)
+    with pytest.warns(UserWarning, match=r"2 tag\(s\) are not as IOB1.*eng.train, line 302: tag 'B-LOC' of 'Rome'"):
+        corpus = read_conll(tmp_path / "eng.train", strict=strict)
+    assert corpus.scheme == "IOB1" and len(corpus) == 102 and not corpus.repairs
+    assert corpus.tags[-2:] == [["O", "B-LOC"], ["B-PER", "O"]] and corpus.tags[1] == ["B-PER", "I-PER"]
+    assert [re.search(r"eng.train, line \d+", p)[0] for p in corpus.problems] == ["eng.train, line 302", "eng.train, line 304"]
+
+
+def test_a_stray_tag_is_named_instead_of_the_rest_of_the_file(tmp_path):
+    (tmp_path / "f").write_text("a B-PER\nb I-PER\n\n" * 20 + "c S-LOC\n")
+    with pytest.raises(ValueError, match="line 61: tag 'S-LOC' of 'c' .*breaks IOB2"):
+        read_conll(tmp_path / "f")
+    corpus = read_conll(tmp_path / "f", strict=False)
+    assert corpus.tags[-1] == ["B-LOC"] and corpus.problems == [f"{tmp_path / 'f'}, line 61: tag 'S-LOC' of 'c' after the start of the sentence breaks IOB2"]
+
+
+COMMENTED = """#begin document (one); part 000
+# text = Rome sleeps .
+# O
+Rome B-LOC
+sleeps O
+# a remark in between
+. O
+
+#
+#\thttp://example.org/# O\t[2009-10-17]
+# O
+1 O
+#end document
+"""
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_comments_are_never_words(tmp_path, strict):
+    (tmp_path / "f").write_text(COMMENTED)
+    corpus = read_conll(tmp_path / "f", strict=strict)
+    assert corpus.words == [["#", "Rome", "sleeps", "."], ["#", "1"]]  # "# O" is a word with its tag
+    assert corpus.tags == [["O", "B-LOC", "O", "O"], ["O", "O"]] and not corpus.problems
+
+
+def test_lines_are_counted_across_comments(tmp_path):
+    (tmp_path / "f").write_text("# one\na O\n# two\nb O\nc I-LOC\nd B-LOC\ne B-PER\n")
+    with pytest.raises(ValueError, match="line 5: tag 'I-LOC'"):
+        read_conll(tmp_path / "f")
+    (tmp_path / "f").write_text("a O\n#\nb O\n")  # a word that lost its tag
+    with pytest.raises(ValueError, match="line 2: 1 column"):
+        read_conll(tmp_path / "f")
+
+
+GERMEVAL = """#\thttp://de.example.org/Schartau [2009-10-17]
+1\tSchartau\tB-PER\tO
+2\tsagte\tO\tO
+3\tdem\tO\tO
+4\tBerliner\tB-ORG\tB-LOCderiv
+5\tVerlag\tI-ORG\tO
+
+#\thttp://de.example.org/1 [2009-10-18]
+1\t1\tO\tO
+2\tTag\tO\tO
+"""
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_numbered_rows_are_found(tmp_path, strict):
+    (tmp_path / "f").write_text(GERMEVAL)
+    corpus = read_conll(tmp_path / "f", strict=strict)
+    assert corpus.words == [["Schartau", "sagte", "dem", "Berliner", "Verlag"], ["1", "Tag"]]
+    assert corpus.tags[0] == ["B-PER", "O", "O", "B-ORG", "I-ORG"] and not corpus.problems
+    assert read_conll(tmp_path / "f", columns=(1, 3)).tags[0] == ["O", "O", "O", "B-LOCderiv", "O"]
+    (tmp_path / "f").write_text("0 EU NNP I-NP I-ORG\n1 rejects VBZ I-VP O\n\n0 Peter NNP I-NP I-PER\n")
+    corpus = read_conll(tmp_path / "f", strict=strict)
+    assert corpus.words == [["EU", "rejects"], ["Peter"]] and corpus.tags == [["B-ORG", "O"], ["B-PER"]]
+
+
+def test_numbers_that_are_words_stay_words(tmp_path):
+    (tmp_path / "f").write_text("1 CD O\n, , O\n2 CD O\n\n1 CD O\n")
+    assert read_conll(tmp_path / "f").words == [["1", ",", "2"], ["1"]]
+    (tmp_path / "f").write_text("1 O\n2 O\n\n1 O\n2 O\n")
+    assert read_conll(tmp_path / "f").words == [["1", "2"], ["1", "2"]]
+    (tmp_path / "f").write_text("1 CD I-NP O\n")
+    assert read_conll(tmp_path / "f").words == [["1"]]
+
+
+def test_a_flaw_in_a_numbered_file_is_named_and_mended(tmp_path):
+    (tmp_path / "f").write_text(GERMEVAL + "\n1\tIm\tO\n2\tMai\tO\tO\nBonn\tB-LOC\tO\n" + "\n1\tEin\tO\tO\n2\tWort\tO\tO\n" * 20)
+    with pytest.raises(ValueError, match="line 12: 3 column.* where 4 .*The word stands in column 2 and the tag in column 3"):
+        read_conll(tmp_path / "f")
+    corpus = read_conll(tmp_path / "f", strict=False)
+    assert corpus.words[2] == ["Im", "Mai", "Bonn"] and len(corpus.problems) == corpus.repairs["wrong number of columns"] == 2
+
+
+def test_columns_can_be_named(tmp_path):
+    (tmp_path / "f").write_text("O a b c d e EU B-ORG\nO a b c d e calls O\n")
+    assert read_conll(tmp_path / "f", columns=(6, -1)).words == [["EU", "calls"]]
+    assert read_conll(tmp_path / "f", columns=(6, 0)).tags == [["O", "O"]]
+    with pytest.raises(ValueError, match="line 1: 8 column.* name other columns with columns="):
+        read_conll(tmp_path / "f")
+    for columns in ((1, 1), (1,), 3, ("a", "b")):
+        with pytest.raises(ValueError, match="columns=.*two different numbers"):
+            read_conll(tmp_path / "f", columns=columns)
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
@@ -210,6 +303,55 @@ def test_json_lines(tmp_path):
         read_conll(path, scheme="IOB2")
 
 
+@pytest.mark.parametrize("doc", ["null", '"three"', "[1]", "true", "1.5", "NaN", '{"a": 0}'])
+def test_a_document_that_is_no_number_is_named_by_file_and_line(tmp_path, doc):
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"words": ["a"], "tags": ["O"], "doc": 2}\n{"words": ["b"], "tags": ["O"], "doc": ' + doc + "}\n")
+    with pytest.raises(ValueError, match='f.jsonl, line 2: "doc" is .*, not a whole number.*strict=False'):
+        read_conll(path)
+    corpus = read_conll(path, strict=False)
+    assert [s.doc for s in corpus] == [2, 0] and corpus.repairs == {"document numbers": 1} and "line 2" in corpus.problems[0]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["O", "B-LOC"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["words", "tags", "doc", "tokens"]), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@QUICK
+@given(st.lists(JSON | st.fixed_dictionaries({"words": JSON, "tags": JSON, "doc": JSON}), max_size=3))
+def test_any_json_is_read_or_refused_with_file_and_line(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("j") / "f.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for strict in (True, False):
+        try:
+            corpus = read_conll(path, strict=strict)
+            assert all(len(s.words) == len(s.tags) > 0 and type(s.doc) is int for s in corpus)
+        except ValueError as error:
+            assert re.search(r"f.jsonl, line \d+: |f.jsonl: no sentence", str(error))
+
+
+def test_json_that_is_nested_too_deeply_is_refused_too(tmp_path):
+    (tmp_path / "f.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="line 1: expected one JSON object"):
+        read_conll(tmp_path / "f.jsonl")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(alphabet="ab#1 \t\n-OBILPERDCTSA[]", max_size=12), max_size=8), st.booleans())
+def test_any_text_is_read_or_refused_with_file_and_line(tmp_path_factory, parts, strict):
+    path = tmp_path_factory.mktemp("t") / "f.conll"
+    path.write_text("\n".join(parts), newline="")
+    try:
+        corpus = read_conll(path, strict=strict)
+        assert all(to_iob2(s.tags, "IOB2") == (s.tags, []) and all(s.words) for s in corpus)
+        assert len(corpus.problems) >= (not strict) * sum(corpus.repairs.values()) and not (strict and corpus.repairs)
+    except ValueError as error:
+        assert re.search(r"f.conll, line \d+: |f.conll: no sentence", str(error))
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a file"):
         read_conll(tmp_path / "none")
@@ -224,7 +366,11 @@ def test_bad_arguments(tmp_path):
         write_conll([Sentence(["a b"], ["O"])], tmp_path / "g")
     with pytest.raises(ValueError, match="2 words but 1 tags"):
         write_conll([Sentence(["a", "b"], ["O"])], tmp_path / "g")
-    assert not (tmp_path / "g").exists()
+    with pytest.raises(ValueError, match="surrogate pair"):
+        write_conll([Sentence(["a\ud800"], ["O"])], tmp_path / "g.jsonl")
+    with pytest.raises(ValueError, match="marks a new document"):
+        write_conll([Sentence(["-DOCSTART-"], ["O"])], tmp_path / "g")
+    assert not (tmp_path / "g").exists() and not (tmp_path / "g.jsonl").exists()
 
 
 # ---------------------------------------------------------------- words, bracket notation
@@ -238,6 +384,46 @@ def test_words_cover_all_but_white_space(text):
     covered = {i for _, a, b in found for i in range(a, b)}
     assert all(c.isspace() for i, c in enumerate(text) if i not in covered)
     assert all(a[2] <= b[1] for a, b in itertools.pairwise(found))
+
+
+WRITTEN = ["José", "naïve", "हिन्दी", "தமிழ்", "ภาษาไทย", "שָׁלוֹם", "می\u200cخواهم", "क्\u200dष", "re\u00adsume", "Việt", "Ελλάς", "한국"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_word_with_combining_marks_or_joiners_is_one_word(form):
+    words = [unicodedata.normalize(form, w) for w in WRITTEN]
+    assert [w for w, _, _ in split_words(" ".join(words))] == words
+    assert [w for w, _, _ in split_words(unicodedata.normalize(form, "(José's) ❤\ufe0f!"))] == [
+        "(", unicodedata.normalize(form, "José"), "'s", ")", "❤\ufe0f", "!"]
+
+
+def test_every_combining_mark_and_joiner_of_unicode_belongs_to_its_word():
+    marks = [c for c in map(chr, range(0x110000)) if unicodedata.category(c)[0] == "M" or c in "\u00ad\u200c\u200d\u2060"]
+    assert len(marks) > 2000
+    assert [f"{ord(c):x}" for c in marks if [w for w, _, _ in split_words(f"a{c}b")] != [f"a{c}b"]] == []
+
+
+@QUICK
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_a_mark_never_begins_a_word_unless_a_space_stands_before_it(text):
+    for w, a, _ in split_words(text):
+        assert unicodedata.category(w[0])[0] != "M" or a == 0 or text[a - 1].isspace()
+
+
+def seconds_to_split(text):
+    """Processor time, the shorter of two."""
+    start = time.process_time()
+    split_words(text)
+    middle = time.process_time()
+    split_words(text)
+    return min(middle - start, time.process_time() - middle)
+
+
+@pytest.mark.parametrize("part", ["a.", "a@", "a-", "a+", "www.", "http://.", "a'", "1,", "A.", "n't", "é.", "e\u0301.", "-@", "a_.@", "'s", "'", "\u0301"])
+def test_words_are_cut_in_linear_time(part):
+    text = part * (40_000 // len(part))
+    short, long = seconds_to_split(text), seconds_to_split(text * 3)
+    assert short < 1 and long < 6 * max(short, 0.01)  # three times as long; a quadratic cut takes nine times as long
 
 
 def test_words_of_english():
@@ -271,153 +457,6 @@ def test_bracket_notation(tmp_path):
             ner.parse_brackets(bad, place="here")
     (tmp_path / "f.txt").write_text("# one\n[PER Ada] sat.\n\n# two\nRain.\n")
     assert [(s.doc, len(s)) for s in ner.read_brackets(tmp_path / "f.txt")] == [(0, 3), (1, 2)]
-
-
-# ---------------------------------------------------------------- F1
-
-
-def same_report(report, reference):
-    assert list(report) == list(reference)
-    for row in reference:
-        for name, value in reference[row].items():
-            assert abs(report[row][name] - value) <= 1e-12 or (np.isnan(report[row][name]) and np.isnan(value)), (
-                row,
-                name,
-            )
-
-
-def seqeval_report(true, pred, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return classification_report(true, pred, output_dict=True, **kwargs)
-
-
-def random_sequences(rng, n, letters, types):
-    tags = ["O"] * 4 + [f"{a}-{t}" for a in letters for t in types]
-    lengths = [rng.randint(1, 12) for _ in range(n)]
-    true = [[rng.choice(tags) for _ in range(k)] for k in lengths]
-    return true, [[t if rng.random() < 0.7 else rng.choice(tags) for t in s] for s in true]
-
-
-@pytest.mark.parametrize(
-    "letters,strict,n", [("BI", False, 10_000), ("BI", True, 10_000), ("BIES", False, 2_000), ("BIES", True, 2_000)]
-)
-def test_f1_equals_seqeval_on_ten_thousand_random_sequences(letters, strict, n):
-    true, pred = random_sequences(random.Random(7), n, letters, ["PER", "ORG", "creative-work"])
-    scheme = {"BI": "IOB2", "BIES": "BIOES"}[letters]
-    reference = {"mode": "strict", "scheme": {"IOB2": IOB2, "BIOES": IOBES}[scheme]} if strict else {}
-    for part in (slice(0, n - 100), *(slice(i, i + 1) for i in range(n - 100, n))):
-        scores = entity_f1(true[part], pred[part], strict=strict, scheme=scheme)
-        same_report(scores.report, seqeval_report(true[part], pred[part], **reference))
-        assert scores["f1"] == pytest.approx(scores.report["micro avg"]["f1-score"], abs=1e-12)
-
-
-TAGS = st.one_of(
-    st.sampled_from(
-        [
-            "O",
-            "B-PER",
-            "I-PER",
-            "B-LOC",
-            "I-LOC",
-            "E-PER",
-            "S-LOC",
-            "B",
-            "I",
-            "E",
-            "S",
-            "O-PER",
-            "B-",
-            "I-a-b",
-            "X-PER",
-            "X",
-            ".",
-            ".-LOC",
-            "BPER",
-        ]
-    ),
-    st.text(min_size=1, max_size=4),
-)
-
-
-@settings(max_examples=250, deadline=None)
-@given(st.lists(st.lists(st.tuples(TAGS, TAGS), max_size=8), min_size=1, max_size=5))
-def test_f1_equals_seqeval_on_anything(pairs):
-    true, pred = [[a for a, _ in s] for s in pairs], [[b for _, b in s] for s in pairs]
-    same_report(entity_f1(true, pred).report, seqeval_report(true, pred))
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(
-        st.lists(
-            st.tuples(*2 * [st.sampled_from(["O", "B-P", "I-P", "B-L", "I-L", "I", "B"])]), min_size=1, max_size=8
-        ),
-        min_size=1,
-        max_size=4,
-    )
-)
-def test_strict_f1_equals_seqeval(pairs):
-    true, pred = [[a for a, _ in s] for s in pairs], [[b for _, b in s] for s in pairs]
-    same_report(entity_f1(true, pred, strict=True).report, seqeval_report(true, pred, mode="strict", scheme=IOB2))
-
-
-def test_f1_from_numbers_and_its_refusals():
-    true, pred = random_sequences(random.Random(1), 50, "BI", ["LOC", "ORG", "PER"])
-    flat = [np.array([LABELS.index(t) for s in side for t in s]) for side in (true, pred)]
-    lengths = [len(s) for s in true]
-    by_number = entity_f1(*flat, labels=LABELS, lengths=lengths)
-    assert by_number.report == entity_f1(true, pred).report
-    assert entity_f1(flat[0], flat[0], labels=LABELS).f1 == 1.0
-    with pytest.raises(ValueError, match="0..6"):
-        entity_f1(flat[0] - 100, flat[1], labels=LABELS, lengths=lengths)
-    with pytest.raises(ValueError, match="differ in shape"):
-        entity_f1(flat[0], flat[1], labels=LABELS, lengths=lengths[:-1])
-    with pytest.raises(ValueError, match="sentence 1 has 1 and 2 tags"):
-        entity_f1([["O"], ["O"]], [["O"], ["O", "O"]])
-    with pytest.raises(ValueError, match="1 and 2 sentences"):
-        entity_f1([["O"]], [["O"], ["O"]])
-    with pytest.raises(TypeError, match="list of tag lists"):
-        entity_f1(["O", "B-PER"], ["O", "B-PER"])
-    with pytest.raises(TypeError, match="list of tag lists"):
-        entity_f1("O", "O")
-    with pytest.raises(TypeError, match="non-empty strings"):
-        entity_f1([[""]], [["O"]])
-    with pytest.raises(ValueError, match="do not exist in IOB2"):
-        entity_f1([["S-PER"]], [["O"]], strict=True)
-    with pytest.raises(ValueError, match="allowed are 'IOB2'"):
-        entity_f1([["O"]], [["O"]], scheme="IOB1")
-
-
-def test_more_than_256_tags():
-    true = [[f"B-t{i}" for i in range(300)]]
-    pred = [true[0][:150] + ["O"] * 150]
-    scores = entity_f1(true, pred)
-    assert (scores.precision, scores.recall, scores.support) == (1.0, 0.5, 300)
-
-
-def test_scores_object():
-    scores = entity_f1([["B-PER", "O", "B-LOC"]], [["B-PER", "O", "O"]])
-    assert dict(scores)["recall"] == 0.5 and "| PER | 1.000 |" in scores._repr_markdown_()
-    with pytest.raises(KeyError, match="precision, recall"):
-        scores["accuracy"]
-    assert (scores.per_sentence() == [[[0, 0, 1], [1, 1, 1]]]).all()
-
-
-def test_bootstrap_matches_drawing_sentences():
-    true, pred = random_sequences(random.Random(3), 300, "BI", ["LOC", "PER"])
-    scores = entity_f1(true, pred)
-    rows = scores.per_sentence()
-    assert (rows.sum(0) == scores.counts).all()
-    draws = rows[np.random.default_rng(1).integers(0, 300, (2000, 300))].sum(1)
-    for average, values in (("micro", ner.prf(draws.sum(1))[:, 2]), ("macro", ner.prf(draws).mean(1)[:, 2])):
-        low, high = scores.interval(n=2000, average=average)["f1"]
-        assert abs(low - np.quantile(values, 0.025)) < 0.01 and abs(high - np.quantile(values, 0.975)) < 0.01
-    assert scores.interval(seed=5) == scores.interval(seed=5)
-    with pytest.raises(ValueError, match="micro"):
-        scores.interval(average="weighted")
-    with pytest.raises(ValueError, match="no sentence"):
-        entity_f1([], []).interval()
 
 
 # ---------------------------------------------------------------- alignment
@@ -533,6 +572,122 @@ def test_pieces_are_learnt_once_and_the_tokenizer_is_left_alone(tokenizer):
     assert len(pieces.ids) == size and e.ids.tolist() == tokenizer("the zebras the")["input_ids"]
 
 
+def minilm_like(tokenizer):
+    """A copy of the tokenizer whose file says, as all-MiniLM-L6-v2's does: pad to 128 pieces and cut at 128, always."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_padding(length=128, pad_id=0, pad_token="[PAD]")
+    backend.enable_truncation(128)
+    copy = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                                   sep_token="[SEP]", mask_token="[MASK]")
+    copy.backend_tokenizer.enable_padding(length=128, pad_id=0, pad_token="[PAD]")
+    copy.backend_tokenizer.enable_truncation(128)
+    return copy
+
+
+def test_padding_and_truncation_of_the_tokenizers_file_change_nothing(tokenizer):
+    odd = minilm_like(tokenizer)
+    state = (odd.backend_tokenizer.padding, odd.backend_tokenizer.truncation)
+    assert state[0]["length"] == 128 and state[1]["max_length"] == 128
+    plain, pieces = WordPieces(tokenizer), WordPieces(odd)
+    assert (pieces.prefix, pieces.suffix) == (plain.prefix, plain.suffix) == ([2], [3])
+    words = [["zebras"] * 150, ["the", "Paris"]]
+    a, b = encode(words, plain), encode(words, pieces)
+    assert a.ids.tolist() == b.ids.tolist() and a.starts.tolist() == b.starts.tolist()
+    assert align(words[1], ["O", "B-LOC"], odd) == align(words[1], ["O", "B-LOC"], tokenizer)
+    assert (odd.backend_tokenizer.padding, odd.backend_tokenizer.truncation) == state
+
+
+ANY_WORD = st.one_of(st.sampled_from(["x\ud800", "\udfff", "Paris", "\ud83d\ude00"]), st.text(st.characters(exclude_categories=()), max_size=6))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.lists(ANY_WORD, max_size=5), max_size=4), st.lists(st.lists(ANY_WORD, max_size=5), max_size=4))
+def test_any_str_is_a_word_and_words_never_get_other_words_pieces(tokenizer, first, second):
+    pieces = WordPieces(tokenizer)
+    for sentences in (first, second, first + second):
+        e = encode(sentences, pieces)
+        fresh = encode(sentences, tokenizer)
+        assert e.ids.tolist() == fresh.ids.tolist() and e.dropped == 0
+        for s, a, b in zip(e.sentence, e.starts[:-1], e.starts[1:], strict=True):
+            assert e.ids[a:b].tolist() == align(sentences[s], ["O"] * len(sentences[s]), tokenizer)[0][:128]
+
+
+class Interrupted:
+    """A tokenizer whose core stops with an error at some of its calls."""
+
+    def __init__(self, tokenizer, error):
+        self.tokenizer, self.error, self.broken = tokenizer, error, False
+        self.backend_tokenizer = self
+
+    def encode_batch(self, *args, **kwargs):
+        if self.broken:
+            raise self.error
+        return self.tokenizer.backend_tokenizer.encode_batch(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer.backend_tokenizer, name, None) or getattr(self.tokenizer, name)
+
+    padding = property(lambda self: self.tokenizer.backend_tokenizer.padding)
+    truncation = property(lambda self: self.tokenizer.backend_tokenizer.truncation)
+    pad_token_id, unk_token_id = 0, 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), RuntimeError("no")])
+def test_an_interrupt_while_words_are_learned_leaves_what_was_known(tokenizer, error):
+    odd = Interrupted(minilm_like(tokenizer), error)
+    state = (odd.padding, odd.truncation)
+    pieces = WordPieces(odd)
+    encode([["the", "Paris"]], pieces)
+    odd.broken = True
+    with pytest.raises(type(error)):
+        encode([["Paris", "zebras", "France"]], pieces)
+    assert list(pieces.index) == ["the", "Paris"] and (odd.padding, odd.truncation) == state
+    odd.broken = False
+    again = [["France", "the", "zebras", "Paris"]]
+    assert encode(again, pieces).ids.tolist() == encode(again, tokenizer).ids.tolist()
+
+
+@pytest.mark.parametrize("at", ["_table", "index"])
+def test_an_interrupt_between_the_two_steps_of_learning_does_no_harm(tokenizer, monkeypatch, at):
+    class Stopped(WordPieces):
+        armed = False
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if self.armed and name == at:
+                raise KeyboardInterrupt
+
+    class Names(dict):
+        armed = False
+
+        def update(self, *args, **kwargs):
+            if self.armed:
+                raise KeyboardInterrupt
+            super().update(*args, **kwargs)
+
+    pieces = Stopped(tokenizer)
+    pieces.index = Names()
+    encode([["the"]], pieces)
+    pieces.armed = pieces.index.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        encode([["zebras", "Paris"]], pieces)
+    pieces.armed = pieces.index.armed = False
+    again = [["France", "the", "Paris", "zebras"]]
+    assert encode(again, pieces).ids.tolist() == encode(again, tokenizer).ids.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(encodings())
+def test_the_fast_way_equals_the_plain_aligner(tokenizer, case):
+    words, tags, *_ = case
+    e = encode(words, tokenizer, tags, LABELS, max_length=1000)
+    for i, (s, t) in enumerate(zip(words, tags, strict=True)):
+        pieces, labels = align(s, t, tokenizer)
+        row = slice(e.starts[i], e.starts[i + 1])
+        assert e.ids[row].tolist() == pieces
+        assert [None if k < 0 else LABELS[k] for k in e.labels[row]] == labels
+
+
 def test_encoding_refuses_nonsense(tokenizer):
     for kwargs in ({"max_length": 2}, {"stride": 126}, {"stride": -1}, {"label_pieces": "last"}):
         with pytest.raises(ValueError, match="need room"):
@@ -543,6 +698,8 @@ def test_encoding_refuses_nonsense(tokenizer):
         encode([["a"]], tokenizer, [["B-CITY"]], LABELS)
     with pytest.raises(TypeError, match="backend_tokenizer"):
         WordPieces(object())
+    with pytest.raises(TypeError, match="a text must be a str, not int: 7"):
+        encode([["a", 7]], tokenizer)
 
 
 def test_bucket_batches(tokenizer):
@@ -588,6 +745,25 @@ def test_viterbi_finds_the_best_of_all_sequences(T, seed, learnt):
         assert value(tuple(row[:n])) == pytest.approx(value(best))
 
 
+def test_batches_put_together_equal_the_joint_batch_with_class_weights(tokenizer):
+    e = encode([["the", "the"], ["Paris", "Ada", "zebras"]], tokenizer, [["O", "O"], ["B-LOC", "B-PER", "O"]], LABELS)
+    body, weight = small_body(tokenizer), torch.tensor([0.2, 3, 1, 1, 1, 5, 1])
+
+    def step(batches, accumulate):
+        loss = ner.TagLoss(token_classifier(body, LABELS, 0.0), weight)
+        loss.model.classifier.load_state_dict({"weight": torch.ones(7, 32) / 9, "bias": torch.zeros(7)})
+        start = [p.clone() for p in loss.parameters()]
+        settings = Settings(accumulate=accumulate, progress=False, weight_decay=0.0)
+        fit(loss, batches, loss=None, lr=1.0, optimizer="sgd", settings=settings)
+        return torch.cat([(a - b).flatten() for a, b in zip(start, loss.parameters(), strict=True)])
+
+    joint, apart = step([e.batch([0, 1])], 1), step([e.batch([0]), e.batch([1])], 2)
+    assert torch.allclose(joint, apart, atol=1e-5) and joint.abs().max() > 0.01
+    labels = e.batch([0, 1])["labels"]
+    assert ner.TagLoss(torch.nn.Identity(), weight).weight_of(labels) == pytest.approx(3 * 0.2 + 3 + 5)
+    assert ner.TagLoss(torch.nn.Identity()).weight_of(labels) == 5
+
+
 @QUICK
 @given(st.integers(0, 10_000))
 def test_constrained_output_is_always_iob2(seed):
@@ -597,7 +773,7 @@ def test_constrained_output_is_always_iob2(seed):
     ids = decode(scores, lengths, iob2_transitions(LABELS), batch=2)
     for part in np.split(ids, np.cumsum(lengths)[:-1]):
         tags = [LABELS[i] for i in part]
-        assert ner.to_iob2(tags, "IOB2") == (tags, [])
+        assert to_iob2(tags, "IOB2") == (tags, [])
     assert (decode(scores, lengths) == scores.argmax(1)).all()
 
 
@@ -648,7 +824,7 @@ def tagger(tokenizer, town_corpus):
     same = tagger.model.base_model.state_dict()
     assert all(torch.equal(v, same[k]) for k, v in body.base_model.state_dict().items())
     history, watch = tagger.fit(
-        town_corpus, town_corpus, epochs=6, lr=5e-3, batch_size=16, weight_power=0.3, progress=False
+        town_corpus, town_corpus, epochs=6, lr=5e-3, batch_size=16, weight_power=0.3, settings=Settings(progress=False)
     )
     assert len(history.rows) == 6 and watch.best == max(watch.history) == watch.history[watch.best_epoch]
     return tagger
@@ -709,6 +885,99 @@ def test_an_encoder_needs_labels(tokenizer, tmp_path, monkeypatch):
     again = NERTagger.from_pretrained(folder, labels=LABELS, transitions=None)
     weights = again.model.base_model.state_dict()
     assert all(torch.equal(v, weights[k]) for k, v in body.base_model.state_dict().items())
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """Fails on any request to the hub, and gives an empty cache."""
+    import huggingface_hub.utils as hub
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(hub, "get_session", refuse)
+    monkeypatch.setattr("huggingface_hub.file_download.get_session", refuse, raising=False)
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("FTBOOK_DATA", str(tmp_path))
+
+
+def test_bundled_names_come_before_the_hub_and_need_no_network(no_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tagger = NERTagger.from_pretrained("bert-mini-en", labels=LABELS)
+    assert tagger.labels == LABELS and tagger.tag([["Rome", "sleeps"]])[0]
+    with pytest.raises(ValueError, match="without a tagging head"):
+        NERTagger.from_pretrained("bert-mini-en")
+    small = tmp_path / "bert-mini-en"  # a folder of that name, given or in reach, comes first
+    small.mkdir()
+    with pytest.raises(ValueError, match="without a tagging head"):
+        NERTagger.from_pretrained("bert-mini-en")
+    with pytest.raises(FileNotFoundError, match="folder without config.json"):
+        NERTagger.from_pretrained(small)
+
+
+def test_names_that_are_no_bundled_model_are_not_taken_for_one(no_hub):
+    for name in ("ner_corpus", "no-such-model", "../assets", "org/bert-mini-en"):
+        assert ner._folder_of(name) is None
+
+
+def test_tags_are_predicted_in_float32_unless_asked_otherwise(tagger, town_corpus, monkeypatch):
+    monkeypatch.setattr(ner, "native_bf16", lambda where: True)
+    encoded = tagger.encode(town_corpus.words)
+    exact = tagger.word_scores(encoded, precision="fp32")
+    assert np.array_equal(tagger.word_scores(encoded), exact)
+    rounded = [tagger.word_scores(encoded, precision=p) for p in ("bf16", "auto")]
+    assert np.array_equal(*rounded) and not np.array_equal(rounded[0], exact)
+    assert tagger.tag(town_corpus[:3], precision="bf16") == tagger.tag(town_corpus[:3])
+    with pytest.raises(ValueError, match="precision='half'; allowed are 'fp32', 'bf16', 'auto'"):
+        tagger.predict("Rome", precision="half")
+
+
+def test_texts_with_half_surrogates_are_tagged_at_their_places(tagger):
+    text = "Ada\ud800 sat in Rome. \udfff Bert sat in Paris."
+    found = tagger.predict(text)
+    assert all(text[e.start : e.end] == e.text for e in found) and {"Rome", "Paris"} <= {e.text for e in found}
+
+
+def test_the_watch_goes_on_from_its_checkpoint(tagger, town_corpus):
+    few, before = Corpus(town_corpus[:20]), {k: v.clone() for k, v in tagger.model.state_dict().items()}
+    watch = ner.EntityF1(tagger, few)
+    watch.on_epoch_end(None)
+    saved = watch.state_dict()
+    again = ner.EntityF1(tagger, few)
+    again.load_state_dict(saved)
+    assert again.best == watch.best > 0.9 and again.best_epoch == 0 and again.history == watch.history
+    with torch.no_grad():
+        for p in tagger.model.parameters():
+            p.zero_()
+    again.on_epoch_end(None)  # a worse epoch
+    again.on_train_end(None)
+    assert again.best_epoch == 0 and len(again.history) == 2
+    assert all(torch.equal(v, before[k]) for k, v in tagger.model.state_dict().items())
+
+
+def test_a_broken_off_run_equals_the_whole_one_with_its_best_f1(tokenizer, town_corpus, tmp_path):
+    few = Corpus(town_corpus[:24])
+
+    def run(*callbacks, stop=None):
+        t = NERTagger(token_classifier(small_body(tokenizer), few.labels, 0.0), tokenizer, max_length=24, stride=6)
+
+        class Breaks:
+            def on_epoch_end(self, state):
+                if len(state.history.rows) == stop:
+                    raise KeyboardInterrupt
+
+        options = {"epochs": 4, "lr": 5e-3, "batch_size": 8, "settings": Settings(progress=False)}
+        return t, *t.fit(few, few, callbacks=[Breaks(), *callbacks], **options)
+
+    whole, _, watch = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(Checkpoint(tmp_path / "c.pt"), stop=3)
+    resumed, _, again = run(Checkpoint(tmp_path / "c.pt"))
+    assert again.history == watch.history and (again.best, again.best_epoch) == (watch.best, watch.best_epoch)
+    assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
 
 
 def test_a_body_that_does_not_fit(tokenizer):
@@ -804,6 +1073,11 @@ def test_kinds_of_mistakes():
     assert Counter(m.kind for m in mistakes(true, pred)) == Counter(
         ["boundary", "type", "boundary and type", "missed", "spurious"]
     )
+
+
+def test_mistakes_need_lists_of_tag_lists():
+    with pytest.raises(TypeError, match="lists of tag lists"):
+        mistakes(["O"], ["O"])
 
 
 @QUICK
