@@ -387,8 +387,8 @@ def _transfer(url: str, sink: _Sink, seconds: float) -> None:
     finally:
         sink.closed, late = True, thread.is_alive()
         if late and answers:  # the thread may wait for the next byte: hang up
-            with contextlib.suppress(Exception):
-                getattr(answers[-1].raw, "shutdown", answers[-1].close)()
+            with contextlib.suppress(Exception):  # urllib3 2.3 or later
+                answers[-1].raw.shutdown()
     if late:
         raise TimeoutError(
             f"not complete after {seconds:.0f} seconds, "

@@ -430,6 +430,8 @@ def _turn(picture: Any) -> Any:
         7: T.TRANSVERSE,
         8: T.ROTATE_90,
     }
+    if picture.format == "TIFF":  # Pillow has turned it already
+        return None
     try:
         return turns.get(picture.getexif().get(0x0112))
     except Exception:  # a broken EXIF block is no reason to lose the pixels
