@@ -1,15 +1,16 @@
 """Re-execute chapters in place, in the cpu profile unless FTBOOK_PROFILE says otherwise.
 
 A notebook whose stored outputs belong to the present code is skipped, so a stopped run goes on where it was. A notebook is
-replaced, in one step, only after all of its cells ran. Minutes, peak memory and the code's fingerprint go into
-results/NN_name.json under "run", where the chapter's status table reads them.
+replaced, in one step, only after all of its cells ran, and only if nothing stood in for its data. Minutes, peak memory and
+the code's fingerprint go into results/NN_name.json under "run", where the chapter's status table reads them. In the quick
+profile the cells run and nothing is stored.
 """
 import argparse
+import ast
 import json
 import os
 import re
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from .settings import NBS, RESULTS, ROOT, find
 os.environ.setdefault("FTBOOK_PROFILE", "cpu")
 PROFILE = os.environ["FTBOOK_PROFILE"]
 MEMORY = "__import__('resource').getrusage(__import__('resource').RUSAGE_SELF).ru_maxrss"
+SUBSTITUTED = "getattr(__import__('sys').modules.get('ftbook.results'), 'substituted', dict)()"
+LEFTOVER = r"\.(tmp\w{8}|.+\.\d+-[0-9a-f]{8})\.ipynb"  # of a writer that was killed
 
 
 def load(path: Path) -> dict:
@@ -64,14 +67,17 @@ def write(nb, path: Path) -> None:
     from fastcore.nbio import dict2nb
     from nbdev.clean import write_nb
 
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".ipynb")
-    os.close(handle)
-    try:
-        write_nb(dict2nb(json.loads(nbformat.writes(nb))), name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    from ftbook.runtime import atomic_write
+
+    with atomic_write(path) as temporary:
+        write_nb(dict2nb(json.loads(nbformat.writes(nb))), str(temporary))
+
+
+def remove_leftovers(folder: Path, age: float = 3600) -> None:
+    """Writing takes milliseconds: a temporary file of an hour ago has no writer any more, on this machine or another."""
+    for file in folder.glob(".*.ipynb"):
+        if re.fullmatch(LEFTOVER, file.name) and time.time() - file.stat().st_mtime > age:
+            file.unlink(missing_ok=True)
 
 
 class Progress:
@@ -86,7 +92,7 @@ class Progress:
 
 
 def execute(path: Path) -> dict:
-    """Run one notebook and put the result in its place. Returns minutes, peak_mb and the versions."""
+    """Run one notebook and, outside the quick profile, put the result in its place. Returns minutes, peak_mb, versions."""
     import nbformat
     from nbclient import NotebookClient
     generate([path.stem])
@@ -103,30 +109,48 @@ def execute(path: Path) -> dict:
         seconds = time.perf_counter() - start
         run = {"minutes": round(seconds / 60, 2), "peak_mb": round(peak(client)), **fingerprint(path),
                "seconds": round(seconds, 1), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+        if PROFILE == "quick":
+            return run
+        refuse_stand_ins(path, value(client, SUBSTITUTED))
+        refuse_edited(path, before)
         keep(path, run)
         for index, cell in enumerate(nb.cells):  # the status table shows this very run
             if cell.cell_type == "code" and re.search(r"^(data\.)?status\(", cell.source, flags=re.M):
                 cell.outputs = []
                 client.execute_cell(cell, index)
     clean(nb)
-    if path.read_bytes() != before:
-        raise RuntimeError(f"{path.name} was edited while it ran; run it again")
+    refuse_edited(path, before)
     write(nb, path)
     return run
 
 
+def refuse_edited(path: Path, before: bytes) -> None:
+    if path.read_bytes() != before:
+        raise RuntimeError(f"{path.name} was edited while it ran; run it again")
+
+
+def refuse_stand_ins(path: Path, found: dict) -> None:
+    """The page would show numbers of something else under the name of the data that its text is about."""
+    if found:
+        told = "\n".join(f"{name}: {reason}" for name, reason in found.items())
+        raise RuntimeError(f"{path.name} ran with substitutes of {', '.join(found)}; its stored outputs and numbers stay as they "
+                           f"are. Get the data and run it again, or try it out with FTBOOK_PROFILE=quick\n{told}")
+
+
+def value(client, expression: str):
+    """What an expression is worth in the notebook's kernel."""
+    msg_id = client.kc.execute("", silent=True, user_expressions={"it": expression})
+    reply = client.wait_for_reply(msg_id)
+    return ast.literal_eval(reply["content"]["user_expressions"]["it"]["data"]["text/plain"])
+
+
 def peak(client) -> float:
     """Largest resident size of the kernel's process so far, in MB."""
-    msg_id = client.kc.execute("", silent=True, user_expressions={"peak": MEMORY})
-    reply = client.wait_for_reply(msg_id)
-    value = float(reply["content"]["user_expressions"]["peak"]["data"]["text/plain"])
-    return value / (2**20 if sys.platform == "darwin" else 2**10)
+    return value(client, MEMORY) / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def keep(path: Path, run: dict) -> None:
     """Through ftbook.results, so that the row carries the same provenance as every other number of the book."""
-    if PROFILE == "quick":
-        return
     from ftbook.results import record
 
     record(path.stem, "run", run)
@@ -144,7 +168,9 @@ def main(argv: list) -> int:
     if args.list:
         print("\n".join(f"{p.stem:<24} {'up to date' if is_fresh(p) else 'stale'}" for p in paths))
         return 0
-    print(f"run: {len(paths)} notebook(s) of nbs/ in the {PROFILE} profile, outputs stored in place", flush=True)
+    remove_leftovers(NBS)
+    stored = "nothing is stored" if PROFILE == "quick" else "outputs stored in place"
+    print(f"run: {len(paths)} notebook(s) of nbs/ in the {PROFILE} profile, {stored}", flush=True)
     failed = []
     for path in paths:
         if is_fresh(path) and not args.force:

@@ -15,7 +15,8 @@ def main(names: list) -> int:
     os.environ.setdefault("FTBOOK_PROFILE", "cpu")
     for script in wanted:
         profile = os.environ["FTBOOK_PROFILE"]
-        print(f"results: sweeps of {script.stem} in the {profile} profile, rows into results/{script.stem}.json", flush=True)
+        place = "a temporary folder" if profile == "quick" else f"results/{script.stem}.json"
+        print(f"results: sweeps of {script.stem} in the {profile} profile, rows into {place}", flush=True)
         code = subprocess.call([sys.executable, str(script)], cwd=ROOT)
         if code:
             return code

@@ -1,0 +1,87 @@
+"""`make run`: a notebook's stored outputs are replaced by a whole run on the real data, and by nothing else."""
+import json
+import os
+import time
+
+import nbformat
+import pytest
+
+from tools import run, sweeps
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """Writes a notebook of some cells; `run` then works in a folder of its own, in the cpu profile."""
+    folder = tmp_path / "nbs"
+    folder.mkdir()
+    monkeypatch.setattr(run, "NBS", folder)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "PROFILE", "cpu")
+    monkeypatch.setattr(run, "generate", lambda names: None)
+    monkeypatch.setenv("FTBOOK_PROFILE", "cpu")
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path / "results"))
+
+    def make(*cells):
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+        path = folder / "99_demo.ipynb"
+        nbformat.write(nb, path)
+        return path
+
+    return make
+
+
+STAND_IN = "from ftbook import results\nresults.substituted('wnut17', 'no network; https://example.org has it')"
+
+
+@pytest.mark.slow
+def test_a_run_with_substituted_data_replaces_neither_outputs_nor_results(notebook, tmp_path):
+    path = notebook("print(1)", STAND_IN)
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match="ran with substitutes of wnut17; .*stay as they are.*\n.*https://example.org has it"):
+        run.execute(path)
+    assert path.read_bytes() == before and not (tmp_path / "results").exists()
+    assert [f.name for f in path.parent.iterdir()] == ["99_demo.ipynb"]
+
+
+@pytest.mark.slow
+def test_a_run_on_the_real_data_replaces_the_outputs_and_stores_its_minutes(notebook, tmp_path):
+    path = notebook("print(40 + 2)")
+    made = run.execute(path)
+    assert nbformat.read(path, 4).cells[0].outputs[0]["text"] == "42\n" and made["minutes"] >= 0
+    stored = json.loads((tmp_path / "results" / "99_demo.json").read_text())["cpu"]["run"]["value"]
+    assert stored["code"] == made["code"] and stored["peak_mb"] > 10
+    assert run.stored_run(path, "cpu")["code"] == made["code"]
+    assert [f.name for f in path.parent.iterdir()] == ["99_demo.ipynb"]
+
+
+@pytest.mark.slow
+def test_the_quick_profile_tries_out_and_stores_nothing(notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "PROFILE", "quick")
+    monkeypatch.setenv("FTBOOK_PROFILE", "quick")
+    path = notebook("print(1)", STAND_IN)
+    before = path.read_bytes()
+    assert run.execute(path)["seconds"] > 0
+    assert path.read_bytes() == before and not (tmp_path / "results").exists()
+
+
+def test_leftovers_are_removed_when_they_are_surely_dead(tmp_path):
+    old = [".tmpabc123_x.ipynb", ".05_demo.123-0a1b2c3d.ipynb"]
+    kept = ["05_demo.ipynb", ".notes.ipynb", ".05_demo.99-ffffffff.ipynb", ".05_demo.123-0a1b2c3d.json"]
+    for name in old + kept:
+        (tmp_path / name).write_text("{}")
+        if "99-ffffffff" not in name:
+            os.utime(tmp_path / name, (time.time() - 7200,) * 2)
+    run.remove_leftovers(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_the_sweeps_say_where_their_rows_go(tmp_path, monkeypatch, capfd):
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "99_demo.py").write_text("print('ran')\nraise SystemExit(3)\n")
+    monkeypatch.setattr(sweeps, "RESULTS", tmp_path)
+    for profile, place in (("cpu", "results/99_demo.json"), ("quick", "a temporary folder")):
+        monkeypatch.setenv("FTBOOK_PROFILE", profile)
+        assert sweeps.main(["99"]) == 3
+        assert f"in the {profile} profile, rows into {place}" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match="no sweep for 98; chapters with sweeps: 99_demo"):
+        sweeps.main(["98"])
