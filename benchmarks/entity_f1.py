@@ -5,7 +5,7 @@ import numpy as np
 from _corpus import conll_like
 from ner_prepare import LABELS
 
-from ftbook.ner import entity_f1
+from ftbook.tags import entity_f1
 
 
 def largest_gap(a: dict, b: dict) -> float:

@@ -4,7 +4,8 @@ import _common as bench
 import numpy as np
 from _corpus import conll_like, tokenizer
 
-from ftbook.ner import WordPieces, encode, label_list
+from ftbook.ner import WordPieces, encode
+from ftbook.tags import label_list
 
 LABELS = label_list(["LOC", "MISC", "ORG", "PER"])
 LENGTH, STRIDE = 128, 32

@@ -169,7 +169,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int = 8192, alphabet: 
 
     Returns
     -------
-    transformers.BertTokenizerFast
+    transformers.BertTokenizer
         With `[PAD] [UNK] [CLS] [SEP] [MASK]` as ids 0 to 4.
 
     References
@@ -182,19 +182,23 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int = 8192, alphabet: 
     ['lower']
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
     if isinstance(documents, str) or not documents:
         raise ValueError("documents must be a non-empty list of strings, one per document")
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    options = {"vocab_size": vocab_size, "limit_alphabet": alphabet, "special_tokens": list(SPECIAL)}
-    trainer = trainers.WordPieceTrainer(**options, show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        limit_alphabet=alphabet,
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+    )
     texts = (encodable(d).replace("[UNK]", "") for d in documents)
     tokenizer.train_from_iterator(texts, trainer)
-    case = {"do_lower_case": False, "strip_accents": False}
-    return BertTokenizerFast(vocab=tokenizer.get_vocab(), model_max_length=256, **case)
+    case: dict[str, Any] = {"do_lower_case": False, "strip_accents": False}
+    return BertTokenizer(vocab=tokenizer.get_vocab(), model_max_length=256, **case)
 
 # %% ../nbs/06_mlm.ipynb #a15f1c3d
 def pack(documents: Sequence[str], tokenizer, length: int = 128) -> Tensor:
@@ -457,10 +461,18 @@ def small_bert(vocab_size: int = 8192, hidden: int = 256, layers: int = 4, heads
     """
     from transformers import BertConfig, BertForMaskedLM
 
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-             "intermediate_size": 4 * hidden, "max_position_embeddings": positions}
-    chances = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = BertConfig(vocab_size=vocab_size, attn_implementation="sdpa", **sizes, **chances)
+    options: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+        "max_position_embeddings": positions,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+        "attn_implementation": "sdpa",
+    }
+    config = BertConfig(**options)
     std = hidden**-0.5 if embedding_std is None else embedding_std
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -910,13 +922,13 @@ def load_pretrained(folder: str | Path):
     FileNotFoundError
         If the folder holds no checkpoint; the network is never asked.
     """
-    from transformers import BertForMaskedLM, BertTokenizerFast
+    from transformers import BertForMaskedLM, BertTokenizer
 
     if not (Path(folder) / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} holds no model.safetensors; give a folder written by ftbook.mlm.save")
     with without_bars():
         model = BertForMaskedLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return model.eval(), BertTokenizer.from_pretrained(folder, local_files_only=True)
 
 # %% ../nbs/06_mlm.ipynb #640ec5ab
 def load_bundled():
@@ -925,7 +937,7 @@ def load_bundled():
     Returns
     -------
     model, tokenizer
-        `BertForMaskedLM` in eval mode and `BertTokenizerFast`; `ftbook/assets/bert-mini-en/README.md` is their card.
+        `BertForMaskedLM` in eval mode and `BertTokenizer`; `ftbook/assets/bert-mini-en/README.md` is their card.
     """
     return load_pretrained(asset("bert-mini-en"))
 
@@ -1130,7 +1142,7 @@ class MaskedNextLM(MaskedLM):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        hidden = model.config.hidden_size
+        hidden: Any = model.config.hidden_size
         self.next = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 2))
 
     def forward(self, input_ids: Tensor, labels: Tensor, token_type_ids: Tensor, follows: Tensor) -> MaskedOutput:

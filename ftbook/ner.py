@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -732,7 +732,8 @@ def align(
     -------
     pieces : list of int, labels : list of str or None
     """
-    pieces, labels = [tokenizer.cls_token_id], [None]
+    pieces: list[int] = [tokenizer.cls_token_id]
+    labels: list[str | None] = [None]
     with unpadded(tokenizer):
         for word, tag in zip(words, tags, strict=True):
             encoded = tokenizer(encodable(word), add_special_tokens=False)
@@ -905,7 +906,7 @@ class Encoded:
         return np.diff(self.starts)
 
     def batch(
-        self, rows: Sequence[int], length: int | None = None
+        self, rows: Sequence[int] | np.ndarray, length: int | None = None
     ) -> dict[str, torch.Tensor]:
         """Rows as tensors (B, T) of int64, padded to the longest.
 
@@ -946,7 +947,9 @@ def encode(sentences: Sequence[Sequence[str]], pieces, tags=None, labels: Sequen
         ``False`` keeps only the first window, as truncation does, and counts the labels lost in ``dropped``.
     """
     if isinstance(sentences, Corpus):
-        sentences, tags, labels = sentences.words, sentences.tags if tags is None else tags, labels or sentences.labels
+        corpus = sentences
+        sentences, labels = corpus.words, labels or corpus.labels
+        tags = corpus.tags if tags is None else tags
     pieces = pieces if isinstance(pieces, WordPieces) else WordPieces(pieces)
     room, stride = max_length - len(pieces.prefix) - len(pieces.suffix), stride if windows else 0
     if label_pieces not in ("first", "all") or room < 1 or not 0 <= stride < room:
@@ -1217,12 +1220,13 @@ class TagLoss(nn.Module):
 # %% ../nbs/10_ner.ipynb #0b1e5c05
 def train_only(model: nn.Module, part: str) -> int:
     """Train the "head", the "top" (head and upper half of the layers) or the "full" model; count the weights."""
-    layers = model.base_model.encoder.layer
+    layers: Any = model.base_model.encoder.layer
+    head: Any = model.classifier
     chosen = {"head": [], "top": list(layers[len(layers) // 2:]), "full": [model]}
     if part not in chosen:
         raise ValueError(f"part={part!r}; allowed are {', '.join(map(repr, chosen))}.")
     finetune.freeze(model)
-    finetune.unfreeze(model, *chosen[part], model.classifier)
+    finetune.unfreeze(model, *chosen[part], head)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../nbs/10_ner.ipynb #b8733448
@@ -1521,7 +1525,7 @@ def _load(source, labels: Sequence[str] | None, revision: str | None) -> tuple:
         kind = hf.AutoModelForTokenClassification
         return kind.from_pretrained(source, **options).eval(), tokenizer
     body = hf.AutoModel.from_pretrained(source, **options)
-    return token_classifier(body, labels).eval(), tokenizer
+    return token_classifier(body, labels or ()).eval(), tokenizer
 
 # %% ../nbs/10_ner.ipynb #52ecffa7
 def _settings(folder: Path | None) -> dict:
@@ -1754,8 +1758,8 @@ def mistakes(
     for i, (t, p) in enumerate(zip(true, pred, strict=True)):
         if list(t) != list(p):
             a, b = spans(t), spans(p)
-            lost, extra = set(a) - set(b), set(b) - set(a)
-            lost, extra = sorted(lost, key=_place), sorted(extra, key=_place)
+            lost = sorted(set(a) - set(b), key=_place)
+            extra = sorted(set(b) - set(a), key=_place)
             out += _sort_mistakes(i, lost, extra)
     return out
 
