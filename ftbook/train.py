@@ -568,7 +568,8 @@ def _denominator(loss, model):
     own = getattr(model if loss is None else loss, "weight_of", None)
     if own is not None:
         return own
-    if loss is None and getattr(model, "loss_type", None) == "ForCausalLM":
+    theirs = getattr(model, "loss_function", None) if loss is None else None
+    if getattr(theirs, "__name__", "").startswith("ForCausalLM"):
         return lambda target: _scored(target[..., 1:], len(target))
     if type(loss) in (nn.CrossEntropyLoss, nn.NLLLoss):
         return _class_weights(loss.weight, loss.ignore_index)
@@ -644,7 +645,8 @@ def _seeded(seed: int | None, device, generators=()):
     if seed is not None:
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        here = device.type == "cpu"  # then other devices keep their streams
+        (torch.default_generator if here else torch).manual_seed(seed)
     try:
         yield
     finally:
@@ -1331,6 +1333,7 @@ class Run:
     _valid: Any = None
     _generators: list = field(default_factory=list)
     _per_row: int | None = None  # targets a row, where none is -100
+    _count_later: bool = False  # many small batches at once, in `_settle`
     _net: Any = None  # the model, or its DistributedDataParallel
     _wrapped: Any = None  # the parameters that it was made for
     _loss: Any = None
@@ -1571,7 +1574,8 @@ def _local_part(run: Run, batch) -> tuple:
     Returns
     -------
     tuple
-        The batch, the targets scored, the denominator of its loss's mean.
+        The batch, the targets scored, the denominator of its loss's mean;
+        None for both where `_settle` counts many batches at once.
     """
     share, transform = 1.0, run.settings.transform
     if run._size > 1 and not run._sharded:
@@ -1583,6 +1587,8 @@ def _local_part(run: Run, batch) -> tuple:
     # on an accelerator look before the transfer, which nothing waits for then
     seen = ready if run._on_cpu or transform is not None else batch
     target = split_batch(seen)[2]
+    if run._count_later and torch.is_tensor(target) and target.ndim == 1:
+        return ready, None, None
     count = _scored(target, _rows_of(ready)) * share
     if run._weight_of is None:
         return ready, count, count
@@ -1624,25 +1630,24 @@ def _train_step(run: Run, group: list) -> None:
     if run._schedule is not None:
         _set_learning_rate(run)
     parts = [_local_part(run, batch) for batch in group]
-    single = run._size == 1
+    single, moved = run._size == 1, False
     alone = single and len(parts) == 1
-    weights = [weight for _, _, weight in parts]
-    shares = (1.0,) if alone else _shares_of(run, weights)
+    shares = (1.0,) if alone else _shares_of(run, [w for *_, w in parts])
     for i, (batch, count, weight) in enumerate(parts):
-        if single and not weight:
+        if single and weight == 0:
             continue  # nothing is scored: a mean over nothing is no number
         wait = _NOTHING if single or i == len(parts) - 1 else run._net.no_sync()
         with wait:
             output, loss, target = _forward(
                 run._net, batch, run._loss, run._autocast
             )
-            if weight:
-                _account(run, i, loss, output, target, count, weight)
-                loss = loss if alone else loss * shares[i]
-            else:  # the other processes wait for this one's gradients
+            if weight == 0:  # the others wait for this process's gradients
                 loss = sum(p.sum() for p in run._wrapped) * 0.0
-            _backward(run, loss)
-    if not single or any(weights):
+            elif not _account(run, i, loss, output, target, count, weight):
+                continue
+            _backward(run, loss if alone or not weight else loss * shares[i])
+            moved = True
+    if moved:
         _apply_gradients(run)
     run.step += 1
     run.batch += len(group)
@@ -1654,12 +1659,18 @@ _NOTHING = contextlib.nullcontext()
 _KEEP_BATCHES, _KEEP_NUMBERS = 50, 100_000
 
 
-def _account(run: Run, i, loss, output, target, count, weight) -> None:
-    """Note a batch's loss and output; most work waits until `_settle`."""
+def _account(run: Run, i, loss, output, target, count, weight) -> bool:
+    """Note a batch's loss and output; most work waits until `_settle`.
+
+    False for a batch of which nothing is scored.
+    """
     value = loss.item() if run._on_cpu else loss.detach()
-    run._pending.append((run.step, run.batch + i, weight, value))
-    run._count += count
-    if run._on_cpu and not math.isfinite(value):
+    finite = not run._on_cpu or math.isfinite(value)
+    if not finite and count is None and _scored(target, 1) == 0:
+        return False
+    entry = (run.step, run.batch + i, target, count, weight, value)
+    run._pending.append(entry)
+    if not finite:
         _settle(run)
     if run.metrics:
         tensors = torch.is_tensor(output) and torch.is_tensor(target)
@@ -1670,6 +1681,7 @@ def _account(run: Run, i, loss, output, target, count, weight) -> None:
             _measure(run)
     if len(run._pending) >= _KEEP_BATCHES:
         _settle(run)
+    return True
 
 
 def _measure(run: Run) -> None:
@@ -1681,9 +1693,11 @@ def _measure(run: Run) -> None:
     output, target = outputs[0], targets[0]
     if len(outputs) > 1:
         output, target = torch.cat(outputs), torch.cat(targets)
+    late = counts[0] is None
+    count = _scored(target, len(target)) if late else sum(counts)
     with torch.no_grad():
         for name, fn in run.metrics.items():
-            run._sums[name] += fn(output, target) * sum(counts)
+            run._sums[name] += fn(output, target) * count
 
 # %% ../nbs/04_train.ipynb #01945abb
 def _settle(run: Run) -> None:
@@ -1692,12 +1706,28 @@ def _settle(run: Run) -> None:
     values = [value for *_, value in pending]
     if values and torch.is_tensor(values[0]):
         values = torch.stack([v.float() for v in values]).tolist()
-    for (step, batch, weight, _), value in zip(pending, values, strict=True):
+    counted = _counts([p[2] for p in pending if p[3] is None])
+    for (step, batch, _, count, weight, _), value in zip(
+        pending, values, strict=True
+    ):
         if not math.isfinite(value):
             raise FloatingPointError(_not_finite(run, value, step, batch))
+        if count is None:
+            count = weight = next(counted)
         run._sums["loss"] += value * weight
-        run._weight += weight
+        run._count, run._weight = run._count + count, run._weight + weight
     _measure(run)
+
+
+def _counts(targets: list):
+    """The targets scored in each of many batches, looked at all at once."""
+    sizes = [len(t) for t in targets]
+    if not targets or targets[0].is_floating_point():
+        return iter(sizes)
+    scored = torch.cat(targets) != -100
+    if scored.all():
+        return iter(sizes)
+    return iter([int(part.sum()) for part in scored.split(sizes)])
 
 
 def _not_finite(run: Run, value, step, batch) -> str:
@@ -2199,7 +2229,11 @@ def _check_arguments(run: Run) -> None:
         raise TypeError(f"settings must be Settings(...), got {kind}")
     for name in ("epochs", "batch_size"):
         _check_count(name, getattr(run, name))
+        setattr(run, name, int(getattr(run, name)))
     _check_number("lr", run.lr, "at least 0")
+    if not isinstance(run.seed, numbers.Integral):
+        raise TypeError(f"seed must be an integer, got {run.seed!r}")
+    run.seed = int(run.seed)
     for name in ("train", "valid"):
         if hasattr(getattr(run, name), "__next__") and run.epochs > 1:
             raise ValueError(
@@ -2387,6 +2421,9 @@ def _prepare(run: Run) -> Run:
     run._generators = _generators_of(run._batches, run._valid)
     run._weight_of = _denominator(loss, run.model)
     run._per_row = _targets_per_row(run)
+    plain = run._size == run.settings.accumulate == 1
+    late = plain and run._on_cpu and run._weight_of is None
+    run._count_later = late and run.loss == "cross_entropy"
     by_class = (
         isinstance(loss, nn.CrossEntropyLoss) or run.loss in _CLASS_LOSSES
     )

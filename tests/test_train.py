@@ -1,9 +1,13 @@
+import contextlib
 import copy
 import dataclasses
+import functools
+import itertools
 import math
 import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +23,7 @@ from hypothesis import settings as example_budget
 from hypothesis import strategies as st
 from torch import nn
 
+from ftbook import losses
 from ftbook import train as T
 from ftbook.data import Batches, ImageSet
 from ftbook.train import Checkpoint, EarlyStopping, History, Run, Settings, evaluate, fit, predict
@@ -44,6 +49,25 @@ def quiet(model, data, *args, **options):
     names = {f.name for f in dataclasses.fields(Settings)} & set(options)
     chosen = {"progress": False, "device": "cpu", **{name: options.pop(name) for name in names}}
     return fit(model, data, *args, settings=Settings(**chosen), **options)
+
+
+class Stop(Exception):
+    pass
+
+
+class Bomb:
+    def __init__(self, step):
+        self.step = step
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+    def on_step_end(self, state):
+        if state.step == self.step:
+            raise Stop
 
 
 # ---------------------------------------------------------------- the loop itself
@@ -161,6 +185,165 @@ def test_clipping_bounds_the_gradient():
     assert len(norms) == 4 and max(norms) <= 0.5 + 1e-5
 
 
+# ---------------------------------------------------------------- what counts
+
+def labeled(n, ignored, classes=3, seed=0):
+    """Examples in float64, the class numbers of some of them -100."""
+    x, y = toy(n, seed, classes)
+    y[torch.rand(n, generator=torch.Generator().manual_seed(seed + 1)) < ignored] = -100
+    return x.double(), y
+
+
+class WeightedModel(nn.Module):
+    """Computes its own loss with class weights, and says so."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.body, self.weight = net().double(), weight
+
+    def forward(self, x, labels):
+        logits = self.body(x)
+        return {"logits": logits, "loss": F.cross_entropy(logits, labels, self.weight)}
+
+    def weight_of(self, target):
+        return self.weight[target[target != -100]].sum()
+
+
+WEIGHT = torch.tensor([0.2, 3.0, 5.0], dtype=torch.float64)
+LOSS_FORMS = {
+    "by name": "cross_entropy",
+    "focal": "focal",
+    "class weights": nn.CrossEntropyLoss(weight=WEIGHT),
+    "smoothed class weights": nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1),
+    "keywords": functools.partial(F.cross_entropy, weight=WEIGHT),
+    "chapter 2": functools.partial(losses.cross_entropy, weight=WEIGHT),
+    "another mark": nn.CrossEntropyLoss(ignore_index=-100, weight=None),
+    "its own": None,
+}
+
+
+@example_budget(max_examples=60, deadline=None)
+@given(n=st.integers(4, 40), batch=st.integers(1, 9), accumulate=st.integers(1, 4), ignored=st.sampled_from([0.0, 0.3, 0.8]),
+       form=st.sampled_from(list(LOSS_FORMS)))
+def test_micro_batches_equal_the_joint_batch_whatever_counts_how_much(n, batch, accumulate, ignored, form):
+    x, y = labeled(n, ignored)
+    y[0], y[-1] = 1, 2
+    loss = LOSS_FORMS[form]
+    data = {"x": x, "labels": y} if loss is None else (x, y)
+    a, b = (WeightedModel(WEIGHT) if loss is None else net().double() for _ in range(2))
+    g = quiet(a, data, batch_size=batch, accumulate=accumulate, optimizer="sgd", lr=0.1, loss=loss)
+    h = quiet(b, data, batch_size=batch * accumulate, optimizer="sgd", lr=0.1, loss=loss)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+    assert g["train_loss"][0] == pytest.approx(h["train_loss"][0], rel=1e-9)
+    found = [evaluate(b, data, loss=loss, metrics="accuracy", batch_size=size) for size in (batch, n)]
+    assert found[0] == pytest.approx(found[1], rel=1e-9) and found[0]["n"] == int((y != -100).sum())
+
+
+def test_ignored_targets_of_one_dimension_do_not_count():
+    assert T.accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, -100])) == 1.0
+    x, y = labeled(24, 0.0)
+    y[4:16] = -100
+    whole = F.cross_entropy(net().double()(x), y).item()
+    for size in (1, 4, 8, 24):
+        score = evaluate(net().double(), (x, y), batch_size=size)
+        assert score["n"] == 12 and score["loss"] == pytest.approx(whole)
+    a, b = net().double(), net().double()
+    history = quiet(a, (x, y), batch_size=4, metrics="accuracy", lr=0.0, weight_decay=0.0)
+    quiet(b, [(x[i : i + 4], y[i : i + 4]) for i in range(0, 24, 4)])
+    batches = [(x[i : i + 3], y[i : i + 3]) for i in range(0, 24, 3)]
+    listed = quiet(net().double(), batches, metrics="accuracy", lr=0.0, weight_decay=0.0)
+    for name in ("train_loss", "train_accuracy"):
+        assert listed[name][0] == pytest.approx(history[name][0])
+    assert history["train_loss"][0] == pytest.approx(whole)
+    assert history["train_accuracy"][0] == pytest.approx(evaluate(net().double(), (x, y))["accuracy"])
+    assert torch.isfinite(b[0].weight).all() and not same(b, net().double())
+
+
+def test_a_class_weight_of_zero_skips_the_batch_that_has_nothing_else():
+    x, y = toy(12)
+    y[:4] = 0
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 1.0]))
+    batches = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 12, 4)]
+    assert math.isfinite(quiet(net(), batches, loss=loss)["train_loss"][0])
+    assert evaluate(net(), batches, loss=loss)["loss"] == pytest.approx(loss(net()(x), y).item(), rel=1e-5)
+
+
+def test_a_causal_model_of_transformers_counts_the_shifted_labels():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0,
+                                     embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    ids = torch.randint(0, 20, (8, 6), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:3, 2:] = -100
+    data, models = {"input_ids": ids, "labels": labels}, []
+    for size in (2, 8):
+        torch.manual_seed(0)
+        models.append(transformers.GPT2LMHeadModel(config))
+        quiet(models[-1], data, loss=None, batch_size=size, accumulate=8 // size, optimizer="sgd", lr=0.5)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_that_are_no_mean_are_refused():
+    for loss in (nn.CrossEntropyLoss(reduction="sum"), functools.partial(F.cross_entropy, reduction="none")):
+        with pytest.raises(ValueError, match="must be 'mean'"):
+            quiet(net(), toy(), loss=loss)
+
+    class OwnMean(nn.CrossEntropyLoss):
+        def forward(self, output, target):
+            return super().forward(output, target).mean()
+
+    assert quiet(net(), toy(), loss=OwnMean(reduction="none")).rows
+
+
+def test_soft_targets_are_right_where_the_largest_class_is():
+    output = torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+    assert T.accuracy(output, torch.tensor([[0.6, 0.4, 0.0], [0.5, 0.2, 0.3]])) == 0.5
+    assert T.accuracy(output, torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])) == pytest.approx(5 / 6)
+    x = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(4000) % 10
+
+    def mix(x, y):
+        return 0.7 * x + 0.3 * x.flip(0), 0.7 * F.one_hot(y, 10).float() + 0.3 * F.one_hot(y.flip(0), 10).float()
+
+    mix.takes_target = True
+    history = quiet(net(classes=10), (x, y), lr=0.0, metrics="accuracy", transform=mix)
+    assert history["train_accuracy"][0] == pytest.approx(0.1, abs=0.03)
+    one_hot = F.one_hot(torch.arange(6) % 3, 3).float()
+    decisions = evaluate(net(), (toy(6)[0], one_hot), loss="bce", metrics="accuracy")["accuracy"]
+    assert decisions == pytest.approx(((net()(toy(6)[0]) > 0) == (one_hot > 0.5)).float().mean().item())
+
+
+@pytest.mark.parametrize("shape, dim", [((2, 4), 1), ((2, 5, 4), 2), ((2, 4, 4), 2), ((2, 4, 5), 1), ((2, 4, 3, 5), 1),
+                                        ((2, 4, 4, 4), 1), ((2, 3, 5, 4), 3)])
+def test_loss_and_accuracy_read_the_classes_from_the_same_dimension(shape, dim):
+    generator = torch.Generator().manual_seed(0)
+    output = torch.randn(shape, generator=generator, dtype=torch.float64)
+    wanted = {(2, 4, 5): (2, 5), (2, 3, 5, 4): (2, 3, 5)}.get(shape, shape[:dim] + shape[dim + 1 :])
+    target = torch.randint(0, 4, wanted, generator=generator)
+    target.view(-1)[0] = -100
+    assert T._class_dim(output, target) == dim
+    moved = output.movedim(dim, 1)
+    assert T._LOSSES["cross_entropy"](output, target) == pytest.approx(F.cross_entropy(moved, target).item())
+    for name in ("focal", "label_smoothing"):
+        theirs = getattr(losses, name)(moved, target)
+        assert T._LOSSES[name](output, target).item() == pytest.approx(theirs.item())
+    hit = (output.argmax(dim) == target).sum().item()
+    assert T.accuracy(output, target) == pytest.approx(hit / (target.numel() - 1))
+    soft = torch.softmax(torch.randn(shape, generator=generator, dtype=torch.float64), dim)
+    theirs = F.cross_entropy(moved, soft.movedim(dim, 1))
+    if dim == (len(shape) - 1 if len(shape) < 4 else 1):
+        assert T._LOSSES["cross_entropy"](output, soft).item() == pytest.approx(theirs.item())
+
+
+def test_results_do_not_lose_a_metric_by_its_name():
+    for name in ("loss", "n"):
+        for call in (lambda m: quiet(net(), toy(), metrics=m), lambda m: evaluate(net(), toy(), metrics=m)):
+            with pytest.raises(ValueError, match=f"cannot be named '{name}'"):
+                call({name: T.accuracy})
+
+
 # ---------------------------------------------------------------- optimizers and schedules
 
 def test_optimizer_forms():
@@ -184,6 +367,34 @@ def test_optimizer_forms():
         quiet(net(), data, optimizer="lamb")
     with pytest.raises(ValueError, match="unfreeze"):
         quiet(net().requires_grad_(False), data)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    other = net()
+    for how in ({"optimizer": torch.optim.SGD(other.parameters(), lr=0.1)}, {"params": list(other.parameters())},
+                {"optimizer": lambda params: torch.optim.SGD(other.parameters(), lr=0.1)}):
+        with pytest.raises(ValueError, match="no trainable parameter of this model"):
+            quiet(net(), toy(), **how)
+
+
+def test_settings_check_themselves_and_serve_again():
+    bad = {"schedule": "step", "warmup": 1.5, "weight_decay": -1, "clip_norm": 0, "accumulate": 0, "precision": "fp64",
+           "channels_last": "yes", "max_steps": 2.5, "progress": 1}
+    for name, value in bad.items():
+        with pytest.raises(ValueError, match=name):
+            Settings(**{name: value})
+    with pytest.raises(TypeError, match="transform"):
+        Settings(transform="crop")
+    with pytest.raises(TypeError, match="settings must be Settings"):
+        fit(net(), toy(), settings={"progress": False})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().progress = False
+    a, b = net(), net()
+    how = Settings(params=({"params": layer.parameters(), "lr": 0.1} for layer in (a[0], a[3])), schedule="linear",
+                   device="cpu", progress=False)
+    first = fit(a, toy(), epochs=2, settings=how)
+    assert first["lr"] == fit(a, toy(), epochs=2, settings=how)["lr"] and set(how.params[0]) == {"params", "lr"}
+    assert not same(a, b)
 
 
 def test_schedules():
@@ -361,6 +572,111 @@ def test_transformers_model():
     assert model.training and predict(model, {k: data[k] for k in ("input_ids", "attention_mask")}).shape == (12, 5, 3)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(zip(*toy(30), strict=True))
+
+
+def test_a_stream_without_a_length_is_used_as_it_is():
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=8)
+    history = quiet(net(), loader, loader, epochs=2)
+    assert history["steps"] == [4, 8] and history.settings["steps"] is None
+    assert evaluate(net(), loader)["n"] == 30 and predict(net(), loader).shape == (30, 3)
+
+
+def test_batches_keep_their_kinds_of_containers():
+    from collections import namedtuple
+
+    pair, cpu = namedtuple("pair", "x y"), torch.device("cpu")
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+    assert T._to_device(packed, cpu) is packed and isinstance(T._to_device(pair(*toy()), cpu), pair)
+    assert isinstance(T._to_device([torch.ones(1)], cpu), list)
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.rnn, self.head = nn.GRU(2, 4), nn.Linear(4, 3)
+
+        def forward(self, sequences):
+            return self.head(self.rnn(sequences)[1][0])
+
+    assert quiet(Last(), [(packed, torch.tensor([0, 1]))] * 2, epochs=2).rows
+    with pytest.raises(TypeError, match="DistributedSampler"):
+        T._shard((packed, torch.tensor([0, 1])), 0, 2)
+
+
+def test_outputs_may_be_dicts_with_logits():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x):
+            return {"logits": self.body(x)}
+
+    a, b = Named(), net()
+    assert quiet(a, toy(), toy(), metrics="accuracy").rows and quiet(b, toy()).rows and same(a.body, b)
+    assert torch.equal(predict(a, toy()[0]), predict(b, toy()[0]))
+
+
+def test_what_only_looks_like_data_is_refused_with_the_cure():
+    x, y = toy()
+    arrays = x.numpy(), y.numpy()
+    cases = [
+        ([x, y], TypeError, r"pass the tuple \(x, y\)"),
+        (arrays, TypeError, r"train\[0\] is a numpy array.*from_numpy"),
+        (arrays[0], TypeError, "train is a numpy array"),
+        ((x, y.tolist()), TypeError, "tensors only"),
+        ({"x": x, "labels": y.tolist()}, TypeError, "tensors only"),
+        ([arrays], TypeError, "batch holds a numpy array"),
+        ((x, y.float()), TypeError, r"cross-entropy takes class numbers: pass y.long\(\)"),
+        ([(x, y.double())], TypeError, "class numbers"),
+        ((x, y[:, None]), ValueError, r"targets of shape \(100, 1\) do not fit outputs of shape \(100, 3\)"),
+        ((x, torch.full_like(y, -100)), ValueError, "train has nothing to score"),
+    ]
+    for data, kind, message in cases:
+        model = net()
+        with pytest.raises(kind, match=message):
+            quiet(model, data)
+        assert same(model, net())
+    with pytest.raises(TypeError, match="class numbers"):
+        evaluate(net(), (x, y.float()))
+    for kind in (torch.int32, torch.uint8, torch.int16):
+        a, b = net(), net()
+        quiet(a, (x, y.to(kind)))
+        quiet(b, (x, y))
+        assert same(a, b)
+    with pytest.raises(ValueError, match="nothing to predict"):
+        predict(net(), iter([]))
+
+
+def test_a_last_batch_of_one_example_is_refused_before_the_first_step():
+    def normalized():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+    x, y = toy(33)
+    dataset = torch.utils.data.TensorDataset(x, y)
+    loader = torch.utils.data.DataLoader
+    for data in ((x, y), Batches(x, y, batch_size=16), loader(dataset, batch_size=16, shuffle=True)):
+        model = normalized()
+        with pytest.raises(ValueError, match="one example.*another batch_size"):
+            quiet(model, data, batch_size=16)
+        assert same(model, normalized())
+    for data in ((x[:32], y[:32]), loader(dataset, batch_size=16, drop_last=True)):
+        assert quiet(normalized(), data, batch_size=16).rows
+    assert quiet(net(), (x, y), batch_size=16).rows
+    pictures = images(5)
+    assert quiet(small_conv(), pictures, batch_size=4).rows, "64 values a channel have a variance"
+
+    class Hold:
+        def on_epoch_begin(self, run):
+            run.model[1].eval()
+
+    assert quiet(normalized(), (x, y), batch_size=16, callbacks=[Hold()]).rows
+
+
 # ---------------------------------------------------------------- evaluation
 
 def test_evaluate_leaves_no_trace():
@@ -470,6 +786,155 @@ def test_best_weights_include_what_was_unfrozen_later():
     reference[0].requires_grad_(False)
     quiet(reference, toy(), max_steps=1, clip_norm=1.0)
     assert torch.equal(model[0].weight, start) and same(model, reference)
+
+
+@pytest.mark.parametrize("values, best", [([math.nan, 0.1, 0.5, 0.9], 4), ([0.4, math.nan, 0.5, math.nan], 3),
+                                          ([math.nan] * 4, None)])
+def test_a_value_that_is_no_number_is_never_the_best(values, best):
+    stop, model, reference = EarlyStopping("score", patience=None), net(), net()
+    history = quiet(model, toy(), epochs=4, callbacks=[Fake(values), stop])
+    assert (history.best and history.best["epoch"]) == best and stop.best == (best and values[best - 1])
+    quiet(reference, toy(), epochs=best or 4)
+    assert same(model, reference)
+    waiting = EarlyStopping("score", patience=2)
+    assert len(quiet(net(), toy(), epochs=9, callbacks=[Fake([1, *[math.nan] * 8]), waiting])) == 3
+
+
+def test_validation_data_without_anything_to_score_are_no_best_ever():
+    class Once:
+        """Looks like a loader, but can be read only once."""
+
+        def __init__(self):
+            self.batches = iter([toy(20, 1)])
+
+        def __iter__(self):
+            return self.batches
+
+    x, y = toy(20, 1)
+    for valid, when in ((Once(), "after epoch 2"), ([(x, torch.full_like(y, -100))], "after epoch 1"),
+                        ((b for b in ()), "after epoch 1")):
+        epochs = 1 if hasattr(valid, "__next__") else 3
+        with pytest.raises(ValueError, match=f"valid has nothing to score {when}"):
+            quiet(net(), toy(), valid, epochs=epochs, callbacks=[EarlyStopping()])
+    model = net()
+    with pytest.raises(ValueError, match="valid has nothing to score: every target is -100"):
+        quiet(model, toy(), (x, torch.full_like(y, -100)))
+    assert same(model, net())
+
+
+class Average:
+    """The mean of the weights after every step, as the protocol wants it."""
+
+    def __init__(self, every=1):
+        self.mean, self.count, self.every = None, 0, every
+
+    def on_train_begin(self, run):
+        self.mean, self.count = None, 0
+
+    def on_step_end(self, run):
+        self.count += 1
+        now = [p.detach().clone() for p in run.model.parameters()]
+        if self.mean is None:
+            self.mean = now
+        else:
+            torch._foreach_lerp_(self.mean, now, 1 / self.count)
+
+    def swap(self, model):
+        with torch.no_grad():
+            for k, p in enumerate(model.parameters()):
+                self.mean[k], _ = p.detach().clone(), p.copy_(self.mean[k])
+
+    @contextlib.contextmanager
+    def evaluation_weights(self, run):
+        self.swap(run.model)
+        yield
+        self.swap(run.model)
+
+    def on_train_end(self, run):
+        self.swap(run.model)
+
+    def state_dict(self):
+        return {"mean": self.mean, "count": self.count}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_early_stopping_keeps_the_best_average_not_the_best_raw_weights(order):
+    data, valid, seen = toy(), toy(40, 1), []
+
+    class Look:
+        def on_epoch_end(self, run):
+            seen.append(copy.deepcopy(run.model))
+
+    model, average, stop = net(), Average(), EarlyStopping(patience=None)
+    history = quiet(model, data, valid, epochs=6, lr=0.3, batch_size=20, callbacks=[average, stop, Look()][::order])
+    reference, weights = net(), []
+
+    class Collect:
+        def on_step_end(self, run):
+            weights.append([p.detach().clone() for p in run.model.parameters()])
+
+    quiet(reference, data, epochs=6, lr=0.3, batch_size=20, callbacks=[Collect()])
+    for epoch in range(6):
+        means = [torch.stack(w).mean(0) for w in zip(*weights[: 5 * (epoch + 1)], strict=True)]
+        for p, q in zip(seen[epoch].parameters(), means, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        assert evaluate(seen[epoch], valid)["loss"] == pytest.approx(history["valid_loss"][epoch], rel=1e-5)
+    best = history["valid_loss"].index(min(history["valid_loss"]))
+    assert history.best["epoch"] == best + 1 and same(model, seen[best])
+    plain = net()
+    quiet(plain, data, valid, epochs=6, lr=0.3, batch_size=20, callbacks=[Average(), EarlyStopping(restore=False, patience=None)])
+    assert same(plain, seen[-1])
+
+
+def test_close_is_called_whatever_happens():
+    log = []
+
+    class Hooked:
+        def __init__(self, name, fails=None):
+            self.name, self.fails = name, fails
+
+        def on_train_begin(self, run):
+            log.append(f"{self.name} begins")
+            if self.fails:
+                raise self.fails
+
+        def on_train_end(self, run):
+            log.append(f"{self.name} ends")
+
+        def close(self, run):
+            log.append(f"{self.name} closes")
+
+    def outcome(callbacks, error=None):
+        log.clear()
+        if error is None:
+            quiet(net(), toy(), callbacks=callbacks)
+        else:
+            with pytest.raises(error):
+                quiet(net(), toy(), callbacks=callbacks)
+        return log
+
+    a, b = Hooked("a"), Hooked("b")
+    assert outcome([a, b]) == ["a begins", "b begins", "a ends", "b ends", "b closes", "a closes"]
+    assert outcome([a, Bomb(1)], Stop) == ["a begins", "a closes"]
+    broken = Hooked("c", fails=KeyboardInterrupt())
+    assert outcome([a, broken, b], KeyboardInterrupt) == ["a begins", "c begins", "c closes", "a closes"]
+
+
+def test_a_run_that_fails_leaves_the_model_as_it_was_found():
+    model = net().requires_grad_(True)
+
+    class Freeze:
+        def on_epoch_begin(self, run):
+            run.model[0].requires_grad_(False)
+
+    with pytest.raises(Stop):
+        quiet(model, toy(), callbacks=[Freeze(), Bomb(1)])
+    assert all(p.requires_grad for p in model.parameters())
+    quiet(model, toy(), callbacks=[Freeze()])
+    assert not model[0].weight.requires_grad
 
 
 def test_an_optimizer_serves_again_after_a_schedule():
@@ -642,25 +1107,6 @@ def a_run(model=None, train=None, **options):
 
 # ---------------------------------------------------------------- checkpoints
 
-class Stop(Exception):
-    pass
-
-
-class Bomb:
-    def __init__(self, step):
-        self.step = step
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
-    def on_step_end(self, state):
-        if state.step == self.step:
-            raise Stop
-
-
 @pytest.mark.parametrize("kind", ["tensors", "loader"])
 @pytest.mark.parametrize("step", [1, 4, 7, 12])
 def test_resume_equals_never_stopped(tmp_path, step, kind):
@@ -727,6 +1173,181 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     torch.save({"model": 1}, file)
     with pytest.raises(ValueError, match="KeyError"):
         quiet(net(), toy(), callbacks=[Checkpoint(file)])
+
+
+class Turns:
+    """Trains head and body in turn, the body's normalization held; opens a new group of the optimizer late."""
+
+    def __init__(self):
+        self.epoch = None
+
+    def on_epoch_begin(self, run):
+        self.epoch = run.epoch
+        for name, p in run.model.named_parameters():
+            p.requires_grad_(name.startswith("4.") is (run.epoch % 2 == 0) and (run.epoch > 1 or not name.startswith("0.")))
+        run.model[1].train(run.epoch % 2 == 1)
+        held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+        late = [p for p in run.model.parameters() if p.requires_grad and id(p) not in held]
+        if late:
+            run.optimizer.add_param_group({"params": late, "lr": 0.03, "initial_lr": 0.03})
+
+    def on_epoch_end(self, run):
+        run.row["turn"] = np.float64(self.epoch)
+
+    def state_dict(self):
+        return {"epoch": np.int64(self.epoch)}
+
+    def load_state_dict(self, state):
+        self.epoch = state["epoch"]
+
+
+def turning():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    return model
+
+
+def rows_of(history):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+
+
+@pytest.mark.parametrize("step, again", [(1, "a new model"), *itertools.product(range(2, 15), ["a new model", "the same model"])])
+def test_what_is_frozen_and_every_callback_go_on_too(tmp_path, step, again):
+    options = {"epochs": 5, "batch_size": 34, "lr": 0.05, "schedule": "cosine",
+               "metrics": {"right": lambda output, target: np.float32(T.accuracy(output, target))}}
+    whole, broken, file = turning(), turning(), Checkpoint(tmp_path / "run.pt", every=1)
+    a = quiet(whole, toy(), toy(40, 1), callbacks=[Turns(), Average(), EarlyStopping(), Bomb(-1)], **options)
+    with pytest.raises(Stop):
+        quiet(broken, toy(), toy(40, 1), callbacks=[Turns(), Average(), EarlyStopping(), Bomb(step), file], **options)
+    fresh = broken if again == "the same model" else turning()
+    b = quiet(fresh, toy(), toy(40, 1), callbacks=[Turns(), Average(), EarlyStopping(), Bomb(-1), file], **options)
+    assert same(whole, fresh) and rows_of(a) == rows_of(b) and a.best["epoch"] == b.best["epoch"]
+    assert [p.requires_grad for p in whole.parameters()] == [p.requires_grad for p in fresh.parameters()]
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 11])
+def test_a_loaders_own_generator_goes_on_too(tmp_path, step):
+    def loaders():
+        def loader(data, seed, **options):
+            generator = torch.Generator().manual_seed(seed)
+            return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), shuffle=True, generator=generator, **options)
+
+        return loader(toy(), 3, batch_size=20), loader(toy(40, 1), 4, batch_size=13)
+
+    whole, broken, fresh, file = net(dropout=0.2), net(dropout=0.2), net(dropout=0.2), Checkpoint(tmp_path / "run.pt", every=1)
+    a = quiet(whole, *loaders(), epochs=4, callbacks=[Bomb(-1)])
+    with pytest.raises(Stop):
+        quiet(broken, *loaders(), epochs=4, callbacks=[Bomb(step), file])
+    b = quiet(fresh, *loaders(), epochs=4, callbacks=[Bomb(-1), file])
+    assert same(whole, fresh) and rows_of(a) == rows_of(b)
+    with pytest.raises(ValueError, match="generators was 2, now it is 0"):
+        plain = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*toy()), batch_size=20, shuffle=True)
+        quiet(net(dropout=0.2), plain, toy(40, 1), epochs=4, callbacks=[Bomb(-1), file])
+
+
+def test_looking_at_a_first_batch_leaves_the_loaders_order(tmp_path):
+    pictures, orders = images(), []
+    for choice in (False, "auto"):
+        dataset = torch.utils.data.TensorDataset(pictures.x, pictures.y)
+        generator = torch.Generator().manual_seed(0)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=5, shuffle=True, generator=generator)
+        quiet(small_conv(), loader, channels_last=choice)
+        orders.append(generator.get_state())
+    assert torch.equal(*orders)
+
+
+def test_numbers_of_numpy_do_not_make_a_checkpoint_unreadable(tmp_path):
+    class Counts:
+        def __init__(self):
+            self.seen, self.loaded = np.zeros(3), None
+
+        def on_epoch_end(self, run):
+            self.seen += 1
+            run.row |= {"a": np.float32(0.5), "b": np.int64(3), "c": np.bool_(True), "d": np.arange(2)}
+
+        def state_dict(self):
+            return {"seen": self.seen, "deep": [{"x": (np.float64(1.5), None, "text")}], np.int64(7): {np.str_("k"): 1}}
+
+        def load_state_dict(self, state):
+            self.loaded = state
+
+    metrics = {"right": lambda output, target: np.float64(T.accuracy(output, target))}
+    file, counts = Checkpoint(tmp_path / "run.pt"), Counts()
+    quiet(net(), toy(), epochs=2, seed=np.int64(3), lr=np.float32(0.01), metrics=metrics, callbacks=[counts, file])
+    again = Counts()
+    history = quiet(net(), toy(), epochs=3, seed=np.int64(3), lr=np.float32(0.01), metrics=metrics, callbacks=[again, file])
+    assert again.loaded["seen"].tolist() == [2, 2, 2] and again.loaded["deep"] == [{"x": (1.5, None, "text")}]
+    assert again.loaded[7] == {"k": 1} and [type(history.rows[0][k]) for k in "abc"] == [float, int, bool]
+    assert all(isinstance(v, float) for v in history["train_right"])
+
+
+def test_what_a_checkpoint_cannot_keep_is_named(tmp_path):
+    class Lost:
+        def __init__(self):
+            self.count = 0
+
+    class Strange(Lost):
+        def state_dict(self):
+            return {"path": [tmp_path]}
+
+        def load_state_dict(self, state):
+            pass
+
+    with pytest.raises(TypeError, match=r"Lost has attributes \(count\).*state_dict\(\)"):
+        quiet(net(), toy(), callbacks=[Lost(), Checkpoint(tmp_path / "a.pt")])
+    with pytest.raises(TypeError, match=r"Strange.state_dict\(\) holds a PosixPath|WindowsPath"):
+        quiet(net(), toy(), callbacks=[Strange(), Checkpoint(tmp_path / "a.pt")])
+    assert quiet(net(), toy(), callbacks=[Lost()]).rows and list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_options(tmp_path):
+    for options, kind in (({"every": 0}, ValueError), ({"keep": 2}, ValueError), ({"resume": None}, ValueError)):
+        with pytest.raises(kind, match=next(iter(options))):
+            Checkpoint("run.pt", **options)
+    with pytest.raises(TypeError, match="file name, got int"):
+        Checkpoint(3)
+    file = Checkpoint(tmp_path / "run.pt", every=1, keep=False)
+    with pytest.raises(Stop):
+        quiet(net(), toy(), batch_size=20, callbacks=[Bomb(3), file])
+    assert file.path.exists()
+    a, b = net(), net()
+    quiet(a, toy(), batch_size=20, callbacks=[Bomb(-1), file])
+    quiet(b, toy(), batch_size=20)
+    assert same(a, b) and not file.path.exists()
+
+
+def test_other_parameters_in_the_optimizer_are_another_configuration(tmp_path):
+    file = Checkpoint(tmp_path / "run.pt")
+    model = net()
+    quiet(model, toy(), params=list(model[0].parameters()), callbacks=[file])
+    model = net()
+    with pytest.raises(ValueError, match="group 0 of the optimizer held.*0.weight.*now it holds.*3.weight"):
+        quiet(model, toy(), epochs=2, params=list(model[3].parameters()), callbacks=[file])
+    frozen = net()
+    frozen[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen was"):
+        quiet(frozen, toy(), epochs=2, params=list(frozen[3].parameters()), callbacks=[file])
+
+
+def test_only_leftovers_of_this_checkpoint_are_cleared(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        kept = [f".lr0.1.{gone.pid}-deadbeef.pt", f".lr0.{alive.pid}-deadbeef.pt", f".lr01.{gone.pid}-deadbeef.pt", "lr0.pt.old"]
+        cleared = [f".lr0.{gone.pid}-deadbeef.pt"]
+        for name in kept + cleared:
+            (tmp_path / name).write_bytes(b"x")
+        T._clear_leftovers(tmp_path / "lr0.pt")
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+        (tmp_path / f".run[1].{gone.pid}-deadbeef.pt").write_bytes(b"x")
+        T._clear_leftovers(tmp_path / "run1.pt")
+        assert (tmp_path / f".run[1].{gone.pid}-deadbeef.pt").exists()
+        T._clear_leftovers(tmp_path / "run[1].pt")
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+    finally:
+        alive.communicate(b"\n")
 
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -810,6 +1431,53 @@ def test_torchrun_equals_one_process(tmp_path):
         torch.testing.assert_close(got["weights"][k], v, rtol=1e-4, atol=1e-5)
     for a, b in zip(got["rows"], one["rows"], strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+def two(out, *args):
+    """A run of the script in two processes; its result, None where it was broken off."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pair = [FORKS.Process(target=train_script.one_of_two, args=(rank, port, [str(a) for a in (out, *args)])) for rank in (0, 1)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(300)
+        assert process.exitcode == 0
+    return torch.load(out, weights_only=True) if out.exists() else None
+
+
+def test_two_processes_go_on_in_mid_epoch_each_with_its_own_sums(tmp_path):
+    want = two(tmp_path / "whole.pt", "--dropout", 0.2)
+    file = tmp_path / "run.pt"
+    assert two(tmp_path / "broken.pt", "--dropout", 0.2, "--checkpoint", file, "--stop", 14) is None and file.exists()
+    got = two(tmp_path / "again.pt", "--dropout", 0.2, "--checkpoint", file)
+    assert got["processes"] == 2 and got["rows"] == want["rows"]
+    assert all(torch.equal(v, got["weights"][k]) for k, v in want["weights"].items())
+    one = tmp_path / "one.pt"
+    train_script.main([str(one), "--dropout", "0.2", "--checkpoint", str(file)])
+    assert torch.load(one, weights_only=True)["rows"] == want["rows"], "a finished run is read by any number of processes"
+
+
+def test_a_process_without_anything_to_score_waits_for_the_others(tmp_path):
+    got = two(tmp_path / "two.pt", "--ignored", "--accumulate", 2)
+    train_script.main([str(tmp_path / "one.pt"), "--ignored", "--accumulate", "2"])
+    one = torch.load(tmp_path / "one.pt", weights_only=True)
+    for k, v in one["weights"].items():
+        torch.testing.assert_close(got["weights"][k], v, rtol=1e-4, atol=1e-5)
+    for a, b in zip(got["rows"], one["rows"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+def test_the_sums_of_two_processes_go_to_one(tmp_path):
+    run = a_run()
+    run._generators, run.batch, run.device = [], 3, torch.device("cpu")
+    streams = [T._rng_state(run.device)] * 2
+    T._restore_process(run, [[streams, {"loss": 2.0}, 3, 4], [streams, {"loss": 5.0}, 1, 2]])
+    assert (run._sums, run._count, run._weight) == ({"loss": 7.0}, 4, 6)
+    run._rank, run._size = 1, 3
+    T._restore_process(run, [[streams, {"loss": 2.0}, 3, 4], [streams, {"loss": 5.0}, 1, 2]])
+    assert (run._sums, run._count, run._weight) == ({"loss": 0.0}, 0, 0)
 
 
 def test_process_group_of_one(monkeypatch):
