@@ -2,7 +2,7 @@
 
 Nine optimizers in a few lines each, equal to those of `torch.optim` to the
 bit where PyTorch has them; `optimizer` makes one by its name, `schedule` a
-function for `fit(schedule=...)`, `model_range_test` looks for a rate.
+function for `Settings(schedule=...)`, `model_range_test` looks for a rate.
 
 >>> net = nn.Linear(2, 1)
 >>> rule = optimizer("AdamW", net, lr=1e-3)
@@ -156,7 +156,7 @@ class Foreach(torch.optim.Optimizer):
     def __init__(
         self, params, others: Mapping[str, Any] | None = None, **options
     ):
-        kind, further = type(self).__name__, _further(type(self))
+        kind, further = type(self).__name__, _further(self)
         if unknown := sorted(set(others or ()) - set(further)):
             known = ", ".join([*options, *further])
             raise TypeError(f"{kind} has no {unknown[0]!r}; it has {known}")
@@ -169,27 +169,8 @@ class Foreach(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters with options of their own, which are checked."""
         if isinstance(param_group, dict):
-            param_group.update(self._checked_group(param_group))
+            param_group.update(_checked_group(self, param_group))
         super().add_param_group(param_group)
-
-    def _checked_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        kind, whole = type(self).__name__, {**self.defaults, **group}
-        further = _further(type(self))
-        for name in sorted(_OPTIONS & whole.keys()):
-            fixed = name in further and name not in _FREE
-            foreign = name not in self.defaults and whole[name]
-            if foreign or (fixed and whole[name] != further[name]):
-                raise ValueError(
-                    f"{kind}: {name}={whole[name]!r} is not supported, and to "
-                    "ignore it would be another rule. Leave it out, or use "
-                    "the optimizer of torch.optim that has it"
-                )
-        if whole.get("nesterov") and not whole.get("momentum"):
-            raise ValueError(
-                f"{kind}: nesterov=True looks ahead along the velocity; give "
-                "a momentum above 0, such as 0.9"
-            )
-        return _checked(kind, whole)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Go on from a state of this class or of its twin.
@@ -199,7 +180,7 @@ class Foreach(torch.optim.Optimizer):
         ValueError
             If the state is of another rule; nothing has changed then.
         """
-        kind, further, groups = type(self).__name__, _further(type(self)), []
+        kind, further, groups = type(self).__name__, _further(self), []
         for saved in state_dict["param_groups"]:
             if lost := sorted(self.defaults.keys() - further - saved.keys()):
                 raise ValueError(
@@ -207,7 +188,7 @@ class Foreach(torch.optim.Optimizer):
                     "another optimizer; load it into one of that kind"
                 )
             group = {**further, **saved}
-            groups.append({**group, **self._checked_group(group)})
+            groups.append({**group, **_checked_group(self, group)})
         super().load_state_dict({**state_dict, "param_groups": groups})
 
     def buffers(self, params: list[Tensor], *names: str) -> list[list[Tensor]]:
@@ -240,7 +221,7 @@ class Foreach(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for params in _chunks(group["params"], self.cut(group)):
-                grads = [p.grad for p in params]
+                grads = [p.grad for p in params if p.grad is not None]
                 if group.get("maximize"):
                     grads = torch._foreach_neg(grads)
                 self.update(params, grads, group)
@@ -251,15 +232,40 @@ class Foreach(torch.optim.Optimizer):
         kind = type(self).__name__
         raise NotImplementedError(f"{kind} needs update(params, grads, group)")
 
+# %% ../nbs/03_optim.ipynb #c8fdc542
+def _further(rule: Any) -> dict[str, Any]:
+    """What the twin of an optimizer has beyond it, at the twin's defaults."""
+    return _beyond(rule.__class__)
+
 
 @functools.cache
-def _further(kind: type[Foreach]) -> dict[str, Any]:
-    """What the twin of an optimizer has beyond it, at the twin's defaults."""
+def _beyond(kind: Any) -> dict[str, Any]:
     own = inspect.signature(kind.__init__).parameters
     if kind.twin is None:
         return {"maximize": False}
     theirs = kind.twin([torch.zeros(1, 1, requires_grad=True)]).defaults
     return {k: v for k, v in theirs.items() if k not in own}
+
+
+def _checked_group(rule: Foreach, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of a group of parameters, or an error."""
+    kind, further = type(rule).__name__, _further(rule)
+    whole = {**rule.defaults, **group}
+    for name in sorted(_OPTIONS & whole.keys()):
+        fixed = name in further and name not in _FREE
+        foreign = name not in rule.defaults and whole[name]
+        if foreign or (fixed and whole[name] != further[name]):
+            raise ValueError(
+                f"{kind}: {name}={whole[name]!r} is not supported, and to "
+                "ignore it would be another rule. Leave it out, or use the "
+                "optimizer of torch.optim that has it"
+            )
+    if whole.get("nesterov") and not whole.get("momentum"):
+        raise ValueError(
+            f"{kind}: nesterov=True looks ahead along the velocity; give a "
+            "momentum above 0, such as 0.9"
+        )
+    return _checked(kind, whole)
 
 # %% ../nbs/03_optim.ipynb #01aecd10
 class SGD(Foreach):
@@ -941,7 +947,7 @@ def constant(step: int, total_steps: int) -> float:
     return 1.0
 
 
-def _share(step: int, total_steps: int) -> float:
+def _share(step: float, total_steps: float) -> float:
     return min(1.0, step / max(1, total_steps))
 
 
@@ -956,7 +962,7 @@ def linear(step: int, total_steps: int, end: float = 0.0) -> float:
     return 1 + (end - 1) * _share(step, total_steps)
 
 
-def cosine(step: int, total_steps: int, end: float = 0.0) -> float:
+def cosine(step: float, total_steps: float, end: float = 0.0) -> float:
     """From 1 to `end` along half a cosine (Loshchilov, Hutter 2017, arXiv:1608.03983).
 
     Examples
@@ -1016,7 +1022,7 @@ SCHEDULES = {f.__name__: f for f in (constant, linear, cosine, exponential, stai
 
 
 def schedule(name: str | Callable = "constant", warmup: float = 0.0, **options) -> Callable[[int, int], float]:
-    """A function (step, total_steps) -> factor of the learning rate, for `fit(schedule=...)`.
+    """A function (step, total_steps) -> factor of the learning rate, for `Settings(schedule=...)`.
 
     Parameters
     ----------

@@ -355,7 +355,7 @@ def difference(a: Any, b: Any, **varied: Any) -> Row:
         )
     values = [_number(x) - _number(y) for x, y in zip(xs, ys, strict=True)]
     metric = "difference in " + str(first.get("metric", "values"))
-    about = {"n": first.get("n"), "budget": first.get("budget")}
+    about: dict[str, Any] = {k: first.get(k) for k in ("n", "budget")}
     return row(metric, values, seeds=seeds, **about, **varied)
 
 # %% ../nbs/A4_results.ipynb #bac4d8d4
@@ -558,7 +558,7 @@ def _to_json(value: Any, where: str = "value", digits: int | None = 6) -> Any:
 
 # %% ../nbs/A4_results.ipynb #cdb35a65
 @functools.cache
-def _stored(kind: type) -> type:
+def _stored(kind: Any) -> Any:
     """The subclass of float, int, str, dict or list that carries a source.
 
     Copied or sent to another process, a value is a plain one again.
@@ -577,7 +577,7 @@ def _wrap(value: Any, source: dict) -> Any:
     def inner(key: Any, child: Any) -> Any:
         return _wrap(child, {**source, "path": [*source.get("path", []), key]})
 
-    kind = type(value)
+    kind: Any = type(value)
     if kind is dict and {"metric", "values", "mean", "interval"} <= set(value):
         numbers = {
             k: [_number(x) for x in value[k]] for k in ("values", "interval")
@@ -1006,7 +1006,7 @@ def table(
 _ABOUT = ("n", "budget", "seeds", *_STUDY_KEYS)
 
 
-def _lines(rows: list[Mapping], fmt: Any) -> tuple[list[dict], list[str]]:
+def _lines(rows: Sequence[Mapping], fmt: Any) -> tuple[list[dict], list[str]]:
     """One dict of cell texts per line, and the names of the metrics.
 
     Rows of the same setting share a line.
@@ -1169,7 +1169,7 @@ def _match(block: Mapping, wanted: Sequence[tuple]) -> list[dict | None]:
 def _is_rough(origin: Mapping) -> bool:
     return "ftbook" not in origin
 
-
+# %% ../nbs/A4_results.ipynb #86bf51c5
 def _sweep_row(stored: dict, source: dict, runs: dict | None = None) -> Row:
     """The Row of one setting of a stored sweep: a metric over the seeds."""
     if runs is None:
@@ -1194,8 +1194,59 @@ def _place(score: Any, mode: str) -> tuple[bool, float]:
     number = _number(score)
     return math.isnan(number), -number if mode == "max" else number
 
+
+def _winners(rows: Sequence[Row], by: Any, mode: str) -> list[Row]:
+    """The best row of each group that has the same values of `by`."""
+    by = (by,) if isinstance(by, str) else tuple(by)
+    groups: dict[tuple, list[Row]] = {}
+    for r in rows:
+        groups.setdefault(tuple(r.get(k) for k in by), []).append(r)
+    found = [
+        min(group, key=lambda r: _place(r["mean"], mode))
+        for group in groups.values()
+    ]
+    if lost := [r for r in found if math.isnan(r["mean"])]:
+        raise ValueError(
+            f"{lost[0]['metric']!r} is no number in any run like "
+            f"{lost[0].varied}"
+        )
+    return found
+
+# %% ../nbs/A4_results.ipynb #7a0b2a5b
+class _Rows:
+    """What a sweep and a study have in common: their rows, found and shown."""
+
+    metrics: Any
+
+    def _found(self, metric: str, **where: Any) -> list[Row]:
+        raise NotImplementedError
+
+    def row(self, metric: str, **where: Any) -> Row:
+        """The one Row that matches `where`."""
+        found = self._found(metric, **where)
+        if len(found) != 1:
+            names = dict.fromkeys(
+                k for r in self._found(metric) for k in r.varied
+            )
+            raise ValueError(
+                f"{len(found)} rows match {where}; they differ in "
+                f"{', '.join(names)}"
+            )
+        return found[0]
+
+    def table(self, *metrics: str, **options: Any) -> Markdown:
+        """Table of the rows, one or more metrics; options of `table`."""
+        rows = [r for m in (metrics or self.metrics) for r in self._found(m)]
+        return table(rows, **options)
+
+    def plot(self, metric: str, **options: Any) -> Any:
+        """Dot and interval per row (`ftbook.plot.intervals`)."""
+        from ftbook import plot
+
+        return plot.intervals(self._found(metric), **options)
+
 # %% ../nbs/A4_results.ipynb #d05d885f
-class Sweep:
+class Sweep(_Rows):
     """Finished runs of a sweep; `failed` has the others."""
 
     def __init__(
@@ -1246,33 +1297,21 @@ class Sweep:
             raise ValueError(
                 f"the sweep has no metric {metric!r}; it has {known}"
             )
-        seeds: dict[str, list[int]] = {}
-        choices: dict[str, dict] = {}
+        groups: dict[str, list[dict]] = {}
         for r in self.runs:
             if metric in r["metrics"] and self._fits(r, where):
-                key = _key(r["choice"], 0)
-                choices[key] = r["choice"]
-                seeds.setdefault(key, []).append(r["seed"])
+                groups.setdefault(_key(r["choice"], 0), []).append(r)
         base = {"chapter": self.chapter, "key": self.name}
         base |= {"profile": self.profile, "metric": metric}
         runs = {_key(r["choice"], r["seed"]): r for r in self.runs}
-        return [
-            _sweep_row(
-                self.stored, base | {"choice": choices[k], "seeds": s}, runs
-            )
-            for k, s in seeds.items()
-        ]
+        rows = []
+        for group in groups.values():
+            source = {"choice": group[0]["choice"]} | base
+            source["seeds"] = [r["seed"] for r in group]
+            rows.append(_sweep_row(self.stored, source, runs))
+        return rows
 
-    def row(self, metric: str, **where: Any) -> Row:
-        """The one Row that matches `where`."""
-        found = self.summary(metric, **where)
-        if len(found) != 1:
-            names = dict.fromkeys(k for r in self.runs for k in r["choice"])
-            raise ValueError(
-                f"{len(found)} settings match {where}; the sweep varies "
-                f"{', '.join(names)}"
-            )
-        return found[0]
+    _found = summary
 
     def best(
         self,
@@ -1298,38 +1337,10 @@ class Sweep:
         -------
         list of Row, or a Row when `by` is empty
         """
-        by = (by,) if isinstance(by, str) else tuple(by)
-        groups: dict[tuple, list[Row]] = {}
-        for r in self.summary(metric):
-            groups.setdefault(tuple(r.get(k) for k in by), []).append(r)
-        winners = [
-            min(rows, key=lambda r: _place(r["mean"], mode))
-            for rows in groups.values()
-        ]
-        if lost := [w.varied for w in winners if math.isnan(w["mean"])]:
-            raise ValueError(
-                f"{metric!r} is no number in any run like {lost[0]}"
-            )
+        winners = _winners(self.summary(metric), by, mode)
         if report:
             winners = [self.row(report, **w.varied) for w in winners]
         return winners if by else winners[0]
-
-    def table(
-        self,
-        *metrics: str,
-        columns: Any = None,
-        caption: str | None = None,
-        fmt: Any = None,
-    ) -> Markdown:
-        """Table of the settings, mean [low, high] of one or more metrics."""
-        rows = [r for m in (metrics or self.metrics) for r in self.summary(m)]
-        return table(rows, columns=columns, caption=caption, fmt=fmt)
-
-    def plot(self, metric: str, **options: Any) -> Any:
-        """Dot and interval per setting (`ftbook.plot.intervals`)."""
-        from ftbook import plot
-
-        return plot.intervals(self.summary(metric), **options)
 
 # %% ../nbs/A4_results.ipynb #10b7b61b
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -1359,7 +1370,7 @@ def _attempt(
     about = {"origin": _provenance(), "substituted": substituted()}
     return done | about | {"seconds": seconds}
 
-
+# %% ../nbs/A4_results.ipynb #13fe9b87
 class _Store:
     """The place of a sweep in results/: what it has, and adding a run."""
 
@@ -1545,7 +1556,7 @@ class ChosenFor:
         other = ", ".join(f"{k}={v!r}" for k, v in self.other.items())
         return f"ChosenFor({other})"
 
-
+# %% ../nbs/A4_results.ipynb #03ee2ec8
 class _Plan:
     """A row of a study: its settings, what is to choose, what was chosen."""
 
@@ -1604,7 +1615,7 @@ class _Plan:
         tried = self.grid.items()
         self.edge = [k for k, o in tried if _at_edge(self.chosen[k], o)]
 
-
+# %% ../nbs/A4_results.ipynb #5b56a78d
 def _at_edge(value: Any, options: Sequence) -> bool:
     """Whether a number is the first or last of several that were tried.
 
@@ -1645,8 +1656,8 @@ def _results_of(
 ) -> Iterator[dict]:
     """The runs as they end, here or wherever the executor takes them."""
     if executor is None:
-        for task in tasks:
-            yield _attempt(run, *task, split)
+        for choice, seed in tasks:
+            yield _attempt(run, choice, seed, split)
         return
     futures = [executor.submit(_attempt, run, *task, split) for task in tasks]
     try:
@@ -1836,7 +1847,7 @@ def study(
     found.failed = failed
     return found
 
-
+# %% ../nbs/A4_results.ipynb #37315753
 def _groups(plans: list[_Plan], executor: Any) -> list[list[_Plan]]:
     """Rows in the order of work: those that take a choice come after.
 
@@ -1901,7 +1912,7 @@ def _rows(
     return rows
 
 # %% ../nbs/A4_results.ipynb #ac0e5cde
-class Study:
+class Study(_Rows):
     """A comparison as it is stored: for each metric a Row per row."""
 
     def __init__(self, chapter: str, name: str, profile: str, stored: dict):
@@ -1927,18 +1938,7 @@ class Study:
             if _key({k: r.get(k) for k in where}, 0) == asked
         ]
 
-    def row(self, metric: str, **where: Any) -> Row:
-        """The one Row that matches `where`."""
-        found = self.rows(metric, **where)
-        if len(found) != 1:
-            names = dict.fromkeys(
-                k for r in self.rows(metric) for k in r.varied
-            )
-            raise ValueError(
-                f"{len(found)} rows match {where}; they differ in "
-                f"{', '.join(names)}"
-            )
-        return found[0]
+    _found = rows
 
     @property
     def search(self) -> Sweep:
@@ -1953,23 +1953,6 @@ class Study:
         wanted = [(r.varied, s) for r in rows for s in r["seeds"]]
         block = _find(self.chapter, name, self.profile)[0]
         return Sweep(self.chapter, name, self.profile, block, wanted)
-
-    def table(
-        self,
-        *metrics: str,
-        columns: Any = None,
-        caption: str | None = None,
-        fmt: Any = None,
-    ) -> Markdown:
-        """Table of the rows, mean [low, high] of one or more metrics."""
-        rows = [r for m in (metrics or self.metrics) for r in self.rows(m)]
-        return table(rows, columns=columns, caption=caption, fmt=fmt)
-
-    def plot(self, metric: str, **options: Any) -> Any:
-        """Dot and interval per row (`ftbook.plot.intervals`)."""
-        from ftbook import plot
-
-        return plot.intervals(self.rows(metric), **options)
 
     def __repr__(self) -> str:
         rows = max((len(r) for r in self._stored.values()), default=0)

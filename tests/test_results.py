@@ -495,7 +495,7 @@ def test_sweep_reports_failures_and_refuses_wrong_questions():
         results.sweep(lambda seed, a: 3, {"a": [1]}, [0], chapter="05_demo", name="g", progress=False)
     with pytest.raises(ValueError, match="no metric 'loss'"):
         done.summary("loss")
-    with pytest.raises(ValueError, match="0 settings match"):
+    with pytest.raises(ValueError, match="0 rows match"):
         done.row("valid", lr=7)
     with pytest.raises(ValueError, match="'max' or 'min'"):
         done.best("valid", mode="high")
