@@ -603,9 +603,9 @@ def _provenance(
     >>> sorted(_provenance())
     ['date', 'device', 'ftbook', 'profile', 'python', 'torch', 'transformers']
     """
-    from ftbook import __version__
+    import ftbook
 
-    made = {"python": platform.python_version(), "ftbook": __version__}
+    made = {"python": platform.python_version(), "ftbook": ftbook.__version__}
     made |= runtime.versions("torch", "transformers")
     made |= {"device": runtime.device_name(), "profile": runtime.profile()}
     made["date"] = datetime.now(UTC).strftime("%Y-%m-%d")

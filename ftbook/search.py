@@ -168,10 +168,23 @@ def grid_choices(
     return {name: part.grid(points) for name, part in space.items()}
 
 # %% ../nbs/17_search.ipynb #76f5e300
-def mlp_run(seed: int, *, train: ImageSet, valid: ImageSet, test: ImageSet | None = None, lr: float,
-            weight_decay: float = 0.01, width: int = 64, dropout: float = 0.0, steps: int = 400,
-            batch_size: int = 32, valid_sizes: Sequence[int] = (100, 1000)) -> dict[str, float]:
-    """Train a network with one hidden layer and score it on validation sets of several sizes.
+def mlp_run(
+    seed: int,
+    *,
+    train: ImageSet,
+    valid: ImageSet,
+    test: ImageSet | None = None,
+    lr: float,
+    weight_decay: float = 0.01,
+    width: int = 64,
+    dropout: float = 0.0,
+    steps: int = 400,
+    batch_size: int = 32,
+    valid_sizes: Sequence[int] = (100, 1000),
+) -> dict[str, float]:
+    """Train a network with one hidden layer and score it.
+
+    The validation scores are on sets of several sizes.
 
     Parameters
     ----------
@@ -192,8 +205,9 @@ def mlp_run(seed: int, *, train: ImageSet, valid: ImageSet, test: ImageSet | Non
         valid_N_accuracy for each size N; test_accuracy with `test`.
     """
     seed_everything(seed)
-    sizes = [train.x[0].numel(), width, len(train.classes)]
-    model = nn.Sequential(nn.Flatten(), nn.Linear(*sizes[:2]), nn.ReLU(), nn.Dropout(dropout), nn.Linear(*sizes[1:]))
+    pixels, classes = train.x[0].numel(), len(train.classes)
+    layers = [nn.Linear(pixels, width), nn.ReLU(), nn.Dropout(dropout)]
+    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(width, classes))
     epochs = -(-steps // -(-len(train) // batch_size))
     fit(
         model,
@@ -211,9 +225,13 @@ def mlp_run(seed: int, *, train: ImageSet, valid: ImageSet, test: ImageSet | Non
         ),
     )
     output = predict(model, valid.float(), precision="fp32")
-    scores = {f"valid_{n}_accuracy": accuracy(output[:n], valid.y[:n]) for n in valid_sizes}
+    scores = {
+        f"valid_{n}_accuracy": accuracy(output[:n], valid.y[:n])
+        for n in valid_sizes
+    }
     if test is not None:
-        scores["test_accuracy"] = evaluate(model, test, metrics="accuracy", precision="fp32")["accuracy"]
+        found = evaluate(model, test, metrics="accuracy", precision="fp32")
+        scores["test_accuracy"] = found["accuracy"]
     return scores
 
 # %% ../nbs/17_search.ipynb #d42640a9
@@ -251,10 +269,11 @@ def run_settings(
         from tqdm.auto import tqdm
 
         bar = tqdm(settings, desc=name)
-    where, rows = {"chapter": chapter, "name": name, "progress": False}, []
+    about |= {"chapter": chapter, "name": name, "progress": False}
+    rows: list[dict] = []
     for s in bar:
         one = {k: [v] for k, v in s.items()}
-        rows += results.sweep(run, one, seeds, **where, **about).rows
+        rows += results.sweep(run, one, seeds, **about).rows
     return rows
 
 # %% ../nbs/17_search.ipynb #230e87a8
