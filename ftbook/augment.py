@@ -42,8 +42,11 @@ __all__ = [
 # %% ../nbs/16_augment.ipynb #0f163094
 def _check_images(x: Tensor) -> None:
     if not torch.is_tensor(x) or x.ndim != 4:
-        raise ValueError(f"images must be a tensor of shape (B, C, H, W), got "
-                         f"{tuple(x.shape) if torch.is_tensor(x) else type(x).__name__}; add a batch dimension")
+        raise ValueError(
+            "images must be a tensor of shape (B, C, H, W), got "
+            f"{tuple(x.shape) if torch.is_tensor(x) else type(x).__name__}; "
+            "add a batch dimension"
+        )
 
 
 def random_flip(x: Tensor, p: float = 0.5, dim: int = -1) -> Tensor:
@@ -62,11 +65,14 @@ def random_flip(x: Tensor, p: float = 0.5, dim: int = -1) -> Tensor:
     [[[[3, 2, 1]]]]
     """
     _check_images(x)
-    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < p, x.flip(dim), x)
+    return torch.where(
+        torch.rand(len(x), 1, 1, 1, device=x.device) < p, x.flip(dim), x
+    )
 
 # %% ../nbs/16_augment.ipynb #b20b1892
 def random_crop(x: Tensor, padding: int = 4) -> Tensor:
-    """Pad each image with zeros on all sides and cut out a window of the old size at its own random place.
+    """Pad each image with zeros on all sides and cut out a window of the old
+    size at its own random place.
 
     Parameters
     ----------
@@ -88,8 +94,11 @@ def random_crop(x: Tensor, padding: int = 4) -> Tensor:
     return windows[torch.arange(B, device=x.device), :, top, left]
 
 # %% ../nbs/16_augment.ipynb #d5dc4ff6
-def random_resized_crop(x: Tensor, scale: tuple[float, float] = (0.5, 1.0)) -> Tensor:
-    """Cut a square part out of each image and scale it back to full size, bilinearly.
+def random_resized_crop(
+    x: Tensor, scale: tuple[float, float] = (0.5, 1.0)
+) -> Tensor:
+    """Cut a square part out of each image and scale it back to full size,
+    bilinearly.
 
     Parameters
     ----------
@@ -105,7 +114,10 @@ def random_resized_crop(x: Tensor, scale: tuple[float, float] = (0.5, 1.0)) -> T
     _check_images(x)
     low, high = scale
     if not 0 < low <= high <= 1:
-        raise ValueError(f"scale is {scale}; give shares of the area with 0 < low <= high <= 1")
+        raise ValueError(
+            f"scale is {scale}; give shares of the area with 0 < low <= high "
+            "<= 1"
+        )
     side = (low + (high - low) * torch.rand(len(x), device=x.device)).sqrt()
     center = (2 * torch.rand(2, len(x), device=x.device) - 1) * (1 - side)
     theta = torch.zeros(len(x), 2, 3, device=x.device)
@@ -117,11 +129,20 @@ def random_resized_crop(x: Tensor, scale: tuple[float, float] = (0.5, 1.0)) -> T
 # %% ../nbs/16_augment.ipynb #01f420a8
 def _gray(x: Tensor) -> Tensor:
     "Luma of color images, (B, 1, H, W); gray images as they are."
-    return x if x.shape[1] == 1 else (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return (
+        x
+        if x.shape[1] == 1
+        else (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(
+            1, keepdim=True
+        )
+    )
 
 
-def _adjust_color(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
-    """Brightness, then contrast, then saturation, each with one factor per image (1 leaves it).
+def _adjust_color(
+    x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor
+) -> Tensor:
+    """Brightness, then contrast, then saturation, each with one factor per
+    image (1 leaves it).
 
     Parameters
     ----------
@@ -132,24 +153,30 @@ def _adjust_color(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: T
     Examples
     --------
     >>> one = torch.ones(1)
-    >>> _adjust_color(torch.full((1, 3, 2, 2), 0.25), 2 * one, one, one).max().item()
+    >>> x = torch.full((1, 3, 2, 2), 0.25)
+    >>> _adjust_color(x, 2 * one, one, one).max().item()
     0.5
     """
     _check_images(x)
     x = (x * brightness.view(-1, 1, 1, 1)).clamp(0, 1)
-    x = torch.lerp(_gray(x).mean((1, 2, 3), keepdim=True), x, contrast.view(-1, 1, 1, 1)).clamp(0, 1)
+    x = torch.lerp(
+        _gray(x).mean((1, 2, 3), keepdim=True), x, contrast.view(-1, 1, 1, 1)
+    ).clamp(0, 1)
     return torch.lerp(_gray(x), x, saturation.view(-1, 1, 1, 1)).clamp(0, 1)
 
 
 def color_jitter(x: Tensor, strength: float = 0.4) -> Tensor:
-    """Change brightness, contrast and saturation of each image by factors from 1 - strength to 1 + strength.
+    """Change brightness, contrast and saturation of each image by factors from
+    1 - strength to 1 + strength.
 
     Examples
     --------
     >>> color_jitter(torch.rand(2, 3, 4, 4)).shape
     torch.Size([2, 3, 4, 4])
     """
-    return _adjust_color(x, *(1 + strength * (2 * torch.rand(3, len(x), device=x.device) - 1)))
+    return _adjust_color(
+        x, *(1 + strength * (2 * torch.rand(3, len(x), device=x.device) - 1))
+    )
 
 # %% ../nbs/16_augment.ipynb #e14c9c9a
 def _box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -170,13 +197,19 @@ def _box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     [[[[1, 1, 0], [0, 0, 0]]]]
     """
     x1, y1, x2, y2 = boxes.view(-1, 4, 1).unbind(1)
-    rows, columns = (torch.arange(n, device=boxes.device) for n in (height, width))
+    rows, columns = (
+        torch.arange(n, device=boxes.device) for n in (height, width)
+    )
     down, across = (rows >= y1) & (rows < y2), (columns >= x1) & (columns < x2)
     return (down[:, :, None] & across[:, None, :])[:, None]
 
 # %% ../nbs/16_augment.ipynb #60ed8435
-def random_erasing(x: Tensor, p: float = 0.5, area: tuple[float, float] = (0.02, 0.33),
-                   ratio: tuple[float, float] = (0.3, 3.3)) -> Tensor:
+def random_erasing(
+    x: Tensor,
+    p: float = 0.5,
+    area: tuple[float, float] = (0.02, 0.33),
+    ratio: tuple[float, float] = (0.3, 3.3),
+) -> Tensor:
     """Set a random rectangle of each image to zero, with probability p.
 
     Parameters
@@ -198,9 +231,17 @@ def random_erasing(x: Tensor, p: float = 0.5, area: tuple[float, float] = (0.02,
     size = (area[0] + (area[1] - area[0]) * draw[0]) * H * W
     low, high = torch.tensor(ratio).log()
     aspect = (low + (high - low) * draw[1]).exp()
-    h, w = ((size * aspect).sqrt().round().clamp(1, H), (size / aspect).sqrt().round().clamp(1, W))
-    top, left = ((draw[2] * (H - h + 1)).floor(), (draw[3] * (W - w + 1)).floor())
-    boxes = torch.stack([left, top, left + w, top + h], 1) * (draw[4] < p)[:, None]
+    h, w = (
+        (size * aspect).sqrt().round().clamp(1, H),
+        (size / aspect).sqrt().round().clamp(1, W),
+    )
+    top, left = (
+        (draw[2] * (H - h + 1)).floor(),
+        (draw[3] * (W - w + 1)).floor(),
+    )
+    boxes = (
+        torch.stack([left, top, left + w, top + h], 1) * (draw[4] < p)[:, None]
+    )
     return x.masked_fill(_box_mask(boxes, H, W), 0)
 
 # %% ../nbs/16_augment.ipynb #ce37065c
@@ -268,7 +309,9 @@ def mixup(
     return mixed, _mix_labels(y, partner, lam, n_classes)
 
 # %% ../nbs/16_augment.ipynb #dca44066
-def cutmix(x: Tensor, y: Tensor, boxes: Tensor, partner: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+def cutmix(
+    x: Tensor, y: Tensor, boxes: Tensor, partner: Tensor, n_classes: int
+) -> tuple[Tensor, Tensor]:
     """CutMix, equation (16.3), for given boxes and partners.
 
     Parameters
@@ -290,26 +333,38 @@ def cutmix(x: Tensor, y: Tensor, boxes: Tensor, partner: Tensor, n_classes: int)
     _check_images(x)
     mask = _box_mask(boxes.view(-1, 4), *x.shape[-2:])
     lam = 1 - mask.float().mean((1, 2, 3))
-    return torch.where(mask, x[partner], x), _mix_labels(y, partner, lam, n_classes)
+    return torch.where(mask, x[partner], x), _mix_labels(
+        y, partner, lam, n_classes
+    )
 
 
 def _draw_boxes(lam: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (B, 4) with the share 1 - lam of the area, centers anywhere, cut off at the border.
+    """Boxes (B, 4) with the share 1 - lam of the area, centers anywhere, cut
+    off at the border.
 
     Examples
     --------
     >>> _draw_boxes(torch.ones(1), 8, 8).shape
     torch.Size([1, 4])
     """
-    x, y = ((torch.rand(len(lam), device=lam.device) * n).floor() for n in (width, height))
+    x, y = (
+        (torch.rand(len(lam), device=lam.device) * n).floor()
+        for n in (width, height)
+    )
     half = 0.5 * (1 - lam).sqrt()
     w, h = (half * width).floor(), (half * height).floor()
-    box = [(x - w).clamp(min=0), (y - h).clamp(min=0), (x + w).clamp(max=width), (y + h).clamp(max=height)]
+    box = [
+        (x - w).clamp(min=0),
+        (y - h).clamp(min=0),
+        (x + w).clamp(max=width),
+        (y + h).clamp(max=height),
+    ]
     return torch.stack(box, 1).long()
 
 # %% ../nbs/16_augment.ipynb #d08ba901
 class MixUp:
-    """Transform for `fit` that mixes every image of a batch with another one, equation (16.2).
+    """Transform for `fit` that mixes every image of a batch with another one,
+    equation (16.2).
 
     Parameters
     ----------
@@ -328,15 +383,26 @@ class MixUp:
 
     takes_target = True
 
-    def __init__(self, n_classes: int, alpha: float = 0.2, per_image: bool = True):
+    def __init__(
+        self, n_classes: int, alpha: float = 0.2, per_image: bool = True
+    ):
         if alpha <= 0:
-            raise ValueError(f"alpha is {alpha}; the Beta distribution needs a positive one, for example 0.2")
+            raise ValueError(
+                f"alpha is {alpha}; the Beta distribution needs a positive "
+                "one, for example 0.2"
+            )
         self.n_classes, self.alpha, self.per_image = n_classes, alpha, per_image
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "lam (B,) or (1,), and a partner for every row."
-        alpha = torch.full((len(x) if self.per_image else 1,), float(self.alpha), device=x.device)
-        return torch.distributions.Beta(alpha, alpha).sample(), torch.randperm(len(x), device=x.device)
+        alpha = torch.full(
+            (len(x) if self.per_image else 1,),
+            float(self.alpha),
+            device=x.device,
+        )
+        return torch.distributions.Beta(alpha, alpha).sample(), torch.randperm(
+            len(x), device=x.device
+        )
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         lam, partner = self.draw(x)
@@ -344,7 +410,8 @@ class MixUp:
 
 
 class CutMix(MixUp):
-    """Transform for `fit` that pastes a rectangle of another image into every image, equation (16.3).
+    """Transform for `fit` that pastes a rectangle of another image into every
+    image, equation (16.3).
 
     Parameters as for `MixUp`; the usual alpha is 1.
 
@@ -355,16 +422,21 @@ class CutMix(MixUp):
     (torch.Size([4, 1, 8, 8]), torch.Size([4, 3]))
     """
 
-    def __init__(self, n_classes: int, alpha: float = 1.0, per_image: bool = True):
+    def __init__(
+        self, n_classes: int, alpha: float = 1.0, per_image: bool = True
+    ):
         super().__init__(n_classes, alpha, per_image)
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         lam, partner = self.draw(x)
-        return cutmix(x, y, _draw_boxes(lam, *x.shape[-2:]), partner, self.n_classes)
+        return cutmix(
+            x, y, _draw_boxes(lam, *x.shape[-2:]), partner, self.n_classes
+        )
 
 # %% ../nbs/16_augment.ipynb #6cf84ea8
 class Grouped:
-    """Apply a transform to parts of a batch, so that each part gets its own random draw.
+    """Apply a transform to parts of a batch, so that each part gets its own
+    random draw.
 
     Parameters
     ----------
@@ -375,32 +447,44 @@ class Grouped:
 
     Examples
     --------
-    >>> Grouped(lambda x: x * torch.rand(()), groups=2)(torch.ones(4, 1, 1, 1)).unique().numel()
+    >>> twice = Grouped(lambda x: x * torch.rand(()), groups=2)
+    >>> twice(torch.ones(4, 1, 1, 1)).unique().numel()
     2
     """
 
-    def __init__(self, transform: Callable[[Tensor], Tensor], groups: int | None = None):
+    def __init__(
+        self, transform: Callable[[Tensor], Tensor], groups: int | None = None
+    ):
         if groups is not None and groups < 1:
-            raise ValueError(f"groups is {groups}; give a number of parts >= 1, or None for one per image")
+            raise ValueError(
+                f"groups is {groups}; give a number of parts >= 1, or None "
+                "for one per image"
+            )
         self.transform, self.groups = transform, groups
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([self.transform(part) for part in x.chunk(self.groups or len(x))])
+        return torch.cat(
+            [self.transform(part) for part in x.chunk(self.groups or len(x))]
+        )
 
 
 class Pipeline:
-    """Transforms one after another; those with `takes_target` get and return the labels too.
+    """Transforms one after another; those with `takes_target` get and return
+    the labels too.
 
     Examples
     --------
-    >>> x, y = Pipeline(random_flip, MixUp(2))(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))
+    >>> both = Pipeline(random_flip, MixUp(2))
+    >>> x, y = both(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))
     >>> y.shape
     torch.Size([2, 2])
     """
 
     def __init__(self, *transforms: Callable):
         self.transforms = transforms
-        self.takes_target = any(getattr(t, "takes_target", False) for t in transforms)
+        self.takes_target = any(
+            getattr(t, "takes_target", False) for t in transforms
+        )
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Any:
         for t in self.transforms:
@@ -411,8 +495,19 @@ class Pipeline:
         return (x, y) if self.takes_target else x
 
 # %% ../nbs/16_augment.ipynb #2645734d
-STRENGTHS = {"none": 0.0, "flip": 0.5, "upside down": 0.5, "crop": 0.125, "zoom": 0.5, "color": 0.4, "erasing": 0.33,
-             "noise": 0.1, "randaugment": 0.3, "mixup": 0.2, "cutmix": 1.0}
+STRENGTHS = {
+    "none": 0.0,
+    "flip": 0.5,
+    "upside down": 0.5,
+    "crop": 0.125,
+    "zoom": 0.5,
+    "color": 0.4,
+    "erasing": 0.33,
+    "noise": 0.1,
+    "randaugment": 0.3,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+}
 
 
 def _single(name: str, strength: float, n_classes: int) -> Callable:
@@ -428,14 +523,18 @@ def _single(name: str, strength: float, n_classes: int) -> Callable:
         "crop": lambda x: random_crop(x, round(strength * x.shape[-1])),
         "zoom": lambda x: random_resized_crop(x, (1 - strength, 1.0)),
         "color": lambda x: color_jitter(x, strength),
-        "erasing": lambda x: random_erasing(x, area=(min(0.02, strength), strength)),
+        "erasing": lambda x: random_erasing(
+            x, area=(min(0.02, strength), strength)
+        ),
         "noise": lambda x: add_noise(x, strength),
         "mixup": MixUp(n_classes, strength or 1e-3),
         "cutmix": CutMix(n_classes, strength or 1e-3),
     }[name]
 
 # %% ../nbs/16_augment.ipynb #01a181c1
-def policy(name: str, n_classes: int = 10, strength: float | None = None) -> Pipeline:
+def policy(
+    name: str, n_classes: int = 10, strength: float | None = None
+) -> Pipeline:
     """A transform for `fit` by name.
 
     Parameters
@@ -445,9 +544,11 @@ def policy(name: str, n_classes: int = 10, strength: float | None = None) -> Pip
     n_classes : int
         For those that mix labels.
     strength : float, optional
-        Default: `STRENGTHS[name]`. flip, upside down: probability. crop: largest shift over the side. zoom: largest
-        share of the area cut away. color: largest change of a factor. erasing: largest share of the area, in half of
-        the images. noise: standard deviation. randaugment: magnitude / 30. mixup, cutmix: alpha.
+        Default: `STRENGTHS[name]`. flip, upside down: probability. crop:
+        largest shift over the side. zoom: largest share of the area cut away.
+        color: largest change of a factor. erasing: largest share of the area,
+        in half of the images. noise: standard deviation. randaugment: magnitude
+        / 30. mixup, cutmix: alpha.
 
     Examples
     --------
@@ -457,14 +558,26 @@ def policy(name: str, n_classes: int = 10, strength: float | None = None) -> Pip
     parts = name.split(" + ")
     unknown = [p for p in parts if p not in STRENGTHS]
     if unknown:
-        raise ValueError(f"unknown augmentation {unknown[0]!r}; use {', '.join(STRENGTHS)}, joined by ' + '")
-    return Pipeline(*(_single(p, STRENGTHS[p] if strength is None else strength, n_classes) for p in parts))
+        raise ValueError(
+            f"unknown augmentation {unknown[0]!r}; use "
+            f"{', '.join(STRENGTHS)}, joined by ' + '"
+        )
+    return Pipeline(
+        *(
+            _single(
+                p, STRENGTHS[p] if strength is None else strength, n_classes
+            )
+            for p in parts
+        )
+    )
 
 # %% ../nbs/16_augment.ipynb #18982d25
 @torch.no_grad()
-def changed_predictions(model: nn.Module, images: ImageSet, transform: Callable,
-                        seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Predictions of a judge before and after a change, of the images that it gets right before.
+def changed_predictions(
+    model: nn.Module, images: ImageSet, transform: Callable, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Predictions of a judge before and after a change, of the images that it
+    gets right before.
 
     Parameters
     ----------
@@ -472,19 +585,23 @@ def changed_predictions(model: nn.Module, images: ImageSet, transform: Callable,
         The judge; its outputs are logits (B, K).
     images : ImageSet
     transform : callable
-        See `policy`. Mixed labels do not count: the image's own label is asked for.
+        See `policy`. Mixed labels do not count: the image's own label is asked
+        for.
     seed : int
         Of the changes; the caller's random stream is put back.
 
     Returns
     -------
     before, after : Tensor (n,)
-        Class numbers; `(before != after).float().mean()` is the share that changed.
+        Class numbers; `(before != after).float().mean()` is the share that
+        changed.
 
     Examples
     --------
-    >>> images = ImageSet(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 0]), ["a"])
-    >>> changed_predictions(nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), images, random_flip)[1].tolist()
+    >>> x = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    >>> images = ImageSet(x, torch.tensor([0, 0]), ["a"])
+    >>> judge = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
+    >>> changed_predictions(judge, images, random_flip)[1].tolist()
     [0, 0]
     """
     x = images.float()
@@ -495,12 +612,19 @@ def changed_predictions(model: nn.Module, images: ImageSet, transform: Callable,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kept = x[right]
-        changed = transform(kept, images.y[right])[0] if getattr(transform, "takes_target", False) else transform(kept)
-    return before[right], predict(model, changed, precision="fp32").argmax(1).to(before.device)
+        changed = (
+            transform(kept, images.y[right])[0]
+            if getattr(transform, "takes_target", False)
+            else transform(kept)
+        )
+    return before[right], predict(model, changed, precision="fp32").argmax(
+        1
+    ).to(before.device)
 
 # %% ../nbs/16_augment.ipynb #ef8b024d
 def _word_numbers(batch: Mapping[str, Tensor], vocab: Any) -> Tensor:
-    """Number of the word that each position belongs to, -1 for special tokens and padding.
+    """Number of the word that each position belongs to, -1 for special tokens
+    and padding.
 
     Parameters
     ----------
@@ -514,10 +638,14 @@ def _word_numbers(batch: Mapping[str, Tensor], vocab: Any) -> Tensor:
 
     Examples
     --------
-    >>> from types import SimpleNamespace as S  # pieces: 0 special, 1 and 2 words, 3 continues a word
-    >>> vocab = S(special=torch.tensor([True, False, False, False]), continuation=torch.tensor([False] * 3 + [True]))
+    >>> from types import SimpleNamespace as S
+    >>> vocab = S(  # pieces: 0 special, 1 and 2 words, 3 continues a word
+    ...     special=torch.tensor([True, False, False, False]),
+    ...     continuation=torch.tensor([False] * 3 + [True]),
+    ... )
     >>> ids = torch.tensor([[0, 1, 3, 2, 0]])
-    >>> _word_numbers({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, vocab).tolist()
+    >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    >>> _word_numbers(batch, vocab).tolist()
     [[-1, 0, 0, 1, -1]]
     """
     ids = batch["input_ids"]
@@ -533,13 +661,20 @@ def _chosen(word: Tensor, p: float) -> Tensor:
 
 
 def _reordered(batch: Mapping[str, Tensor], key: Tensor) -> dict[str, Tensor]:
-    "The batch with the positions of every sentence sorted by key; equal keys keep their order."
+    "Positions of every sentence sorted by key; equal keys stay in order."
     order = key.argsort(dim=1, stable=True)
-    return {**batch, **{k: batch[k].gather(1, order) for k in ("input_ids", "attention_mask")}}
+    return {
+        **batch,
+        **{
+            k: batch[k].gather(1, order)
+            for k in ("input_ids", "attention_mask")
+        },
+    }
 
 # %% ../nbs/16_augment.ipynb #a03e4adc
 class _WordChange:
-    """Base of the changes of token batches: `p` is the probability per word (for swaps per pair of neighbors).
+    """Base of the changes of token batches: `p` is the probability per word
+    (for swaps per pair of neighbors).
 
     Parameters
     ----------
@@ -554,32 +689,53 @@ class _WordChange:
 
 
 class WordMasking(_WordChange):
-    """Put [MASK] in the place of all pieces of a word, with probability p per word."""
+    """Put [MASK] in the place of all pieces of a word, with probability p per
+    word.
+    """
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         hidden = _chosen(_word_numbers(batch, self.vocab), self.p)
-        return {**batch, "input_ids": batch["input_ids"].masked_fill(hidden, self.vocab.mask_id)}
+        return {
+            **batch,
+            "input_ids": (
+                batch["input_ids"].masked_fill(hidden, self.vocab.mask_id)
+            ),
+        }
 
 
 class WordDropout(_WordChange):
-    """Leave out words with probability p; the rest moves together. A sentence that would lose all words keeps them."""
+    """Leave out words with probability p; the rest moves together. A sentence
+    that would lose all words keeps them.
+    """
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         word = _word_numbers(batch, self.vocab)
         gone = _chosen(word, self.p)
         gone &= ((word >= 0) & ~gone).any(1, keepdim=True)
-        return _reordered({**batch, "attention_mask": batch["attention_mask"].masked_fill(gone, 0)}, gone.int())
+        return _reordered(
+            {
+                **batch,
+                "attention_mask": batch["attention_mask"].masked_fill(gone, 0),
+            },
+            gone.int(),
+        )
 
 
 class WordSwap(_WordChange):
-    """Swap neighboring words: the sentence is cut into pairs at a random parity, each is swapped with probability p."""
+    """Swap neighboring words: the sentence is cut into pairs at a random
+    parity, each is swapped with probability p.
+    """
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         word = _word_numbers(batch, self.vocab)
         B, T = word.shape
         place = word - torch.randint(0, 2, (B, 1), device=word.device)
         partner = torch.where(place % 2 == 0, word + 1, word - 1)
-        both = (word >= 0) & (partner >= 0) & (partner <= word.amax(1, keepdim=True))
+        both = (
+            (word >= 0)
+            & (partner >= 0)
+            & (partner <= word.amax(1, keepdim=True))
+        )
         draw = torch.rand(B, T // 2 + 1, device=word.device) < self.p
         swapped = both & draw.gather(1, place.clamp(min=0) // 2)
         key = torch.where(swapped, partner, word)
@@ -588,7 +744,8 @@ class WordSwap(_WordChange):
 
 # %% ../nbs/16_augment.ipynb #e4e45e16
 class EmbeddingMixUp(MixUp):
-    """Transform of token batches for `fit`: mixes word vectors and labels of two sentences.
+    """Transform of token batches for `fit`: mixes word vectors and labels of
+    two sentences.
 
     Parameters
     ----------
@@ -600,22 +757,49 @@ class EmbeddingMixUp(MixUp):
 
     takes_target = False
 
-    def __init__(self, embedding: nn.Module, n_classes: int, alpha: float = 0.2):
+    def __init__(
+        self, embedding: nn.Module, n_classes: int, alpha: float = 0.2
+    ):
         super().__init__(n_classes, alpha)
         self.embedding = embedding
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         lam, partner = self.draw(batch["input_ids"])
-        vectors, labels = mixup(self.embedding(batch["input_ids"]), batch["labels"], lam, partner, self.n_classes)
-        mask = torch.maximum(batch["attention_mask"], batch["attention_mask"][partner])
-        return {"inputs_embeds": vectors, "attention_mask": mask, "labels": labels}
+        vectors, labels = mixup(
+            self.embedding(batch["input_ids"]),
+            batch["labels"],
+            lam,
+            partner,
+            self.n_classes,
+        )
+        mask = torch.maximum(
+            batch["attention_mask"], batch["attention_mask"][partner]
+        )
+        return {
+            "inputs_embeds": vectors,
+            "attention_mask": mask,
+            "labels": labels,
+        }
 
 # %% ../nbs/16_augment.ipynb #ced5a360
-_TEXT_STRENGTHS = {"none": 0.0, "masking": 0.1, "dropout": 0.1, "swap": 0.2, "embedding mixup": 0.2}
+_TEXT_STRENGTHS = {
+    "none": 0.0,
+    "masking": 0.1,
+    "dropout": 0.1,
+    "swap": 0.2,
+    "embedding mixup": 0.2,
+}
 
 
-def text_policy(name: str, vocab: Any, model: nn.Module, n_classes: int = 2, strength: float | None = None) -> Any:
-    """A transform of token batches for `fit` by name: one of `_TEXT_STRENGTHS`; None for "none".
+def text_policy(
+    name: str,
+    vocab: Any,
+    model: nn.Module,
+    n_classes: int = 2,
+    strength: float | None = None,
+) -> Any:
+    """A transform of token batches for `fit` by name: one of `_TEXT_STRENGTHS`;
+    None for "none".
 
     Parameters
     ----------
@@ -626,11 +810,18 @@ def text_policy(name: str, vocab: Any, model: nn.Module, n_classes: int = 2, str
         Probability per word (per pair for "swap"), or alpha.
     """
     if name not in _TEXT_STRENGTHS:
-        raise ValueError(f"unknown augmentation {name!r}; use {', '.join(_TEXT_STRENGTHS)}")
+        raise ValueError(
+            f"unknown augmentation {name!r}; use {', '.join(_TEXT_STRENGTHS)}"
+        )
     s = _TEXT_STRENGTHS[name] if strength is None else strength
     if name == "embedding mixup":
         return EmbeddingMixUp(model.get_input_embeddings(), n_classes, s)
-    kind = {"none": None, "masking": WordMasking, "dropout": WordDropout, "swap": WordSwap}[name]
+    kind = {
+        "none": None,
+        "masking": WordMasking,
+        "dropout": WordDropout,
+        "swap": WordSwap,
+    }[name]
     return kind and kind(vocab, s)
 
 # %% ../nbs/16_augment.ipynb #bb1065a5
@@ -644,28 +835,40 @@ def _units(
     return sorted([(a, b, True) for _, a, b in found] + alone)
 
 # %% ../nbs/16_augment.ipynb #09fca3e0
-def augment_tagged(words: Sequence[str], tags: Sequence[str], how: str, p: float = 0.2,
-                   rng: random.Random | None = None, whole_mentions: bool = True) -> tuple[list[str], list[str]]:
+def augment_tagged(
+    words: Sequence[str],
+    tags: Sequence[str],
+    how: str,
+    p: float = 0.2,
+    rng: random.Random | None = None,
+    whole_mentions: bool = True,
+) -> tuple[list[str], list[str]]:
     """Swap, delete or crop a tagged sentence, words and tags together.
 
     Parameters
     ----------
     words, tags : sequences of str of the same length, tags in IOB2
     how : "swap", "delete" or "crop"
-        Swap neighboring units with probability p; delete each with probability p; keep a random stretch of a share of
-        about 1 - p of them.
+        Swap neighboring units with probability p; delete each with probability
+        p; keep a random stretch of a share of about 1 - p of them.
     whole_mentions : bool
-        A mention is one unit and never deleted. False treats every word alone and breaks labels, as most recipes do.
+        A mention is one unit and never deleted. False treats every word alone
+        and breaks labels, as most recipes do.
 
     Examples
     --------
-    >>> augment_tagged(["in", "New", "York"], ["O", "B-LOC", "I-LOC"], "swap", p=1.0)
+    >>> words, tags = ["in", "New", "York"], ["O", "B-LOC", "I-LOC"]
+    >>> augment_tagged(words, tags, "swap", p=1.0)
     (['New', 'York', 'in'], ['B-LOC', 'I-LOC', 'O'])
     """
     if how not in ("swap", "delete", "crop"):
-        raise ValueError(f"how is {how!r}; it must be 'swap', 'delete' or 'crop'")
+        raise ValueError(
+            f"how is {how!r}; it must be 'swap', 'delete' or 'crop'"
+        )
     if len(words) != len(tags):
-        raise ValueError(f"{len(words)} words but {len(tags)} tags; every word needs one")
+        raise ValueError(
+            f"{len(words)} words but {len(tags)} tags; every word needs one"
+        )
     rng, units = rng or random.Random(), _units(tags, whole_mentions)
     if how == "swap":
         i = 0
@@ -679,17 +882,20 @@ def augment_tagged(words: Sequence[str], tags: Sequence[str], how: str, p: float
     else:
         size = max(1, round((1 - p) * len(units)))
         start = rng.randint(0, len(units) - size) if units else 0
-        units = units[start:start + size]
+        units = units[start : start + size]
     order = [i for a, b, _ in units for i in range(a, b)]
     return [words[i] for i in order], [tags[i] for i in order]
 
 # %% ../nbs/16_augment.ipynb #f9b39bf8
-def mention_table(sentences: Iterable[tuple[Sequence[str], Sequence[str]]]) -> dict[str, list[tuple[str, ...]]]:
+def mention_table(
+    sentences: Iterable[tuple[Sequence[str], Sequence[str]]],
+) -> dict[str, list[tuple[str, ...]]]:
     """The different mentions of each type in tagged training sentences.
 
     Examples
     --------
-    >>> mention_table([(["New", "York"], ["B-LOC", "I-LOC"]), (["Oslo"], ["B-LOC"])])
+    >>> york, oslo = (["New", "York"], ["B-LOC", "I-LOC"]), (["Oslo"], ["B-LOC"])
+    >>> mention_table([york, oslo])
     {'LOC': [('New', 'York'), ('Oslo',)]}
     """
     table: dict[str, dict] = {}
@@ -699,13 +905,20 @@ def mention_table(sentences: Iterable[tuple[Sequence[str], Sequence[str]]]) -> d
     return {kind: list(found) for kind, found in table.items()}
 
 
-def replace_mentions(words: Sequence[str], tags: Sequence[str], table: Mapping[str, Sequence[Sequence[str]]],
-                     p: float = 0.5, rng: random.Random | None = None) -> tuple[list[str], list[str]]:
-    """Replace each mention with probability p by another one of the same type; the tags follow its length.
+def replace_mentions(
+    words: Sequence[str],
+    tags: Sequence[str],
+    table: Mapping[str, Sequence[Sequence[str]]],
+    p: float = 0.5,
+    rng: random.Random | None = None,
+) -> tuple[list[str], list[str]]:
+    """Replace each mention with probability p by another one of the same type;
+    the tags follow its length.
 
     Examples
     --------
-    >>> replace_mentions(["in", "Oslo"], ["O", "B-LOC"], {"LOC": [("New", "York")]}, p=1.0)
+    >>> names = {"LOC": [("New", "York")]}
+    >>> replace_mentions(["in", "Oslo"], ["O", "B-LOC"], names, p=1.0)
     (['in', 'New', 'York'], ['O', 'B-LOC', 'I-LOC'])
     """
     rng, out_words, out_tags, end = rng or random.Random(), [], [], 0
@@ -721,17 +934,30 @@ def replace_mentions(words: Sequence[str], tags: Sequence[str], table: Mapping[s
     return out_words, out_tags
 
 # %% ../nbs/16_augment.ipynb #b44ed65e
-def few_label_run(seed: int, *, train: ImageSet, valid: ImageSet, test: ImageSet | None = None, method: str = "none",
-                  labels: int = 100, lr: float = 3e-3, steps: int = 400, batch_size: int = 64,
-                  channels: tuple[int, ...] = (16, 32, 64), strength: float | None = None) -> dict[str, float]:
-    """Train a `SmallCNN` from scratch on a few labeled images with one augmentation.
+def few_label_run(
+    seed: int,
+    *,
+    train: ImageSet,
+    valid: ImageSet,
+    test: ImageSet | None = None,
+    method: str = "none",
+    labels: int = 100,
+    lr: float = 3e-3,
+    steps: int = 400,
+    batch_size: int = 64,
+    channels: tuple[int, ...] = (16, 32, 64),
+    strength: float | None = None,
+) -> dict[str, float]:
+    """Train a `SmallCNN` from scratch on a few labeled images with one
+    augmentation.
 
     Parameters
     ----------
     seed : int
         Draws the labeled images, the weights, the batches and the changes.
     train, valid, test : ImageSet
-        `labels` per class are drawn from `train`; `test` is scored only when given.
+        `labels` per class are drawn from `train`; `test` is scored only when
+        given.
     method, strength
         See `policy`.
     steps, batch_size, lr, channels
@@ -740,7 +966,8 @@ def few_label_run(seed: int, *, train: ImageSet, valid: ImageSet, test: ImageSet
     Returns
     -------
     dict
-        valid_accuracy, train_accuracy (without augmentation), and test_accuracy with `test`.
+        valid_accuracy, train_accuracy (without augmentation), and test_accuracy
+        with `test`.
     """
     few, K = train.per_class(labels, seed=seed), len(train.classes)
     seed_everything(seed)
@@ -760,20 +987,39 @@ def few_label_run(seed: int, *, train: ImageSet, valid: ImageSet, test: ImageSet
             progress=False,
         ),
     )
-    parts = {"valid": valid, "train": few} | ({} if test is None else {"test": test})
-    return {f"{k}_accuracy": evaluate(model, v, metrics="accuracy")["accuracy"] for k, v in parts.items()}
+    parts = {"valid": valid, "train": few} | (
+        {} if test is None else {"test": test}
+    )
+    return {
+        f"{k}_accuracy": evaluate(model, v, metrics="accuracy")["accuracy"]
+        for k, v in parts.items()
+    }
 
 # %% ../nbs/16_augment.ipynb #4332282d
-def text_run(seed: int, *, body: nn.Module, tokenizer: Any, vocab: Any, train: TextSet,
-             valid: TextSet | None = None, test: TextSet | None = None, method: str = "none", labels: int = 50,
-             lr: float = 1e-3, steps: int = 120,
-             batch_size: int = 16, strength: float | None = None) -> dict[str, float]:
-    """Fine-tune a copy of a BERT body on a few labeled sentences with one augmentation.
+def text_run(
+    seed: int,
+    *,
+    body: nn.Module,
+    tokenizer: Any,
+    vocab: Any,
+    train: TextSet,
+    valid: TextSet | None = None,
+    test: TextSet | None = None,
+    method: str = "none",
+    labels: int = 50,
+    lr: float = 1e-3,
+    steps: int = 120,
+    batch_size: int = 16,
+    strength: float | None = None,
+) -> dict[str, float]:
+    """Fine-tune a copy of a BERT body on a few labeled sentences with one
+    augmentation.
 
     Parameters
     ----------
     body, tokenizer, vocab
-        From `ftbook.mlm.load_bundled` and `ftbook.mlm.vocabulary`; the body is copied.
+        From `ftbook.mlm.load_bundled` and `ftbook.mlm.vocabulary`; the body is
+        copied.
     valid, test : TextSet, optional
         Scored where given.
     labels : int
@@ -806,12 +1052,17 @@ def text_run(seed: int, *, body: nn.Module, tokenizer: Any, vocab: Any, train: T
             progress=False,
         ),
     )
-    return {f"{k}_accuracy": evaluate(model, _by_length(v, tokenizer), metrics="accuracy", batch_size=64)["accuracy"]
-            for k, v in (("valid", valid), ("test", test)) if v is not None}
+    return {
+        f"{k}_accuracy": evaluate(
+            model, _by_length(v, tokenizer), metrics="accuracy", batch_size=64
+        )["accuracy"]
+        for k, v in (("valid", valid), ("test", test))
+        if v is not None
+    }
 
 
 def _by_length(texts: TextSet, tokenizer: Any) -> dict[str, Tensor]:
-    "Encoded sentences and labels, short ones first: batches of like length need little padding."
+    "Encoded sentences and labels, short ones first: little padding."
     batch = {**encode_texts(texts.texts, tokenizer), "labels": texts.y}
     order = batch["attention_mask"].sum(1).argsort()
     return {k: v[order] for k, v in batch.items()}

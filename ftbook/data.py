@@ -184,7 +184,7 @@ def register(card: Card) -> Card:
     if CARDS.get(card.name, card) != card:
         raise ValueError(
             f"another data set named {card.name!r} is registered; choose "
-            f"another name"
+            "another name"
         )
     CARDS[card.name] = card
     return card
@@ -272,21 +272,27 @@ register(
         name="digits",
         title="Digits (scikit-learn)",
         task="gray images 8×8, 10 digits",
-        origin="test part of the UCI data set Optical Recognition of "
-        "Handwritten Digits, shipped with scikit-learn",
+        origin=(
+            "test part of the UCI data set Optical Recognition of "
+            "Handwritten Digits, shipped with scikit-learn"
+        ),
         license="CC BY 4.0 (UCI)",
         splits={"train": 1297, "test": 500},
         flaws=(
             "17 gray levels only (0 to 16, stored here as 0 to 255)",
-            "no official split in this form; the last 500 images are the test "
-            "split, so that neighboring images, which "
-            "look like one writer's, stay on one side (measured below: a "
-            "random split gives a higher score)",
+            (
+                "no official split in this form; the last 500 images are the"
+                " test split, so that neighboring images, which look like one"
+                " writer's, stay on one side (measured below: a random split"
+                " gives a higher score)"
+            ),
             "small: one test image is 0.2 points of accuracy",
         ),
-        cite="E. Alpaydin, C. Kaynak (1998). Optical Recognition of "
-        "Handwritten Digits. UCI Machine Learning Repository. "
-        "https://doi.org/10.24432/C50P49",
+        cite=(
+            "E. Alpaydin, C. Kaynak (1998). Optical Recognition of "
+            "Handwritten Digits. UCI Machine Learning Repository. "
+            "https://doi.org/10.24432/C50P49"
+        ),
         variants={"scikit-learn": ()},
         classes=tuple("0123456789"),
     )
@@ -530,7 +536,7 @@ def _missing_message(
     """
     lines = [
         f"{name}: not in the cache folder and not downloaded. Put the files "
-        f"of one variant where it says, or set "
+        "of one variant where it says, or set "
         "FTBOOK_DATA to a folder that has them."
     ]
     for key, files in card(name).variants.items():
@@ -539,8 +545,10 @@ def _missing_message(
             if not (folder / file.path).is_file():
                 lines += [
                     f"  put   {folder / file.path}",
-                    f"  from  "
-                    f"{' or '.join(file.urls) or '(no public address)'}",
+                    (
+                        "  from  "
+                        f"{' or '.join(file.urls) or '(no public address)'}"
+                    ),
                     f"  check sha256 {file.sha256} ({file.size:,} bytes)",
                 ]
     return "\n".join(lines + [f"tried {reason}" for reason in reasons])
@@ -561,9 +569,11 @@ def download(file: File, progress: bool = True) -> Path:
         raise FileNotFoundError(
             "\n".join(
                 [
-                    f"no {file.name}: put {' or '.join(file.urls)} into "
-                    f"{path.parent}, "
-                    "or set FTBOOK_DATA to a folder that has it",
+                    (
+                        f"no {file.name}: put {' or '.join(file.urls)} into "
+                        f"{path.parent}, "
+                        "or set FTBOOK_DATA to a folder that has it"
+                    ),
                     *(f"tried {reason}" for reason in reasons),
                 ]
             )
@@ -708,14 +718,15 @@ def _read_cifar_binary(raw: bytes) -> tuple[Tensor, Tensor]:
     if not raw or len(raw) % 3073:
         raise ValueError(
             f"CIFAR-10 records have 3,073 bytes; {len(raw):,} bytes are no "
-            f"multiple of that"
+            "multiple of that"
         )
     records = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(
         -1, 3073
     )
-    return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[
-        :, 0
-    ].long()
+    return (
+        records[:, 1:].reshape(-1, 3, 32, 32).contiguous(),
+        records[:, 0].long(),
+    )
 
 
 def _read_cifar10(
@@ -724,9 +735,10 @@ def _read_cifar10(
     if "cifar10_subset.npz" in files:
         with np.load(files["cifar10_subset.npz"], allow_pickle=False) as arrays:
             x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        return torch.from_numpy(x).permute(
-            0, 3, 1, 2
-        ).contiguous(), torch.from_numpy(y).long()
+        return (
+            torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(y).long(),
+        )
     wanted = "test_batch" if split == "test" else "data_batch"
     with tarfile.open(files["cifar-10-binary.tar.gz"]) as archive:
         names = sorted(
@@ -930,7 +942,9 @@ def _template_reviews(split: str) -> tuple[list[str], Tensor]:
     """
     good = "moving funny clever warm gripping elegant honest charming".split()
     bad = "dull clumsy tedious shallow noisy lifeless muddled bland".split()
-    things = "story cast script ending music dialogue pacing camera work plot acting".split()
+    things = (
+        "story cast script ending music dialogue pacing camera work plot acting"
+    ).split()
     templates = (
         "the {a} and the {b} are {w}",
         "a {w} film , and that is due to the {a}",
@@ -1309,10 +1323,12 @@ def status_text(
     rows = [
         (
             f"{name} profile",
-            f"{run['minutes']:.1f} minutes, peak memory {run['peak_mb']:,.0f} "
-            f"MB"
-            if run
-            else "not measured yet",
+            (
+                f"{run['minutes']:.1f} minutes, peak memory"
+                f" {run['peak_mb']:,.0f} MB"
+                if run
+                else "not measured yet"
+            ),
         )
         for name, run in runs.items()
     ]
@@ -1401,20 +1417,28 @@ register(
         name="fashion_mnist",
         title="Fashion-MNIST",
         task="gray images 28×28, 10 kinds of clothing",
-        origin="photos of the Zalando shop, made small and gray; "
-        "https://github.com/zalandoresearch/fashion-mnist",
+        origin=(
+            "photos of the Zalando shop, made small and gray; "
+            "https://github.com/zalandoresearch/fashion-mnist"
+        ),
         license="MIT (Zalando SE)",
         splits={"train": 60000, "test": 10000},
         flaws=(
-            "at 28×28 pixels shirts, T-shirts, pullovers and coats look "
-            "alike, to people too",
-            "centered studio photos on black: a model trained here has never "
-            "seen a background",
+            (
+                "at 28×28 pixels shirts, T-shirts, pullovers and coats look "
+                "alike, to people too"
+            ),
+            (
+                "centered studio photos on black: a model trained here has"
+                " never seen a background"
+            ),
             "no validation split: cut one from the training images",
         ),
-        cite="H. Xiao, K. Rasul, R. Vollgraf (2017). Fashion-MNIST: a Novel "
-        "Image Dataset for Benchmarking Machine "
-        "Learning Algorithms. https://arxiv.org/abs/1708.07747",
+        cite=(
+            "H. Xiao, K. Rasul, R. Vollgraf (2017). Fashion-MNIST: a Novel "
+            "Image Dataset for Benchmarking Machine "
+            "Learning Algorithms. https://arxiv.org/abs/1708.07747"
+        ),
         variants={
             "official": _served(
                 (
@@ -1469,27 +1493,37 @@ register(
         name="cifar10",
         title="CIFAR-10",
         task="color images 32×32, 10 kinds of animals and vehicles",
-        origin="labeled part of the 80 Million Tiny Images; "
-        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        origin=(
+            "labeled part of the 80 Million Tiny Images; "
+            "https://www.cs.toronto.edu/~kriz/cifar.html"
+        ),
         license="none stated; cite the report below",
         splits={"train": 50000, "test": 10000},
         flaws=(
-            "3.3 % of the test images have a duplicate or near duplicate "
-            "among the training images (Barz and Denzler "
-            "2020, https://arxiv.org/abs/1902.00423)",
-            "the collection it was drawn from was withdrawn in 2020 for "
-            "offensive labels; the ten classes here are not "
-            "concerned",
-            "variant `subset`: 12,000 + 2,000 images rebuilt from JPEG copies "
-            "(30.5 dB mean PSNR to the originals), "
-            "stored class after class; scores are lower than published ones: "
-            "a ResNet-20 with 91.8 % on the original "
-            "test images has 81.3 % on these 2,000",
+            (
+                "3.3 % of the test images have a duplicate or near duplicate "
+                "among the training images (Barz and Denzler "
+                "2020, https://arxiv.org/abs/1902.00423)"
+            ),
+            (
+                "the collection it was drawn from was withdrawn in 2020 for "
+                "offensive labels; the ten classes here are not "
+                "concerned"
+            ),
+            (
+                "variant `subset`: 12,000 + 2,000 images rebuilt from JPEG"
+                " copies (30.5 dB mean PSNR to the originals), stored class"
+                " after class; scores are lower than published ones: a"
+                " ResNet-20 with 91.8 % on the original test images has 81.3 %"
+                " on these 2,000"
+            ),
         ),
-        cite="A. Krizhevsky (2009). Learning Multiple Layers of Features from "
-        "Tiny Images. Technical report, University of "
-        "Toronto. "
-        "https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf",
+        cite=(
+            "A. Krizhevsky (2009). Learning Multiple Layers of Features from "
+            "Tiny Images. Technical report, University of "
+            "Toronto. "
+            "https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf"
+        ),
         variants={
             "full": _served(
                 (
@@ -1539,25 +1573,37 @@ register(
         name="hymenoptera",
         title="Ants and bees (hymenoptera)",
         task="color photos of ants or bees, 2 classes",
-        origin="photos from ImageNet, collected for a PyTorch tutorial; "
-        "https://pytorch.org/tutorials/beginner/transfer_learning_tutorial.html",
+        origin=(
+            "photos from ImageNet, collected for a PyTorch tutorial; "
+            "https://pytorch.org/tutorials/beginner/transfer_learning_tutorial.html"
+        ),
         license="none stated; ImageNet photos: research and teaching",
         splits={"train": 244, "valid": 153},
         flaws=(
-            "the photos come from ImageNet, so a model pretrained on ImageNet "
-            "may have seen them: scores here overstate "
-            "transfer to new photos",
-            "153 validation photos: one photo is 0.65 points, and there is no "
-            "test split",
-            "photographed where the animals live, so the background (flower, "
-            "soil, hand) goes together with the label",
-            "variant `small`: the same photos, short side 256 pixels, saved "
-            "again as JPEG of quality 90",
+            (
+                "the photos come from ImageNet, so a model pretrained on"
+                " ImageNet may have seen them: scores here overstate transfer"
+                " to new photos"
+            ),
+            (
+                "153 validation photos: one photo is 0.65 points, and there is"
+                " no test split"
+            ),
+            (
+                "photographed where the animals live, so the background"
+                " (flower, soil, hand) goes together with the label"
+            ),
+            (
+                "variant `small`: the same photos, short side 256 pixels, saved"
+                " again as JPEG of quality 90"
+            ),
         ),
-        cite="S. Chilamkurthy. Transfer Learning for Computer Vision Tutorial. "
-        "https://pytorch.org/tutorials/beginner/transfer_learning_tutorial.html; "
-        "photos: O. Russakovsky et al. "
-        "(2015), https://doi.org/10.1007/s11263-015-0816-y",
+        cite=(
+            "S. Chilamkurthy. Transfer Learning for Computer Vision Tutorial."
+            " https://pytorch.org/tutorials/beginner/transfer_learning_tutorial.html;"
+            " photos: O. Russakovsky et al. (2015),"
+            " https://doi.org/10.1007/s11263-015-0816-y"
+        ),
         variants={
             "official": _served(
                 ("https://download.pytorch.org/tutorial/",),
@@ -1593,22 +1639,32 @@ register(
         name="wnut17",
         title="WNUT-17 emerging and rare entities",
         task="named entities in user-written English, 6 entity types, BIO tags",
-        origin="posts from Twitter, Reddit, YouTube and Stack Exchange; "
-        "https://github.com/leondz/emerging_entities_17",
+        origin=(
+            "posts from Twitter, Reddit, YouTube and Stack Exchange; "
+            "https://github.com/leondz/emerging_entities_17"
+        ),
         license="CC BY 4.0",
         splits={"train": 3394, "valid": 1009, "test": 1287},
         flaws=(
-            "training sentences are tweets; validation and test sentences "
-            "come mostly from other sites",
-            "names seen in the training part were removed from the test part "
-            "(2.0 % of the 935 distinct test names are "
-            "left, counted below), so scores are far below CoNLL-2003's",
-            "3,394 training sentences: the spread over seeds is wide, report "
-            "intervals",
+            (
+                "training sentences are tweets; validation and test sentences "
+                "come mostly from other sites"
+            ),
+            (
+                "names seen in the training part were removed from the test"
+                " part (2.0 % of the 935 distinct test names are left, counted"
+                " below), so scores are far below CoNLL-2003's"
+            ),
+            (
+                "3,394 training sentences: the spread over seeds is wide,"
+                " report intervals"
+            ),
         ),
-        cite="L. Derczynski, E. Nichols, M. van Erp, N. Limsopatham (2017). "
-        "Results of the WNUT2017 Shared Task on Novel "
-        "and Emerging Entity Recognition. https://doi.org/10.18653/v1/W17-4418",
+        cite=(
+            "L. Derczynski, E. Nichols, M. van Erp, N. Limsopatham (2017)."
+            " Results of the WNUT2017 Shared Task on Novel and Emerging Entity"
+            " Recognition. https://doi.org/10.18653/v1/W17-4418"
+        ),
         variants={
             "official": _served(
                 (
@@ -1653,26 +1709,40 @@ register(
     Card(
         name="conll2003",
         title="CoNLL-2003 (English)",
-        task="named entities in news, 4 entity types, BIO tags in the fourth "
-        "column",
-        origin="Reuters news of August 1996 to August 1997; "
-        "https://www.clips.uantwerpen.be/conll2003/ner/",
-        license="annotation free, words are Reuters text for research use "
-        "under an agreement with NIST",
+        task=(
+            "named entities in news, 4 entity types, BIO tags in the fourth "
+            "column"
+        ),
+        origin=(
+            "Reuters news of August 1996 to August 1997; "
+            "https://www.clips.uantwerpen.be/conll2003/ner/"
+        ),
+        license=(
+            "annotation free, words are Reuters text for research use "
+            "under an agreement with NIST"
+        ),
         splits={"train": 14041, "valid": 3250, "test": 3453},
         flaws=(
-            "the book does not redistribute it: the files are fetched from a "
-            "public copy on the reader's machine, who "
-            "has to hold the right to use them",
-            "5.38 % of the test sentences have a wrong label (Wang et al. "
-            "2019, https://doi.org/10.18653/v1/D19-1519)",
-            "many names of the test part occur in training, so scores "
-            "overstate performance on unseen names",
+            (
+                "the book does not redistribute it: the files are fetched from"
+                " a public copy on the reader's machine, who has to hold the"
+                " right to use them"
+            ),
+            (
+                "5.38 % of the test sentences have a wrong label (Wang et al. "
+                "2019, https://doi.org/10.18653/v1/D19-1519)"
+            ),
+            (
+                "many names of the test part occur in training, so scores "
+                "overstate performance on unseen names"
+            ),
         ),
-        cite="E. F. Tjong Kim Sang, F. De Meulder (2003). Introduction to the "
-        "CoNLL-2003 Shared Task: "
-        "Language-Independent Named Entity Recognition. "
-        "https://aclanthology.org/W03-0419",
+        cite=(
+            "E. F. Tjong Kim Sang, F. De Meulder (2003). Introduction to the "
+            "CoNLL-2003 Shared Task: "
+            "Language-Independent Named Entity Recognition. "
+            "https://aclanthology.org/W03-0419"
+        ),
         variants={
             "bio": _served(
                 (
@@ -1710,22 +1780,30 @@ register(
         name="sst2",
         title="SST-2 sentences",
         task="film-review sentences in English, negative or positive",
-        origin="Stanford Sentiment Treebank, whole sentences with neutral "
-        "ones removed; "
-        "https://github.com/clairett/pytorch-sentiment-classification",
+        origin=(
+            "Stanford Sentiment Treebank, whole sentences with neutral "
+            "ones removed; "
+            "https://github.com/clairett/pytorch-sentiment-classification"
+        ),
         license="none stated; cite the paper below",
         splits={"train": 6920, "valid": 872, "test": 1821},
         flaws=(
-            "lower-cased and tokenized with blanks (`wo n't`), so it suits "
-            "uncased vocabularies",
-            "GLUE's SST-2 is another cut: 67,349 training phrases, the same "
-            "872 for validation, a hidden test part",
+            (
+                "lower-cased and tokenized with blanks (`wo n't`), so it suits "
+                "uncased vocabularies"
+            ),
+            (
+                "GLUE's SST-2 is another cut: 67,349 training phrases, the same"
+                " 872 for validation, a hidden test part"
+            ),
             "labels are averages of three crowd workers, cut at the middle",
         ),
-        cite="R. Socher, A. Perelygin, J. Wu, J. Chuang, C. D. Manning, A. "
-        "Ng, C. Potts (2013). Recursive Deep Models for "
-        "Semantic Compositionality Over a Sentiment Treebank. "
-        "https://aclanthology.org/D13-1170",
+        cite=(
+            "R. Socher, A. Perelygin, J. Wu, J. Chuang, C. D. Manning, A. "
+            "Ng, C. Potts (2013). Recursive Deep Models for "
+            "Semantic Compositionality Over a Sentiment Treebank. "
+            "https://aclanthology.org/D13-1170"
+        ),
         variants={
             "sentences": _served(
                 (
@@ -1765,22 +1843,30 @@ register(
         name="wikitext2",
         title="WikiText-2 (word level)",
         task="English text for language models, rare words replaced by `<unk>`",
-        origin="good and featured articles of the English Wikipedia, "
-        "tokenized by S. Merity et al.",
+        origin=(
+            "good and featured articles of the English Wikipedia, "
+            "tokenized by S. Merity et al."
+        ),
         license="CC BY-SA 3.0 (Wikipedia contributors)",
         splits={"train": 2088628, "valid": 217646, "test": 245569},
         flaws=(
-            "tokens are separated by blanks and numbers carry marks (`@-@`, "
-            "`@,@`); words seen fewer than 3 times are "
-            "`<unk>`, so it is no natural text",
-            "variant `files`: the training articles stand in another order "
-            "than in the original (the bytes are the same "
-            "ones); validation and test are the original files",
+            (
+                "tokens are separated by blanks and numbers carry marks (`@-@`,"
+                " `@,@`); words seen fewer than 3 times are `<unk>`, so it is"
+                " no natural text"
+            ),
+            (
+                "variant `files`: the training articles stand in another order "
+                "than in the original (the bytes are the same "
+                "ones); validation and test are the original files"
+            ),
             "720 articles, 600 of them for training: topics repeat",
         ),
-        cite="S. Merity, C. Xiong, J. Bradbury, R. Socher (2016). Pointer "
-        "Sentinel Mixture Models. "
-        "https://arxiv.org/abs/1609.07843",
+        cite=(
+            "S. Merity, C. Xiong, J. Bradbury, R. Socher (2016). Pointer "
+            "Sentinel Mixture Models. "
+            "https://arxiv.org/abs/1609.07843"
+        ),
         variants={
             "archive": _served(
                 (
@@ -1828,26 +1914,36 @@ register(
         name="wiki_excerpt",
         title="English Wikipedia excerpt",
         task="plain English text for language models",
-        origin="one part of an English Wikipedia dump, passed through "
-        "WikiExtractor; "
-        "https://github.com/Vibhas-hs-edu/WikiTasks",
+        origin=(
+            "one part of an English Wikipedia dump, passed through "
+            "WikiExtractor; "
+            "https://github.com/Vibhas-hs-edu/WikiTasks"
+        ),
         license="CC BY-SA 3.0 (Wikipedia contributors)",
         splits={"train": 24318},
         flaws=(
-            "articles with page ids 56,564,557 to 57,025,637, begun in early "
-            "2018: recent people, places and sports "
-            "seasons are over-represented, and half the articles have fewer "
-            "than 196 words",
-            "cleaned by us (tags and empty parentheses removed, articles "
-            "under 50 words dropped): no address serves "
-            "this very file, so it is used when it lies in the cache folder; "
-            "a larger and newer text of the kind is "
-            "`wikimedia/wikipedia` on the Hugging Face Hub",
-            "articles follow one another in the order of the dump: shuffle "
-            "articles before cutting a validation part",
+            (
+                "articles with page ids 56,564,557 to 57,025,637, begun in"
+                " early 2018: recent people, places and sports seasons are"
+                " over-represented, and half the articles have fewer than 196"
+                " words"
+            ),
+            (
+                "cleaned by us (tags and empty parentheses removed, articles"
+                " under 50 words dropped): no address serves this very file, so"
+                " it is used when it lies in the cache folder; a larger and"
+                " newer text of the kind is `wikimedia/wikipedia` on the"
+                " Hugging Face Hub"
+            ),
+            (
+                "articles follow one another in the order of the dump: shuffle "
+                "articles before cutting a validation part"
+            ),
         ),
-        cite="Wikipedia contributors. Wikipedia, The Free Encyclopedia. "
-        "https://en.wikipedia.org",
+        cite=(
+            "Wikipedia contributors. Wikipedia, The Free Encyclopedia. "
+            "https://en.wikipedia.org"
+        ),
         variants={
             "excerpt": _served(
                 (),

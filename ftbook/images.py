@@ -386,11 +386,13 @@ def _regular(path: str | Path) -> Path:
         raise ValueError(
             "a folder"
             if path.is_dir()
-            else "a link to nothing"
-            if path.is_symlink()
-            else "no regular file"
-            if path.exists()
-            else "no such file"
+            else (
+                "a link to nothing"
+                if path.is_symlink()
+                else "no regular file"
+                if path.exists()
+                else "no such file"
+            )
         )
     return path
 
