@@ -142,24 +142,26 @@ class Card:
 
     def _repr_markdown_(self) -> str:
         """The card as Markdown, for a notebook."""
+        from ftbook.results import cell
+
         rows = [
-            ("task", self.task),
-            ("origin", _linked(self.origin)),
-            ("license", self.license),
+            ("task", cell(self.task)),
+            ("origin", _linked(cell(self.origin))),
+            ("license", cell(self.license)),
             ("size", _examples(self)),
-            ("classes", ", ".join(self.classes)),
-            ("cite", _linked(self.cite)),
-            ("substitute", self.substitute),
+            ("classes", cell(", ".join(self.classes))),
+            ("cite", _linked(cell(self.cite))),
+            ("substitute", cell(self.substitute)),
         ]
         lines = [
-            f"**{self.title}**: `load({self.name!r})`",
+            f"**{cell(self.title)}**: `load({self.name!r})`",
             "",
             "| | |",
             "|---|---|",
         ]
         lines += [f"| {key} | {value} |" for key, value in rows if value]
         lines += ["", "Known flaws:", ""]
-        lines += [f"- {_linked(flaw)}" for flaw in self.flaws]
+        lines += [f"- {_linked(cell(flaw))}" for flaw in self.flaws]
         if files := _file_rows(self):
             lines += [
                 "",
@@ -1261,6 +1263,8 @@ def _download_size(name: str) -> int:
 
 def cards_table() -> Any:
     """All data sets in one Markdown table."""
+    from ftbook.results import cell
+
     lines = [
         "| name | data set | size | download | license |",
         "|---|---|---|---|---|",
@@ -1268,8 +1272,8 @@ def cards_table() -> Any:
     for c in CARDS.values():
         size = _human_size(_download_size(c.name))
         lines.append(
-            f"| `{c.name}` | {c.title}: {c.task} | {_examples(c)} | {size} | "
-            f"{c.license} |"
+            f"| `{c.name}` | {cell(f'{c.title}: {c.task}')} | {_examples(c)} | "
+            f"{size} | {cell(c.license)} |"
         )
     return _markdown("\n".join(lines))
 
@@ -1278,15 +1282,17 @@ def counts_table(**sets: Labeled) -> Any:
     """Examples per class of several sets, one column per set, as a Markdown
     table.
     """
+    from ftbook.results import cell
+
     first = next(iter(sets.values()))
     counts = {name: part.counts() for name, part in sets.items()}
     lines = [
-        "| class | " + " | ".join(sets) + " |",
+        "| class | " + " | ".join(map(cell, sets)) + " |",
         "|---|" + "---:|" * len(sets),
     ]
     for label in first.classes:
         lines.append(
-            f"| {label} | "
+            f"| {cell(label)} | "
             + " | ".join(f"{counts[name][label]:,}" for name in sets)
             + " |"
         )

@@ -650,3 +650,12 @@ def test_only_functions_of_the_book_are_rendered():
     for function in ("os.system", "ftbook.data._in_cache", "ftbooks.x"):
         with pytest.raises(ValueError, match="no public function of ftbook"):
             results.render({"call": {"function": function, "arguments": {}}})
+
+
+def test_no_class_name_or_card_brings_html_or_breaks_a_table():
+    labels = torch.tensor([0, 0, 1])
+    odd = data.ImageSet(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), labels, ["<b>ant</b>", "a|b\nc"])
+    lines = data.counts_table(train=odd).data.split("\n")
+    assert len(lines) == 4 and lines[2].startswith("| &lt;b>ant&lt;/b> |") and r"a\|b c" in lines[3]
+    shown = dataclasses.replace(data.card("sst2"), task="<script>x</script>", flaws=("<img src=x>",))._repr_markdown_()
+    assert "<script>" not in shown and "<img" not in shown
