@@ -11,7 +11,7 @@ BPY  := $(BOOK)/bin/python
 LOW  := .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve lab run results check test lowest bench export lock clean
+.PHONY: help book serve lab run models results check test lowest bench export lock clean
 
 help:           ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ lab: $(ALL)/.installed     ## open JupyterLab on nbs/ with ftbook installed
 
 run: $(ALL)/.installed     ## re-execute chapters in place, cpu profile, where outputs are stale (CH=05, FORCE=1)
 	@$(PY) -m tools.run $(CH) $(if $(FORCE),--force)
+
+models: $(ALL)/.installed  ## fetch the pretrained models of the cpu profile (about 200 MB; 770 MB on disk)
+	@$(PY) -m tools.models
 
 results: $(ALL)/.installed ## run a chapter's long sweeps into results/NN_name.json (CH=11), resumable
 	@$(PY) -m tools.sweeps $(CH)

@@ -42,7 +42,7 @@ setup(
     extras_require=extras,
     long_description=readme(),
     long_description_content_type="text/markdown",
-    packages=["ftbook"],
+    packages=["ftbook", "ftbook.exercises"],
     package_data={"ftbook": ["assets/*", "assets/**/*"]},
     include_package_data=False,
     classifiers=[
