@@ -18,7 +18,7 @@ from tools.run import stored_run
 from tools.settings import EXTRAS, NBS, ROOT, chapters, requirements, settings
 
 NOTEBOOKS = sorted(NBS.glob("[!.]*.ipynb"))
-FLOORS = [["runtime"], ["plot"], ["results"], ["images"], ["data"], ["losses", "optim", "tags"], ["train"], ["finetune"],
+FLOORS = [["runtime"], ["plot"], ["results"], ["images"], ["data"], ["models"], ["losses", "optim", "tags"], ["train"], ["finetune"],
           ["autoencoder", "mlm", "vision", "ner", "peft", "regularize", "augment", "search"]]
 
 
