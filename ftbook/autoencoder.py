@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -114,6 +115,7 @@ class MLPDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         (encoder,) = self._tied
+        pairs: list[tuple[Any, Any]]
         if encoder is None:
             pairs = [(layer.weight, layer.bias) for layer in self.layers]
         else:
@@ -371,12 +373,16 @@ def pretrain(
 
 # %% ../nbs/05_autoencoder.ipynb #a07d4155
 class Classifier(nn.Module):
-    """An encoder and a linear head: images to logits (B, n_classes); a frozen encoder stays in evaluation mode."""
+    """An encoder and a linear head: images to logits (B, n_classes).
+
+    A frozen encoder stays in evaluation mode.
+    """
 
     def __init__(self, encoder: nn.Module, n_classes: int, freeze: bool = False):
         super().__init__()
         self.encoder, self.freeze = encoder, freeze
-        self.head = nn.Linear(encoder.out_features, n_classes)
+        features: Any = encoder.out_features
+        self.head = nn.Linear(features, n_classes)
         self.encoder.requires_grad_(not freeze)
         self.train()
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -402,12 +403,7 @@ def replace_head(model: nn.Module, n_classes: int) -> nn.Module:
     if n_classes < 1:
         raise ValueError(f"n_classes is {n_classes}; give at least 1")
     name, old = find_head(model)
-    like = {"device": old.weight.device, "dtype": old.weight.dtype}
-    like["bias"] = old.bias is not None
-    if isinstance(old, nn.Linear):
-        new = nn.Linear(old.in_features, n_classes, **like)
-    else:
-        new = nn.Conv2d(old.in_channels, n_classes, 1, **like)
+    new = _layer_like(old, n_classes)
     for holder in map(model.get_submodule, ["", *_prefixes(name)[:-1]]):
         config = getattr(holder, "config", None)
         if hasattr(config, "num_labels"):
@@ -419,7 +415,15 @@ def replace_head(model: nn.Module, n_classes: int) -> nn.Module:
     return new
 
 
-def _draw_like(layer: nn.Module, config) -> None:
+def _layer_like(old: Any, n_classes: int) -> nn.Linear | nn.Conv2d:
+    like: dict[str, Any] = {"device": old.weight.device}
+    like |= {"dtype": old.weight.dtype, "bias": old.bias is not None}
+    if isinstance(old, nn.Linear):
+        return nn.Linear(old.in_features, n_classes, **like)
+    return nn.Conv2d(old.in_channels, n_classes, 1, **like)
+
+
+def _draw_like(layer: nn.Linear | nn.Conv2d, config) -> None:
     "Draw a fresh layer as the model's own configuration says."
     if getattr(config, "initializer_range", None) is not None:
         nn.init.normal_(layer.weight, std=config.initializer_range)
@@ -524,7 +528,8 @@ class TextClassifier(nn.Module):
 
     def __init__(self, body: nn.Module, n_classes: int = 2):
         super().__init__()
-        self.body, self.dropout = getattr(body, "bert", body), nn.Dropout(0.0)
+        self.body: Any = getattr(body, "bert", body)
+        self.dropout = nn.Dropout(0.0)
         self.head = nn.Linear(self.body.config.hidden_size, n_classes)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -819,7 +824,7 @@ class Strategy:
             head_lr=self.head_lr,
             frozen=bool(own),
         )
-        how = {
+        how: dict[str, Any] = {
             "callbacks": [*callbacks, *own],
             "settings": replace(settings, params=groups),
         }
@@ -898,7 +903,8 @@ class TwoStage:
         histories = []
         for number, (strategy, length, rate) in enumerate(stages, 1):
             own = [_of_stage(c, number) for c in callbacks]
-            how = {"lr": rate, "epochs": length, "callbacks": own, **options}
+            how: dict[str, Any] = {"lr": rate, "epochs": length, **options}
+            how["callbacks"] = own
             histories += strategy.tune(model, train, valid, **how)
         for file in files:
             if not file.keep:

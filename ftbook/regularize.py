@@ -587,23 +587,21 @@ def _modules(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     return list(modules.values())
 
 
-def _dropper(p: float, shared: Sequence[int] | str) -> Callable:
-    def dropped(output: Tensor) -> Tensor:
-        rows = shared == "rows"
-        return drop(output, p, range(1, output.ndim) if rows else shared)
+def _dropper(p: float, shared: Any) -> Callable:
+    rows = shared == "rows"
 
     def hook(module, inputs, output):
         if not module.training:
-            return output
+            return None
+        if torch.is_tensor(output):
+            return drop(output, p, range(1, output.ndim) if rows else shared)
         if isinstance(output, tuple):  # attention: its output, its weights
-            return (dropped(output[0]), *output[1:])
-        if not torch.is_tensor(output):
-            raise TypeError(
-                f"{type(module).__name__} returns a {type(output).__name__}; "
-                "drop_outputs takes modules that return a tensor: name a "
-                "layer inside it"
-            )
-        return dropped(output)
+            return (hook(module, inputs, output[0]), *output[1:])
+        raise TypeError(
+            f"{type(module).__name__} returns a {type(output).__name__}; "
+            "drop_outputs takes modules that return a tensor: name a layer "
+            "inside it"
+        )
 
     return hook
 
@@ -887,7 +885,7 @@ class WeightAverage:
         first = int(self.start * (run.total_steps or 0))
         if run.step <= first or (run.step - first - 1) % self.every:
             return
-        weights = list(self._weights.values())
+        weights: list[Tensor] = list(self._weights.values())
         if not self.count:
             self.mean = {n: p.clone() for n, p in self._weights.items()}
         else:
@@ -1315,12 +1313,15 @@ def compare_methods(task: Task, *, chapter: str, methods: Sequence[str] | None =
         return regularized_run(task, method, strength, seed=seed, test=test, **options)
 
     budget = f"{options['epochs']} epochs, batches of {options['batch_size']}, rate {options['lr']:g}, 2 strengths"
-    about = {"chapter": chapter, "budget": budget, "progress": False}
+    about: dict[str, Any] = {"chapter": chapter, "budget": budget, "progress": False}
     found: dict[str, dict] = {}
     for method in methods or METHODS:
         strengths, n = list(METHODS[method][0]), _size(task.valid)
         if len(strengths) > 1:
-            choice = {"method": [method], "strength": strengths}
+            choice: dict[str, list] = {
+                "method": [method],
+                "strength": strengths,
+            }
             search = sweep(run, choice, search_seeds, name=prefix + "search", n=n, **about)
             strengths = [search.best("valid_accuracy")["strength"]]
         choice = {"method": [method], "strength": strengths, "test": [True]}

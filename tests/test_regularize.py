@@ -751,5 +751,5 @@ def test_the_sentiment_task_is_balanced_and_pads_little(tmp_path):
     assert torch.allclose(model(ids, mask), model(ids[:, :3], mask[:, :3]), atol=1e-6)
     assert all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout))
     for method in ("stochastic depth", "feature dropout", "mixout", "L2-SP"):
-        found = rg.regularized_run(made, method, 0.3, seed=1, test=True, epochs=1, batch_size=4)
+        found = rg.regularized_run(made, method, 0.3, seed=1, test=True, lr=1e-3, epochs=1, batch_size=4, settings=QUIET)
         assert 0 <= found["test_accuracy"] <= 1
