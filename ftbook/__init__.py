@@ -11,9 +11,10 @@ __version__ = "0.1.0"
 PUBLIC = {
     "runtime": "profile pick device seed_everything native_bf16 Meter",
     "plot": "",
-    "results": "row record say table sweep difference mean_interval",
+    "results": "row record say table sweep study load_study ChosenFor difference mean_interval",
     "images": "ImageSet read_folder",
     "data": "TextSet Batches",
+    "models": "",
     "losses": "mse bce_with_logits cross_entropy focal label_smoothing distillation_kl calibration_error",
     "optim": "SGD AdaGrad RMSProp Adam AdamW Lion Muon range_test",
     "tags": "entity_f1",
