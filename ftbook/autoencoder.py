@@ -40,14 +40,18 @@ __all__ = [
 
 # %% ../nbs/05_autoencoder.ipynb #211f0e27
 def reconstruction_loss(
-    output: Tensor, target: Tensor, hidden: Tensor | None = None, reduction: str = "mean"
+    output: Tensor,
+    target: Tensor,
+    hidden: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Squared reconstruction error, equations (5.1) and (5.2).
 
     Parameters
     ----------
     output, target : Tensor
-        Images of the same shape (B, ...); computed in float32 whatever the inputs are.
+        Images of the same shape (B, ...); computed in float32 whatever the
+        inputs are.
     hidden : Tensor, optional
         Boolean mask broadcastable to `target`; only True positions count.
     reduction : {"mean", "sum"}
@@ -64,34 +68,48 @@ def reconstruction_loss(
     4.0
     """
     if output.shape != target.shape:
-        raise ValueError(f"output has shape {tuple(output.shape)}, target {tuple(target.shape)}: they must be equal")
+        raise ValueError(
+            f"output has shape {tuple(output.shape)}, target "
+            f"{tuple(target.shape)}: they must be equal"
+        )
     if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction is {reduction!r}; allowed are "mean" and "sum"')
+        raise ValueError(
+            f'reduction is {reduction!r}; allowed are "mean" and "sum"'
+        )
     squared = (output.float() - target.float()) ** 2
     count = squared.numel()
     if hidden is not None:
         hidden = hidden.expand_as(squared)
         squared, count = squared * hidden, hidden.sum()
         if count == 0:
-            raise ValueError("no position is hidden: raise the masked fraction, or pass hidden=None")
+            raise ValueError(
+                "no position is hidden: raise the masked fraction, or pass "
+                "hidden=None"
+            )
     return squared.sum() / (count if reduction == "mean" else len(target))
 
 # %% ../nbs/05_autoencoder.ipynb #f64423ad
 def _check_images(x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape[1:] != torch.Size(shape) or not x.is_floating_point():
         raise ValueError(
-            f"images have shape {tuple(x.shape)} and type {x.dtype}; this network takes floating-point images of "
-            f"shape (B, {', '.join(map(str, shape))}) with values in 0..1: convert uint8 with ImageSet.float()"
+            f"images have shape {tuple(x.shape)} and type {x.dtype}; this "
+            "network takes floating-point images of "
+            f"shape (B, {', '.join(map(str, shape))}) with values in 0..1: "
+            "convert uint8 with ImageSet.float()"
         )
 
 
 class MLPEncoder(nn.Module):
-    """Flatten, then linear layers with ReLU between them: (B, *image_shape) to latents (B, sizes[-1])."""
+    """Flatten, then linear layers with ReLU between them: (B, *image_shape) to
+    latents (B, sizes[-1]).
+    """
 
     def __init__(self, image_shape: tuple[int, ...], sizes: tuple[int, ...]):
         super().__init__()
         self.image_shape, self.out_features = tuple(image_shape), sizes[-1]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(
+            nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         _check_images(x, self.image_shape)
@@ -102,16 +120,25 @@ class MLPEncoder(nn.Module):
 
 # %% ../nbs/05_autoencoder.ipynb #a68deed2
 class MLPDecoder(nn.Module):
-    """Mirror of `MLPEncoder`: latents (B, k) to pixels (B, D); with `tied_to`, by its transposed matrices."""
+    """Mirror of `MLPEncoder`: latents (B, k) to pixels (B, D); with `tied_to`,
+    by its transposed matrices.
+    """
 
-    def __init__(self, sizes: tuple[int, ...], tied_to: MLPEncoder | None = None):
+    def __init__(
+        self, sizes: tuple[int, ...], tied_to: MLPEncoder | None = None
+    ):
         super().__init__()
         back = sizes[::-1]
         self._tied = (tied_to,)
         if tied_to is None:
-            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(back[:-1], back[1:], strict=True))
+            self.layers = nn.ModuleList(
+                nn.Linear(a, b)
+                for a, b in zip(back[:-1], back[1:], strict=True)
+            )
         else:
-            self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in back[1:])
+            self.biases = nn.ParameterList(
+                nn.Parameter(torch.zeros(b)) for b in back[1:]
+            )
 
     def forward(self, z: Tensor) -> Tensor:
         (encoder,) = self._tied
@@ -119,19 +146,26 @@ class MLPDecoder(nn.Module):
         if encoder is None:
             pairs = [(layer.weight, layer.bias) for layer in self.layers]
         else:
-            pairs = [(layer.weight.t(), b) for layer, b in zip(reversed(encoder.layers), self.biases, strict=True)]
+            pairs = [
+                (layer.weight.t(), b)
+                for layer, b in zip(
+                    reversed(encoder.layers), self.biases, strict=True
+                )
+            ]
         for i, (weight, bias) in enumerate(pairs):
             z = F.linear(F.relu(z) if i else z, weight, bias)
         return z
 
 # %% ../nbs/05_autoencoder.ipynb #4da4b100
 class Autoencoder(nn.Module):
-    """Fully connected autoencoder; the default is the 784-256-32 network of source 001.
+    """Fully connected autoencoder; the default is the 784-256-32 network of
+    source 001.
 
     Parameters
     ----------
     sizes : tuple of int
-        Layer widths from the pixels to the latent. Two sizes give a linear autoencoder.
+        Layer widths from the pixels to the latent. Two sizes give a linear
+        autoencoder.
     image_shape : tuple of int
         Shape of one image; its product must be ``sizes[0]``.
     tied : bool
@@ -145,30 +179,49 @@ class Autoencoder(nn.Module):
     """
 
     def __init__(
-        self, sizes: tuple[int, ...] = (784, 256, 32), image_shape: tuple[int, ...] = (1, 28, 28), tied: bool = False
+        self,
+        sizes: tuple[int, ...] = (784, 256, 32),
+        image_shape: tuple[int, ...] = (1, 28, 28),
+        tied: bool = False,
     ):
         super().__init__()
-        if len(sizes) < 2 or min(sizes) < 1 or math.prod(image_shape) != sizes[0]:
+        if (
+            len(sizes) < 2
+            or min(sizes) < 1
+            or math.prod(image_shape) != sizes[0]
+        ):
             raise ValueError(
-                f"sizes {tuple(sizes)} for images {tuple(image_shape)}: give at least two positive sizes, "
-                f"the first equal to {math.prod(image_shape)}, the pixels of one image"
+                f"sizes {tuple(sizes)} for images {tuple(image_shape)}: give "
+                "at least two positive sizes, "
+                f"the first equal to {math.prod(image_shape)}, the pixels of "
+                "one image"
             )
-        self.config = {"sizes": list(sizes), "image_shape": list(image_shape), "tied": tied}
+        self.config = {
+            "sizes": list(sizes),
+            "image_shape": list(image_shape),
+            "tied": tied,
+        }
         self.encoder = MLPEncoder(tuple(image_shape), tuple(sizes))
-        self.decoder = MLPDecoder(tuple(sizes), tied_to=self.encoder if tied else None)
+        self.decoder = MLPDecoder(
+            tuple(sizes), tied_to=self.encoder if tied else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.encoder(x)).view(x.shape)
 
 # %% ../nbs/05_autoencoder.ipynb #f101ae77
 class ConvEncoder(nn.Module):
-    """Strided 3 × 3 convolutions, ReLU, then a linear layer: (B, channels[0], size, size) to (B, latent)."""
+    """Strided 3 × 3 convolutions, ReLU, then a linear layer: (B, channels[0],
+    size, size) to (B, latent).
+    """
 
     def __init__(self, channels: tuple[int, ...], latent: int, size: int):
         super().__init__()
         self.image_shape, self.out_features = (channels[0], size, size), latent
         pairs = list(zip(channels[:-1], channels[1:], strict=True))
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs
+        )
         self.small = size // 2 ** len(pairs)
         self.to_latent = nn.Linear(channels[-1] * self.small**2, latent)
 
@@ -180,7 +233,9 @@ class ConvEncoder(nn.Module):
 
 # %% ../nbs/05_autoencoder.ipynb #edf5ed85
 class ConvDecoder(nn.Module):
-    """Linear layer, then strided transposed convolutions: (B, latent) to (B, channels[0], size, size)."""
+    """Linear layer, then strided transposed convolutions: (B, latent) to (B,
+    channels[0], size, size).
+    """
 
     def __init__(self, channels: tuple[int, ...], latent: int, small: int):
         super().__init__()
@@ -188,7 +243,8 @@ class ConvDecoder(nn.Module):
         self.shape = (back[0], small, small)
         self.from_latent = nn.Linear(latent, math.prod(self.shape))
         self.convs = nn.ModuleList(
-            nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in zip(back[:-1], back[1:], strict=True)
+            nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)
+            for a, b in zip(back[:-1], back[1:], strict=True)
         )
 
     def forward(self, z: Tensor) -> Tensor:
@@ -204,7 +260,8 @@ class ConvAutoencoder(nn.Module):
     Parameters
     ----------
     channels : tuple of int
-        Image channels first, then the output channels of each stride-2 convolution.
+        Image channels first, then the output channels of each stride-2
+        convolution.
     latent : int
         Length of the latent vector.
     size : int
@@ -216,14 +273,24 @@ class ConvAutoencoder(nn.Module):
     torch.Size([2, 1, 8, 8])
     """
 
-    def __init__(self, channels: tuple[int, ...] = (1, 16, 32), latent: int = 32, size: int = 28):
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (1, 16, 32),
+        latent: int = 32,
+        size: int = 28,
+    ):
         super().__init__()
         if len(channels) < 2 or size % 2 ** (len(channels) - 1):
             raise ValueError(
-                f"channels {tuple(channels)} need a side divisible by {2 ** max(1, len(channels) - 1)}, got {size}: "
+                f"channels {tuple(channels)} need a side divisible by "
+                f"{2 ** max(1, len(channels) - 1)}, got {size}: "
                 "pad or resize the images, or use fewer convolutions"
             )
-        self.config = {"channels": list(channels), "latent": latent, "size": size}
+        self.config = {
+            "channels": list(channels),
+            "latent": latent,
+            "size": size,
+        }
         self.encoder = ConvEncoder(tuple(channels), latent, size)
         self.decoder = ConvDecoder(tuple(channels), latent, self.encoder.small)
 
@@ -231,8 +298,12 @@ class ConvAutoencoder(nn.Module):
         return self.decoder(self.encoder(x))
 
 # %% ../nbs/05_autoencoder.ipynb #47dc2a6d
-def masked_patches(x: Tensor, patch: int = 4, fraction: float = 0.5,
-                   generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def masked_patches(
+    x: Tensor,
+    patch: int = 4,
+    fraction: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
     """Blank out the same number of random square patches in every image.
 
     Parameters
@@ -245,11 +316,13 @@ def masked_patches(x: Tensor, patch: int = 4, fraction: float = 0.5,
     Returns
     -------
     masked, hidden : Tensor
-        Images with zeros in the hidden patches (B, C, H, W); boolean (B, 1, H, W), True where hidden.
+        Images with zeros in the hidden patches (B, C, H, W); boolean (B, 1, H,
+        W), True where hidden.
 
     References
     ----------
-    He et al. (2022), Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.
+    He et al. (2022), Masked Autoencoders Are Scalable Vision Learners,
+    arXiv:2111.06377.
 
     Examples
     --------
@@ -259,15 +332,19 @@ def masked_patches(x: Tensor, patch: int = 4, fraction: float = 0.5,
     B, _, H, W = x.shape
     if H % patch or W % patch:
         raise ValueError(
-            f"images of {H} × {W} pixels cannot be cut into patches of {patch}: choose one that divides both sides"
+            f"images of {H} × {W} pixels cannot be cut into patches of "
+            f"{patch}: choose one that divides both sides"
         )
     rows, columns = H // patch, W // patch
     k = round(fraction * rows * columns)
     if not 0 < k < rows * columns:
         raise ValueError(
-            f"fraction {fraction} hides {k} of {rows * columns} patches; at least one must be hidden and one visible"
+            f"fraction {fraction} hides {k} of {rows * columns} patches; at "
+            "least one must be hidden and one visible"
         )
-    order = torch.rand(B, rows * columns, generator=generator, device=x.device).argsort(1)
+    order = torch.rand(
+        B, rows * columns, generator=generator, device=x.device
+    ).argsort(1)
     hidden = (order < k).view(B, 1, rows, columns)
     hidden = hidden.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     return x.masked_fill(hidden, 0), hidden
@@ -331,15 +408,19 @@ def pretrain(
     Parameters
     ----------
     model : nn.Module
-        Maps images (B, C, H, W) to images, or (like `MaskedViT`) to (images, hidden positions).
+        Maps images (B, C, H, W) to images, or (like `MaskedViT`) to (images,
+        hidden positions).
     images, valid : ImageSet or Tensor
-        uint8 images, or floats in 0..1, of shape (N, C, H, W). Labels are never looked at.
+        uint8 images, or floats in 0..1, of shape (N, C, H, W). Labels are never
+        looked at.
     corruption : {"none", "noise", "mask"} or callable
-        What is done to the input; a callable takes ``(x, generator=...)`` and returns (spoiled, hidden or None).
+        What is done to the input; a callable takes ``(x, generator=...)`` and
+        returns (spoiled, hidden or None).
     reduction : {"mean", "sum"}
         See `reconstruction_loss`.
     **options
-        Passed to `ftbook.train.fit` (``batch_size``, ``seed``, ``callbacks``, ``settings`` ...).
+        Passed to `ftbook.train.fit` (``batch_size``, ``seed``, ``callbacks``,
+        ``settings`` ...).
 
     Examples
     --------
@@ -378,7 +459,9 @@ class Classifier(nn.Module):
     A frozen encoder stays in evaluation mode.
     """
 
-    def __init__(self, encoder: nn.Module, n_classes: int, freeze: bool = False):
+    def __init__(
+        self, encoder: nn.Module, n_classes: int, freeze: bool = False
+    ):
         super().__init__()
         self.encoder, self.freeze = encoder, freeze
         features: Any = encoder.out_features
@@ -395,13 +478,16 @@ class Classifier(nn.Module):
         return self.head(self.encoder(x))
 
 # %% ../nbs/05_autoencoder.ipynb #2f6fa853
-def classifier_from(encoder: nn.Module, n_classes: int, freeze: bool = False) -> Classifier:
+def classifier_from(
+    encoder: nn.Module, n_classes: int, freeze: bool = False
+) -> Classifier:
     """Phase 2: a copy of a pretrained encoder with a fresh linear head.
 
     Parameters
     ----------
     encoder : nn.Module
-        Anything with ``out_features`` that maps images to (B, out_features): the ``.encoder`` of an autoencoder.
+        Anything with ``out_features`` that maps images to (B, out_features):
+        the ``.encoder`` of an autoencoder.
     n_classes : int
         Number of classes, at least 2.
     freeze : bool
@@ -410,7 +496,8 @@ def classifier_from(encoder: nn.Module, n_classes: int, freeze: bool = False) ->
     Raises
     ------
     TypeError
-        If a whole autoencoder is passed, or a module that does not say how long its output is.
+        If a whole autoencoder is passed, or a module that does not say how long
+        its output is.
     ValueError
         If there are fewer than two classes.
 
@@ -421,10 +508,19 @@ def classifier_from(encoder: nn.Module, n_classes: int, freeze: bool = False) ->
     ['head.weight', 'head.bias']
     """
     if not hasattr(encoder, "out_features"):
-        hint = "pass its .encoder" if hasattr(encoder, "encoder") else "give it an attribute out_features"
-        raise TypeError(f"{type(encoder).__name__} does not say how long its output is: {hint}")
+        hint = (
+            "pass its .encoder"
+            if hasattr(encoder, "encoder")
+            else "give it an attribute out_features"
+        )
+        raise TypeError(
+            f"{type(encoder).__name__} does not say how long its output is: "
+            f"{hint}"
+        )
     if n_classes < 2:
-        raise ValueError(f"n_classes is {n_classes}; a classifier needs at least 2")
+        raise ValueError(
+            f"n_classes is {n_classes}; a classifier needs at least 2"
+        )
     return Classifier(copy.deepcopy(encoder), n_classes, freeze)
 
 # %% ../nbs/05_autoencoder.ipynb #5820cc30
@@ -441,7 +537,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
     name = type(model).__name__
     if name not in _ARCHITECTURES:
         raise TypeError(
-            f"{name} cannot be saved here; known are {', '.join(_ARCHITECTURES)}"
+            f"{name} cannot be saved here; known are "
+            f"{', '.join(_ARCHITECTURES)}"
         )
     about = json.dumps({"class": name, "config": model.config})
     state = model.state_dict().items()
@@ -542,18 +639,31 @@ def latents(
         return torch.cat([encoder(part) for part in parts])
 
 # %% ../nbs/05_autoencoder.ipynb #675536d6
-def few_label_run(encoder: nn.Module, train, valid, test=None, *, labels: int, freeze: bool = False,
-                  lr: float = 1e-3, steps: int = 300, seed: int = 0) -> dict[str, float]:
-    """Train a classifier on `labels` images per class and score it: one point of a label-efficiency curve.
+def few_label_run(
+    encoder: nn.Module,
+    train,
+    valid,
+    test=None,
+    *,
+    labels: int,
+    freeze: bool = False,
+    lr: float = 1e-3,
+    steps: int = 300,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Train a classifier on `labels` images per class and score it: one point
+    of a label-efficiency curve.
 
     Parameters
     ----------
     encoder : nn.Module
         Pretrained or fresh; it is copied, never changed.
     train, valid, test : ImageSet
-        `labels` images per class are drawn from `train` with `seed`; `valid` and, if given, `test` are scored.
+        `labels` images per class are drawn from `train` with `seed`; `valid`
+        and, if given, `test` are scored.
     labels, steps : int
-        Labels per class; update steps of 64 images. With `freeze` the head alone is trained, on latents computed once.
+        Labels per class; update steps of 64 images. With `freeze` the head
+        alone is trained, on latents computed once.
 
     Returns
     -------
@@ -562,10 +672,16 @@ def few_label_run(encoder: nn.Module, train, valid, test=None, *, labels: int, f
     """
     seed_everything(seed)
     model = classifier_from(encoder, len(train.classes), freeze)
-    few, scored = train.per_class(labels, seed=seed), {"valid_accuracy": valid, "test_accuracy": test}
+    few, scored = (
+        train.per_class(labels, seed=seed),
+        {"valid_accuracy": valid, "test_accuracy": test},
+    )
     parts = [(s.x, s.y) for s in (few, *scored.values()) if s is not None]
     if freeze:
-        parts, model = [(latents(model.encoder, x), y) for x, y in parts], model.head
+        parts, model = (
+            [(latents(model.encoder, x), y) for x, y in parts],
+            model.head,
+        )
     fit(
         model,
         parts[0],
@@ -578,35 +694,68 @@ def few_label_run(encoder: nn.Module, train, valid, test=None, *, labels: int, f
         ),
     )
     return {
-        name: evaluate(model, part, precision="fp32")["accuracy"] for name, part in zip(scored, parts[1:], strict=False)
+        name: evaluate(model, part, precision="fp32")["accuracy"]
+        for name, part in zip(scored, parts[1:], strict=False)
     }
 
 # %% ../nbs/05_autoencoder.ipynb #3c791429
 def _transformer(dim: int, depth: int, heads: int) -> nn.Module:
     layer = nn.TransformerEncoderLayer(
-        dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        dim,
+        heads,
+        4 * dim,
+        dropout=0.0,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
     )
-    return nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
+    return nn.TransformerEncoder(
+        layer, depth, norm=nn.LayerNorm(dim), enable_nested_tensor=False
+    )
 
 
 class PatchEncoder(nn.Module):
-    """Vision transformer without class token: images (B, C, size, size) to the mean of their patch vectors (B, dim)."""
+    """Vision transformer without class token: images (B, C, size, size) to the
+    mean of their patch vectors (B, dim).
+    """
 
-    def __init__(self, size: int, channels: int, patch: int, dim: int, depth: int, heads: int):
+    def __init__(
+        self,
+        size: int,
+        channels: int,
+        patch: int,
+        dim: int,
+        depth: int,
+        heads: int,
+    ):
         super().__init__()
         if size % patch:
             raise ValueError(
-                f"patches of {patch} pixels do not tile images of {size}: choose a patch that divides the side"
+                f"patches of {patch} pixels do not tile images of {size}: "
+                "choose a patch that divides the side"
             )
-        self.image_shape, self.out_features, self.patch = (channels, size, size), dim, patch
+        self.image_shape, self.out_features, self.patch = (
+            (channels, size, size),
+            dim,
+            patch,
+        )
         self.embed = nn.Linear(channels * patch**2, dim)
-        self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, dim))
+        self.position = nn.Parameter(
+            0.02 * torch.randn(1, (size // patch) ** 2, dim)
+        )
         self.blocks = _transformer(dim, depth, heads)
 
     def tokens(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Encode all patches, or only those whose indices (B, K) are given: (B, K, dim)."""
+        """Encode all patches, or only those whose indices (B, K) are given: (B,
+        K, dim).
+        """
         _check_images(x, self.image_shape)
-        h = self.embed(F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)) + self.position
+        h = (
+            self.embed(
+                F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
+            )
+            + self.position
+        )
         if visible is not None:
             h = h.gather(1, visible[..., None].expand(-1, -1, h.shape[-1]))
         return self.blocks(h)
@@ -624,7 +773,8 @@ class MaskedViT(nn.Module):
     Parameters
     ----------
     size, channels, patch : int
-        Square images (B, channels, size, size) in patches of patch × patch pixels.
+        Square images (B, channels, size, size) in patches of patch × patch
+        pixels.
     dim, depth, heads : int
         Width, layers, attention heads of the encoder.
     decoder_dim, decoder_depth : int

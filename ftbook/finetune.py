@@ -273,20 +273,36 @@ def hold_batchnorm(model: nn.Module, hold: bool = True) -> list[str]:
     return held
 
 # %% ../nbs/08_finetune.ipynb #2d8e957b
-def _select(model: nn.Module, patterns: Sequence[str | nn.Module], depth: int | None) -> list[str]:
+def _select(
+    model: nn.Module, patterns: Sequence[str | nn.Module], depth: int | None
+) -> list[str]:
     cut = list(blocks(model).values())
     if depth is not None:
         if patterns or not 0 < abs(depth) <= len(cut):
             raise ValueError(
-                f"give patterns or a depth of 1 to {len(cut)} blocks (negative: from the end), got {patterns}, {depth}"
+                f"give patterns or a depth of 1 to {len(cut)} blocks "
+                f"(negative: from the end), got {patterns}, {depth}"
             )
-        return [n for names in (cut[:depth] if depth > 0 else cut[depth:]) for n in names]
-    return matching(model, *patterns) if patterns else [n for names in cut for n in names]
+        return [
+            n
+            for names in (cut[:depth] if depth > 0 else cut[depth:])
+            for n in names
+        ]
+    return (
+        matching(model, *patterns)
+        if patterns
+        else [n for names in cut for n in names]
+    )
 
 
-def _switch(model: nn.Module, names: Iterable[str], trainable: bool, batchnorm: str) -> None:
+def _switch(
+    model: nn.Module, names: Iterable[str], trainable: bool, batchnorm: str
+) -> None:
     if batchnorm not in ("eval", "train"):
-        raise ValueError(f'batchnorm is {batchnorm!r}; allowed are "eval" (frozen statistics) and "train"')
+        raise ValueError(
+            f'batchnorm is {batchnorm!r}; allowed are "eval" (frozen '
+            'statistics) and "train"'
+        )
     parameters = dict(model.named_parameters())
     for name in names:
         parameters[name].requires_grad_(trainable)
@@ -296,7 +312,10 @@ def _switch(model: nn.Module, names: Iterable[str], trainable: bool, batchnorm: 
 
 # %% ../nbs/08_finetune.ipynb #b88992fb
 def freeze(
-    model: nn.Module, *patterns: str | nn.Module, depth: int | None = None, batchnorm: str = "eval"
+    model: nn.Module,
+    *patterns: str | nn.Module,
+    depth: int | None = None,
+    batchnorm: str = "eval",
 ) -> list[str]:
     """Stop training the selected parameters.
 
@@ -306,9 +325,11 @@ def freeze(
     *patterns : str or nn.Module
         See `matching`; none, with no depth, means all.
     depth : int, optional
-        The first `depth` blocks (see `blocks`), or with a negative number the last ones.
+        The first `depth` blocks (see `blocks`), or with a negative number the
+        last ones.
     batchnorm : {"eval", "train"}
-        What batch normalizations of frozen parts do: keep their running statistics, or go on updating them.
+        What batch normalizations of frozen parts do: keep their running
+        statistics, or go on updating them.
 
     Returns
     -------
@@ -327,16 +348,22 @@ def freeze(
 
 # %% ../nbs/08_finetune.ipynb #bc9105fa
 def unfreeze(
-    model: nn.Module, *patterns: str | nn.Module, depth: int | None = None, batchnorm: str = "eval"
+    model: nn.Module,
+    *patterns: str | nn.Module,
+    depth: int | None = None,
+    batchnorm: str = "eval",
 ) -> list[str]:
-    """Train the selected parameters again; the counterpart of `freeze`, with the same arguments."""
+    """Train the selected parameters again; the counterpart of `freeze`, with
+    the same arguments.
+    """
     names = _select(model, patterns, depth)
     _switch(model, names, True, batchnorm)
     return names
 
 # %% ../nbs/08_finetune.ipynb #2771f1bb
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the classifier: the last linear layer of the last block.
+    """Name and module of the classifier: the last linear layer of the last
+    block.
 
     A 1 × 1 convolution is it where it is that block, or ends a block that has
     the name of a head. Of a `classifier` of several layers, as in AlexNet, only
@@ -374,7 +401,11 @@ def find_head(model: nn.Module) -> tuple[str, nn.Module]:
 
 def _is_pointwise(module: nn.Module) -> bool:
     kernel = getattr(module, "kernel_size", None)
-    return isinstance(module, nn.Conv2d) and kernel == (1, 1) and module.groups == 1
+    return (
+        isinstance(module, nn.Conv2d)
+        and kernel == (1, 1)
+        and module.groups == 1
+    )
 
 # %% ../nbs/08_finetune.ipynb #f8b1b3c2
 def replace_head(model: nn.Module, n_classes: int) -> nn.Module:
@@ -516,9 +547,11 @@ def encode_texts(
 
 
 class TextClassifier(nn.Module):
-    """A BERT body, the mean of its outputs over the visible positions, dropout, and a fresh linear head.
+    """A BERT body, the mean of its outputs over the visible positions, dropout,
+    and a fresh linear head.
 
-    Visible positions come first in every row; what no row of the batch sees is not computed.
+    Visible positions come first in every row; what no row of the batch sees is
+    not computed.
 
     Parameters
     ----------
@@ -535,30 +568,48 @@ class TextClassifier(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.body.get_input_embeddings()
 
-    def forward(self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
-                inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         longest = int(attention_mask.sum(1).max())
         given = (input_ids, attention_mask, inputs_embeds)
-        ids, mask, vectors = (None if v is None else v[:, :longest] for v in given)
-        h = self.body(input_ids=ids, attention_mask=mask, inputs_embeds=vectors).last_hidden_state
+        ids, mask, vectors = (
+            None if v is None else v[:, :longest] for v in given
+        )
+        h = self.body(
+            input_ids=ids, attention_mask=mask, inputs_embeds=vectors
+        ).last_hidden_state
         weight = mask[..., None].to(h.dtype)
         return self.head(self.dropout((h * weight).sum(1) / weight.sum(1)))
 
 # %% ../nbs/08_finetune.ipynb #af322ba7
-def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.01, *, layer_decay: float | None = None,
-                 head_lr: float | None = None, frozen: bool = False) -> list[dict]:
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.01,
+    *,
+    layer_decay: float | None = None,
+    head_lr: float | None = None,
+    frozen: bool = False,
+) -> list[dict]:
     """Groups for an optimizer: each trainable parameter in exactly one.
 
     Parameters
     ----------
     lr, weight_decay : float
-        Rate of the last block (and of the head, unless `head_lr`); decay of matrices and kernels, others get none.
+        Rate of the last block (and of the head, unless `head_lr`); decay of
+        matrices and kernels, others get none.
     layer_decay : float, optional
-        Factor per block toward the input, equation (8.2); the head counts as the last block.
+        Factor per block toward the input, equation (8.2); the head counts as
+        the last block.
     head_lr : float, optional
         Learning rate of the head found by `find_head`.
     frozen : bool
-        Also take in parameters that are frozen now, for a schedule that opens them later.
+        Also take in parameters that are frozen now, for a schedule that opens
+        them later.
 
     Returns
     -------
@@ -569,25 +620,62 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.01, *, lay
     --------
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> [(g["block"], g["lr"], g["weight_decay"]) for g in param_groups(net, 1e-3, layer_decay=0.5, head_lr=0.01)]
-    [('0', 0.0005, 0.01), ('0', 0.0005, 0.0), ('2', 0.01, 0.01), ('2', 0.01, 0.0)]
+    [('0', 0.0005, 0.01), ('0', 0.0005, 0.0), ('2', 0.01, 0.01), ('2', 0.01,
+    0.0)]
     """
     if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay is {layer_decay}; it must lie in (0, 1], 1 meaning one rate for all")
-    parameters, plain, cut = dict(model.named_parameters()), undecayed(model), blocks(model)
-    head = set(matching(model, find_head(model)[1])) if head_lr is not None else set()
+        raise ValueError(
+            f"layer_decay is {layer_decay}; it must lie in (0, 1], 1 meaning "
+            "one rate for all"
+        )
+    parameters, plain, cut = (
+        dict(model.named_parameters()),
+        undecayed(model),
+        blocks(model),
+    )
+    head = (
+        set(matching(model, find_head(model)[1]))
+        if head_lr is not None
+        else set()
+    )
     groups = []
     for depth, (block, names) in enumerate(cut.items()):
         rate = lr * (layer_decay or 1.0) ** (len(cut) - 1 - depth)
         names = [n for n in names if frozen or parameters[n].requires_grad]
-        for part, part_lr in ((set(names) - head, rate), (head.intersection(names), head_lr)):
-            for members, decay in ((part - plain, weight_decay), (part & plain, 0.0)):
-                groups.append(_group(parameters, [n for n in names if n in members], block, part_lr, decay))
+        for part, part_lr in (
+            (set(names) - head, rate),
+            (head.intersection(names), head_lr),
+        ):
+            for members, decay in (
+                (part - plain, weight_decay),
+                (part & plain, 0.0),
+            ):
+                groups.append(
+                    _group(
+                        parameters,
+                        [n for n in names if n in members],
+                        block,
+                        part_lr,
+                        decay,
+                    )
+                )
     return [g for g in groups if g["names"]]
 
 # %% ../nbs/08_finetune.ipynb #1b5f81a3
-def _group(parameters: dict, names: list[str], block: str, lr: float | None, weight_decay: float) -> dict:
-    return {"params": [parameters[n] for n in names], "names": names, "block": block, "lr": lr,
-            "weight_decay": weight_decay}
+def _group(
+    parameters: dict,
+    names: list[str],
+    block: str,
+    lr: float | None,
+    weight_decay: float,
+) -> dict:
+    return {
+        "params": [parameters[n] for n in names],
+        "names": names,
+        "block": block,
+        "lr": lr,
+        "weight_decay": weight_decay,
+    }
 
 # %% ../nbs/08_finetune.ipynb #9ad227dd
 def undecayed(model: nn.Module) -> set[str]:
@@ -828,7 +916,9 @@ class Strategy:
             "callbacks": [*callbacks, *own],
             "settings": replace(settings, params=groups),
         }
-        return [fit(model, train, valid, lr=lr, epochs=epochs, **how, **options)]
+        return [
+            fit(model, train, valid, lr=lr, epochs=epochs, **how, **options)
+        ]
 
 
 def _without_params(settings: Settings | None) -> Settings:
@@ -1011,37 +1101,71 @@ def tune(
     return [fit(model, train, valid, **options)]
 
 # %% ../nbs/08_finetune.ipynb #228cf91e
-def report(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Markdown:
-    """Table of blocks: parameters trained and frozen, learning rates, weight decays, held batch normalizations."""
+def report(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Markdown:
+    """Table of blocks: parameters trained and frozen, learning rates, weight
+    decays, held batch normalizations.
+    """
     parameters, rows = dict(model.named_parameters()), []
-    group_of = {id(p): g for g in (optimizer.param_groups if optimizer else ()) for p in g["params"]}
+    group_of = {
+        id(p): g
+        for g in (optimizer.param_groups if optimizer else ())
+        for p in g["params"]
+    }
     for block, names in [*blocks(model).items(), ("all", list(parameters))]:
         mine = [parameters[n] for n in names]
         trained = [p for p in mine if p.requires_grad]
         row = {
             "block": block,
             "trained": f"{sum(p.numel() for p in trained):,}",
-            "frozen": f"{sum(p.numel() for p in mine if not p.requires_grad):,}",
+            "frozen": (
+                f"{sum(p.numel() for p in mine if not p.requires_grad):,}"
+            ),
         }
         if optimizer:
             held = [group_of[id(p)] for p in trained if id(p) in group_of]
-            row["learning rate"] = ", ".join(f"{r:.3g}" for r in sorted({g["lr"] for g in held})) or "–"
-            row["weight decay"] = ", ".join(f"{r:g}" for r in sorted({g.get("weight_decay", 0) for g in held})) or "–"
+            row["learning rate"] = (
+                ", ".join(f"{r:.3g}" for r in sorted({g["lr"] for g in held}))
+                or "–"
+            )
+            row["weight decay"] = (
+                ", ".join(
+                    f"{r:g}"
+                    for r in sorted({g.get("weight_decay", 0) for g in held})
+                )
+                or "–"
+            )
             lost = len(trained) - len(held)
-            row["group"] = f"**{lost} tensors in no group**" if lost else "in a group" if held else "–"
+            row["group"] = (
+                f"**{lost} tensors in no group**"
+                if lost
+                else "in a group"
+                if held
+                else "–"
+            )
         rows.append(row)
     held_norms = sum(isinstance(m, _StaysInEval) for m in model.modules())
-    return table(rows, caption=f"{held_norms} batch normalizations held in evaluation mode" if held_norms else None)
+    return table(
+        rows,
+        caption=(
+            f"{held_norms} batch normalizations held in evaluation mode"
+            if held_norms
+            else None
+        ),
+    )
 
 # %% ../nbs/08_finetune.ipynb #d28e35e3
 class SmallCNN(nn.Module):
-    """Three blocks of 3 × 3 convolution, batch normalization, ReLU; mean over places; linear head.
+    """Three blocks of 3 × 3 convolution, batch normalization, ReLU; mean over
+    places; linear head.
 
     Parameters
     ----------
     n_classes : int
     channels : tuple of int
-        Image channels, then the output channels of each block; all blocks but the last halve the image.
+        Image channels, then the output channels of each block; all blocks but
+        the last halve the image.
 
     Examples
     --------
@@ -1050,25 +1174,42 @@ class SmallCNN(nn.Module):
     (torch.Size([2, 5]), ['body.0', 'body.1', 'body.2', 'head'])
     """
 
-    def __init__(self, n_classes: int = 10, channels: tuple[int, ...] = (1, 16, 32, 32)):
+    def __init__(
+        self, n_classes: int = 10, channels: tuple[int, ...] = (1, 16, 32, 32)
+    ):
         super().__init__()
         pairs = list(zip(channels[:-1], channels[1:], strict=True))
-        self.body = nn.Sequential(*(self.block(a, b, i < len(pairs) - 1) for i, (a, b) in enumerate(pairs)))
+        self.body = nn.Sequential(
+            *(
+                self.block(a, b, i < len(pairs) - 1)
+                for i, (a, b) in enumerate(pairs)
+            )
+        )
         self.head = nn.Linear(channels[-1], n_classes)
 
     @staticmethod
     def block(inputs: int, outputs: int, halve: bool) -> nn.Sequential:
         """One block; `halve` gives its convolution stride 2."""
-        conv = nn.Conv2d(inputs, outputs, 3, stride=2 if halve else 1, padding=1, bias=False)
+        conv = nn.Conv2d(
+            inputs, outputs, 3, stride=2 if halve else 1, padding=1, bias=False
+        )
         return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(x).mean((2, 3)))
 
 # %% ../nbs/08_finetune.ipynb #5e8956a0
-def pretrained_cnn(images: ImageSet, *, per_class: int = 1000, epochs: int = 4, lr: float = 3e-3,
-                   seed: int = 0) -> SmallCNN:
-    """A `SmallCNN` trained on `per_class` images of every class of `images`, drawn with `seed` like its weights."""
+def pretrained_cnn(
+    images: ImageSet,
+    *,
+    per_class: int = 1000,
+    epochs: int = 4,
+    lr: float = 3e-3,
+    seed: int = 0,
+) -> SmallCNN:
+    """A `SmallCNN` trained on `per_class` images of every class of `images`,
+    drawn with `seed` like its weights.
+    """
     seed_everything(seed)
     model = SmallCNN(len(images.classes), (images.x.shape[1], 16, 32, 32))
     few = images.per_class(per_class, seed=seed)
@@ -1094,24 +1235,48 @@ def take_classes(images: ImageSet, classes: Sequence[int]) -> ImageSet:
     ([1, 0], ['c', 'a'])
     """
     if bad := [c for c in classes if not 0 <= c < len(images.classes)]:
-        raise ValueError(f"class {bad[0]} does not exist; the classes are 0 to {len(images.classes) - 1}")
+        raise ValueError(
+            f"class {bad[0]} does not exist; the classes are 0 to "
+            f"{len(images.classes) - 1}"
+        )
     new = torch.full((len(images.classes),), -1)
     new[torch.as_tensor(classes)] = torch.arange(len(classes))
     part = images[(new[images.y] >= 0).nonzero().flatten()]
-    return ImageSet(part.x, new[part.y], [images.classes[c] for c in classes], images.name, images.source)
+    return ImageSet(
+        part.x,
+        new[part.y],
+        [images.classes[c] for c in classes],
+        images.name,
+        images.source,
+    )
 
 # %% ../nbs/08_finetune.ipynb #287ddc93
-def transfer_run(pretrained: nn.Module, train: ImageSet, valid: ImageSet, test: ImageSet | None = None,
-                 old: ImageSet | None = None, *, strategy: str, lr: float, labels: int = 20, epochs: int = 24,
-                 batch_size: int = 20, head_lr: float | None = None, seed: int = 0) -> dict[str, float]:
-    """Fine-tune a copy of a pretrained model on few labels and score it: one point of the comparison.
+def transfer_run(
+    pretrained: nn.Module,
+    train: ImageSet,
+    valid: ImageSet,
+    test: ImageSet | None = None,
+    old: ImageSet | None = None,
+    *,
+    strategy: str,
+    lr: float,
+    labels: int = 20,
+    epochs: int = 24,
+    batch_size: int = 20,
+    head_lr: float | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Fine-tune a copy of a pretrained model on few labels and score it: one
+    point of the comparison.
 
     Parameters
     ----------
     pretrained : nn.Module
-        Copied, never changed. With the strategy "scratch" its weights are drawn anew first.
+        Copied, never changed. With the strategy "scratch" its weights are drawn
+        anew first.
     train, valid, test : ImageSet
-        `labels` images per class of `train` are drawn with `seed`; `valid` and, if given, `test` are scored.
+        `labels` images per class of `train` are drawn with `seed`; `valid` and,
+        if given, `test` are scored.
     old : ImageSet, optional
         Images of the classes of pretraining; scored with the old head put back.
     head_lr : float, optional
@@ -1120,9 +1285,12 @@ def transfer_run(pretrained: nn.Module, train: ImageSet, valid: ImageSet, test: 
     Returns
     -------
     dict
-        ``valid_accuracy``, ``trained`` (parameters) and, with the data for it, ``test_accuracy``, ``old_accuracy``.
+        ``valid_accuracy``, ``trained`` (parameters) and, with the data for it,
+        ``test_accuracy``, ``old_accuracy``.
     """
-    model = fresh_head(pretrained, len(train.classes), seed, scratch=strategy == "scratch")
+    model = fresh_head(
+        pretrained, len(train.classes), seed, scratch=strategy == "scratch"
+    )
     few = train.per_class(labels, seed=seed)
     how = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
     settings = Settings(precision="fp32", progress=False)
@@ -1131,14 +1299,27 @@ def transfer_run(pretrained: nn.Module, train: ImageSet, valid: ImageSet, test: 
         way = Strategy(head_lr=head_lr)
     tune(model, few, how=way, lr=lr, settings=settings, **how)
     parts = {"valid_accuracy": valid, "test_accuracy": test}
-    scores = {k: evaluate(model, part, precision="fp32")["accuracy"] for k, part in parts.items() if part is not None}
+    scores = {
+        k: evaluate(model, part, precision="fp32")["accuracy"]
+        for k, part in parts.items()
+        if part is not None
+    }
     if old is not None and strategy != "scratch":
         scores["old_accuracy"] = old_accuracy(model, pretrained, old)
-    return {**scores, "trained": float(sum(p.numel() for p in model.parameters() if p.requires_grad))}
+    return {
+        **scores,
+        "trained": float(
+            sum(p.numel() for p in model.parameters() if p.requires_grad)
+        ),
+    }
 
 # %% ../nbs/08_finetune.ipynb #005622f7
-def fresh_head(pretrained: nn.Module, n_classes: int, seed: int, scratch: bool = False) -> nn.Module:
-    """A copy with a new head drawn with `seed`; with `scratch` everything is drawn anew."""
+def fresh_head(
+    pretrained: nn.Module, n_classes: int, seed: int, scratch: bool = False
+) -> nn.Module:
+    """A copy with a new head drawn with `seed`; with `scratch` everything is
+    drawn anew.
+    """
     seed_everything(seed)
     model = copy.deepcopy(pretrained)
     replace_head(model, n_classes)
@@ -1149,16 +1330,23 @@ def fresh_head(pretrained: nn.Module, n_classes: int, seed: int, scratch: bool =
     return model
 
 
-def old_accuracy(model: nn.Module, pretrained: nn.Module, old: ImageSet) -> float:
-    """Accuracy on the old classes of the tuned body under the head it was pretrained with; 1 - this is forgetting."""
+def old_accuracy(
+    model: nn.Module, pretrained: nn.Module, old: ImageSet
+) -> float:
+    """Accuracy on the old classes of the tuned body under the head it was
+    pretrained with; 1 - this is forgetting.
+    """
     both = copy.deepcopy(model)
     name, head = find_head(pretrained)
     both.set_submodule(name, copy.deepcopy(head))
     return evaluate(both, old, precision="fp32")["accuracy"]
 
 # %% ../nbs/08_finetune.ipynb #3c9373c2
-def two_tasks(train: ImageSet, test: ImageSet, *, held_out: int, scored: int = 2500) -> dict[str, ImageSet]:
-    """The first half of the classes to pretrain on, the others to tune on, as parts of one data set.
+def two_tasks(
+    train: ImageSet, test: ImageSet, *, held_out: int, scored: int = 2500
+) -> dict[str, ImageSet]:
+    """The first half of the classes to pretrain on, the others to tune on, as
+    parts of one data set.
 
     Parameters
     ----------
@@ -1170,49 +1358,89 @@ def two_tasks(train: ImageSet, test: ImageSet, *, held_out: int, scored: int = 2
     Returns
     -------
     dict
-        ``old``, ``new`` to train on; ``old_valid``, ``valid``; ``old_test``, ``test``.
+        ``old``, ``new`` to train on; ``old_valid``, ``valid``; ``old_test``,
+        ``test``.
     """
     pool, valid = train.split([len(train) - held_out, held_out], seed=0)
     half = len(train.classes) // 2
     parts = {"old": range(half), "new": range(half, len(train.classes))}
-    made = {name: take_classes(pool, classes) for name, classes in parts.items()}
+    made = {
+        name: take_classes(pool, classes) for name, classes in parts.items()
+    }
     for prefix, classes in (("old_", parts["old"]), ("", parts["new"])):
         made[prefix + "valid"] = take_classes(valid, classes)[:1000]
         made[prefix + "test"] = take_classes(test, classes)[:scored]
     return made
 
 # %% ../nbs/08_finetune.ipynb #7c2fea90
-def compare_strategies(tasks: dict[str, ImageSet], *, chapter: str, rates: Sequence[float] = (3e-3, 1e-2, 3e-2, 1e-1),
-                       seeds: Sequence[int] = range(3), labels: int = 20, epochs: int = 24,
-                       per_class: int = 1000) -> dict:
-    """Choose each strategy's rate on validation images, then score test images; finished runs are read, not repeated.
+def compare_strategies(
+    tasks: dict[str, ImageSet],
+    *,
+    chapter: str,
+    rates: Sequence[float] = (3e-3, 1e-2, 3e-2, 1e-1),
+    seeds: Sequence[int] = range(3),
+    labels: int = 20,
+    epochs: int = 24,
+    per_class: int = 1000,
+) -> dict:
+    """Choose each strategy's rate on validation images, then score test images;
+    finished runs are read, not repeated.
 
     Returns
     -------
     dict
-        ``test_accuracy``, ``old_accuracy``, ``valid_accuracy``, ``trained``: strategy to Row; ``before``: Row of old
-        classes before tuning; ``search``, ``rates``: Rows of validation accuracy by rate, by body and head rate.
+        ``test_accuracy``, ``old_accuracy``, ``valid_accuracy``, ``trained``:
+        strategy to Row; ``before``: Row of old classes before tuning;
+        ``search``, ``rates``: Rows of validation accuracy by rate, by body and
+        head rate.
     """
     run, untuned = _runner(tasks, labels, epochs, per_class)
-    budget = f"{epochs * labels // 4} steps of 20 images, {len(rates)} learning rates tried"
+    budget = (
+        f"{epochs * labels // 4} steps of 20 images, {len(rates)} learning"
+        " rates tried"
+    )
 
     def swept(name, choices, n="valid", run=run):
-        return sweep(run, choices, seeds, chapter=chapter, name=name, n=len(tasks[n]), budget=budget, progress=False)
+        return sweep(
+            run,
+            choices,
+            seeds,
+            chapter=chapter,
+            name=name,
+            n=len(tasks[n]),
+            budget=budget,
+            progress=False,
+        )
 
-    found = {k: {} for k in ("test_accuracy", "old_accuracy", "valid_accuracy", "trained")} | {"search": []}
+    found = {
+        k: {}
+        for k in ("test_accuracy", "old_accuracy", "valid_accuracy", "trained")
+    } | {"search": []}
     for strategy in ["scratch", *STRATEGIES]:
         search = swept("search", {"strategy": [strategy], "lr": list(rates)})
         found["search"] += search.summary("valid_accuracy")
-        best = {"strategy": [strategy], "lr": [search.best("valid_accuracy")["lr"]], "test": [True]}
+        best = {
+            "strategy": [strategy],
+            "lr": [search.best("valid_accuracy")["lr"]],
+            "test": [True],
+        }
         final = swept("final", best, "test")
         for metric in final.metrics:
             found[metric][strategy] = final.row(metric)
     pairs = {"strategy": ["full"], "lr": [1e-3, 1e-2], "head_lr": [1e-2, 1e-1]}
     found["rates"] = swept("rates", pairs).summary("valid_accuracy")
-    return found | {"before": swept("pretrained", {}, "old_test", run=untuned).summary("old_accuracy")[0]}
+    return found | {
+        "before": (
+            swept("pretrained", {}, "old_test", run=untuned).summary(
+                "old_accuracy"
+            )[0]
+        )
+    }
 
 # %% ../nbs/08_finetune.ipynb #8671f39d
-def _runner(tasks: dict[str, ImageSet], labels: int, epochs: int, per_class: int) -> tuple[Callable, Callable]:
+def _runner(
+    tasks: dict[str, ImageSet], labels: int, epochs: int, per_class: int
+) -> tuple[Callable, Callable]:
     "The runs of `compare_strategies`: a tuned and an untuned one; one pretrained network per seed."
 
     @functools.cache
@@ -1221,10 +1449,27 @@ def _runner(tasks: dict[str, ImageSet], labels: int, epochs: int, per_class: int
 
     def run(seed, strategy, lr, head_lr=None, test=False):
         more = {"test": tasks["test"], "old": tasks["old_test"]} if test else {}
-        how = {"labels": labels, "epochs": epochs, "head_lr": head_lr, "seed": seed}
-        return transfer_run(pretrained(seed), tasks["new"], tasks["valid"], **more, strategy=strategy, lr=lr, **how)
+        how = {
+            "labels": labels,
+            "epochs": epochs,
+            "head_lr": head_lr,
+            "seed": seed,
+        }
+        return transfer_run(
+            pretrained(seed),
+            tasks["new"],
+            tasks["valid"],
+            **more,
+            strategy=strategy,
+            lr=lr,
+            **how,
+        )
 
     def untuned(seed):
-        return {"old_accuracy": old_accuracy(pretrained(seed), pretrained(seed), tasks["old_test"])}
+        return {
+            "old_accuracy": old_accuracy(
+                pretrained(seed), pretrained(seed), tasks["old_test"]
+            )
+        }
 
     return run, untuned

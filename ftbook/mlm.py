@@ -50,12 +50,14 @@ def detokenize(text: str) -> str:
     Parameters
     ----------
     text
-        Tokens separated by blanks, with `@-@`, `@,@`, `@.@` and `<unk>` as WikiText writes them.
+        Tokens separated by blanks, with `@-@`, `@,@`, `@.@` and `<unk>` as
+        WikiText writes them.
 
     Returns
     -------
     str
-        The same lines, with punctuation closed up; `<unk>` becomes `[UNK]`, which is never masked.
+        The same lines, with punctuation closed up; `<unk>` becomes `[UNK]`,
+        which is never masked.
 
     Examples
     --------
@@ -70,19 +72,23 @@ def detokenize(text: str) -> str:
 
 # %% ../nbs/06_mlm.ipynb #9f5c8c21
 def read_documents(text: str, lines: int = 8) -> list[str]:
-    """Split a dump whose articles start with a line `= Title =` into one string per article.
+    """Split a dump whose articles start with a line `= Title =` into one string
+    per article.
 
     Parameters
     ----------
     text
-        The dump; section headings are lines such as `= = History = =` or plain lines.
+        The dump; section headings are lines such as `= = History = =` or plain
+        lines.
     lines
-        A text without title lines is cut into documents of so many lines instead.
+        A text without title lines is cut into documents of so many lines
+        instead.
 
     Returns
     -------
     list of str
-        Articles in order: the title, then one paragraph or heading per line. Articles without text are left out.
+        Articles in order: the title, then one paragraph or heading per line.
+        Articles without text are left out.
 
     Raises
     ------
@@ -99,9 +105,15 @@ def read_documents(text: str, lines: int = 8) -> list[str]:
     parts = re.split(r"(?m)^ ?= ([^=\n].*?) = *$", text)
     if len(parts) < 3:
         rows = [row for row in text.splitlines() if row.strip()]
-        return ["\n".join(rows[i : i + lines]) for i in range(0, len(rows), lines)]
+        return [
+            "\n".join(rows[i : i + lines]) for i in range(0, len(rows), lines)
+        ]
     tidy = [_paragraphs(body) for body in parts[2::2]]
-    return [f"{title}\n{body}" for title, body in zip(parts[1::2], tidy, strict=True) if body]
+    return [
+        f"{title}\n{body}"
+        for title, body in zip(parts[1::2], tidy, strict=True)
+        if body
+    ]
 
 # %% ../nbs/06_mlm.ipynb #75fffd4e
 def _paragraphs(body: str) -> str:
@@ -130,14 +142,16 @@ def split_documents(
     documents
         One string per document.
     held_out
-        Share of the documents in each of the two held-out parts, between 0 and 0.5.
+        Share of the documents in each of the two held-out parts, between 0 and
+        0.5.
     seed
         Seed of the permutation.
 
     Returns
     -------
     train, valid, test
-        Three lists without a document in common; the held-out ones hold at least one document each.
+        Three lists without a document in common; the held-out ones hold at
+        least one document each.
 
     Examples
     --------
@@ -145,7 +159,10 @@ def split_documents(
     [80, 10, 10]
     """
     if not 0 < held_out < 0.5 or len(documents) < 3:
-        raise ValueError(f"held_out={held_out} of {len(documents)} documents: give a share in (0, 0.5) and at least 3")
+        raise ValueError(
+            f"held_out={held_out} of {len(documents)} documents: give a share "
+            "in (0, 0.5) and at least 3"
+        )
     n = max(1, round(held_out * len(documents)))
     order = np.random.default_rng(seed).permutation(len(documents))
     valid, test, train = order[:n], order[n : 2 * n], np.sort(order[2 * n :])
@@ -155,17 +172,22 @@ def split_documents(
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 # %% ../nbs/06_mlm.ipynb #3e70bc33
-def train_tokenizer(documents: Sequence[str], vocab_size: int = 8192, alphabet: int = 400):
-    """Train a cased WordPiece tokenizer and return it as a transformers tokenizer.
+def train_tokenizer(
+    documents: Sequence[str], vocab_size: int = 8192, alphabet: int = 400
+):
+    """Train a cased WordPiece tokenizer and return it as a transformers
+    tokenizer.
 
     Parameters
     ----------
     documents
         Training text, one string per document.
     vocab_size
-        Number of entries, the 5 special tokens and the single characters included.
+        Number of entries, the 5 special tokens and the single characters
+        included.
     alphabet
-        How many different characters are kept; a word with any other character becomes `[UNK]`.
+        How many different characters are kept; a word with any other character
+        becomes `[UNK]`.
 
     Returns
     -------
@@ -174,20 +196,31 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int = 8192, alphabet: 
 
     References
     ----------
-    Schuster and Nakajima (2012), Japanese and Korean voice search, doi:10.1109/ICASSP.2012.6289079.
+    Schuster and Nakajima (2012), Japanese and Korean voice search,
+    doi:10.1109/ICASSP.2012.6289079.
 
     Examples
     --------
     >>> train_tokenizer(["low lower lowest slow"] * 9, vocab_size=40).tokenize("lower")
     ['lower']
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        Tokenizer,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
     from transformers import BertTokenizer
 
     if isinstance(documents, str) or not documents:
-        raise ValueError("documents must be a non-empty list of strings, one per document")
+        raise ValueError(
+            "documents must be a non-empty list of strings, one per document"
+        )
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=False, strip_accents=False
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -198,11 +231,14 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int = 8192, alphabet: 
     texts = (encodable(d).replace("[UNK]", "") for d in documents)
     tokenizer.train_from_iterator(texts, trainer)
     case: dict[str, Any] = {"do_lower_case": False, "strip_accents": False}
-    return BertTokenizer(vocab=tokenizer.get_vocab(), model_max_length=256, **case)
+    return BertTokenizer(
+        vocab=tokenizer.get_vocab(), model_max_length=256, **case
+    )
 
 # %% ../nbs/06_mlm.ipynb #a15f1c3d
 def pack(documents: Sequence[str], tokenizer, length: int = 128) -> Tensor:
-    """Encode documents and cut the stream of pieces into full sequences, without padding.
+    """Encode documents and cut the stream of pieces into full sequences,
+    without padding.
 
     Documents follow one another, each ended by `[SEP]`; every sequence is
     `[CLS]`, `length - 2` pieces, `[SEP]`. Padding and truncation of the
@@ -211,14 +247,16 @@ def pack(documents: Sequence[str], tokenizer, length: int = 128) -> Tensor:
     Parameters
     ----------
     documents, tokenizer
-        One string per document; a transformers tokenizer with `[CLS]` and `[SEP]`.
+        One string per document; a transformers tokenizer with `[CLS]` and
+        `[SEP]`.
     length
         Pieces per sequence T, special tokens included; at least 3.
 
     Returns
     -------
     Tensor
-        Shape (N, T), int64. Up to `length - 3` pieces at the very end are dropped.
+        Shape (N, T), int64. Up to `length - 3` pieces at the very end are
+        dropped.
 
     Raises
     ------
@@ -231,7 +269,10 @@ def pack(documents: Sequence[str], tokenizer, length: int = 128) -> Tensor:
             "Put a single text into a list."
         )
     if length < 3:
-        raise ValueError(f"length={length}: a sequence needs [CLS], at least one piece and [SEP], so 3 or more")
+        raise ValueError(
+            f"length={length}: a sequence needs [CLS], at least one piece and "
+            "[SEP], so 3 or more"
+        )
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     stream: list[np.ndarray] = []
     with unpadded(tokenizer) as backend:
@@ -244,19 +285,26 @@ def pack(documents: Sequence[str], tokenizer, length: int = 128) -> Tensor:
     flat = np.concatenate(stream) if stream else np.empty(0, np.int32)
     n = len(flat) // (length - 2)
     if n == 0:
-        raise ValueError(f"{len(flat)} pieces do not fill one sequence of {length}; give more text or a smaller length")
+        raise ValueError(
+            f"{len(flat)} pieces do not fill one sequence of {length}; give "
+            "more text or a smaller length"
+        )
     ids = np.full((n, length), sep, dtype=np.int64)
     ids[:, 0], ids[:, 1:-1] = cls, flat[: n * (length - 2)].reshape(n, -1)
     return torch.from_numpy(ids)
 
 # %% ../nbs/06_mlm.ipynb #d2854a21
 class Vocabulary(NamedTuple):
-    """What masking needs to know of a tokenizer, as tensors: made once by `vocabulary`."""
+    """What masking needs to know of a tokenizer, as tensors: made once by
+    `vocabulary`.
+    """
 
     mask_id: int
     special: Tensor  # (V,) bool: never masked, never drawn at random
     continuation: Tensor  # (V,) bool: pieces that continue a word ("##ing")
-    ordinary: Tensor  # (V - specials,) int64: what a random replacement is drawn from
+    ordinary: (
+        Tensor  # (V - specials,) int64: what a random replacement is drawn from
+    )
 
 # %% ../nbs/06_mlm.ipynb #5a6dca44
 def vocabulary(tokenizer) -> Vocabulary:
@@ -273,12 +321,20 @@ def vocabulary(tokenizer) -> Vocabulary:
         Look-up tensors of length V.
     """
     if getattr(tokenizer, "mask_token_id", None) is None:
-        raise ValueError("this tokenizer has no mask token; use one made for masked language models")
+        raise ValueError(
+            "this tokenizer has no mask token; use one made for masked "
+            "language models"
+        )
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     special = torch.zeros(len(pieces), dtype=torch.bool)
     special[tokenizer.all_special_ids] = True
     continuation = torch.tensor([piece.startswith("##") for piece in pieces])
-    return Vocabulary(tokenizer.mask_token_id, special, continuation, (~special).nonzero().flatten())
+    return Vocabulary(
+        tokenizer.mask_token_id,
+        special,
+        continuation,
+        (~special).nonzero().flatten(),
+    )
 
 # %% ../nbs/06_mlm.ipynb #434b90c9
 class Slice(NamedTuple):
@@ -292,9 +348,14 @@ class Slice(NamedTuple):
 
 # %% ../nbs/06_mlm.ipynb #d324bfab
 def prepare(
-    documents: Sequence[str], vocab_size: int = 2048, length: int = 64, held_out: float = 0.02, seed: int = 0
+    documents: Sequence[str],
+    vocab_size: int = 2048,
+    length: int = 64,
+    held_out: float = 0.02,
+    seed: int = 0,
 ) -> Slice:
-    """Split documents, train a tokenizer on the training part, and pack all three parts.
+    """Split documents, train a tokenizer on the training part, and pack all
+    three parts.
 
     Parameters
     ----------
@@ -311,12 +372,25 @@ def prepare(
         What `variant_run` and the chapter's experiments need.
     """
     parts = split_documents(documents, held_out, seed)
-    tokenizer = train_tokenizer(parts[0], vocab_size, alphabet=min(400, vocab_size // 8))
-    return Slice(tokenizer, vocabulary(tokenizer), *(pack(part, tokenizer, length) for part in parts))
+    tokenizer = train_tokenizer(
+        parts[0], vocab_size, alphabet=min(400, vocab_size // 8)
+    )
+    return Slice(
+        tokenizer,
+        vocabulary(tokenizer),
+        *(pack(part, tokenizer, length) for part in parts),
+    )
 
 # %% ../nbs/06_mlm.ipynb #e303abf5
-def choose(ids: Tensor, vocab: Vocabulary, probability: float, whole_word: bool, generator=None) -> Tensor:
-    """Choose the positions to predict: every ordinary piece (or word) with the same probability.
+def choose(
+    ids: Tensor,
+    vocab: Vocabulary,
+    probability: float,
+    whole_word: bool,
+    generator=None,
+) -> Tensor:
+    """Choose the positions to predict: every ordinary piece (or word) with the
+    same probability.
 
     Parameters
     ----------
@@ -343,79 +417,134 @@ def choose(ids: Tensor, vocab: Vocabulary, probability: float, whole_word: bool,
     return (draw < probability) & ~vocab.special[ids]
 
 # %% ../nbs/06_mlm.ipynb #85c3dbc6
-def mask_tokens(ids: Tensor, vocab: Vocabulary, probability: float = 0.15, whole_word: bool = False,
-                replace: tuple[float, float] = (0.8, 0.1), generator=None) -> tuple[Tensor, Tensor]:
-    """Hide some pieces of every sequence and return what must be predicted there.
+def mask_tokens(
+    ids: Tensor,
+    vocab: Vocabulary,
+    probability: float = 0.15,
+    whole_word: bool = False,
+    replace: tuple[float, float] = (0.8, 0.1),
+    generator=None,
+) -> tuple[Tensor, Tensor]:
+    """Hide some pieces of every sequence and return what must be predicted
+    there.
 
-    Of the chosen positions, 80 % become `[MASK]`, 10 % a random piece, 10 % stay; special tokens are never chosen.
+    Of the chosen positions, 80 % become `[MASK]`, 10 % a random piece, 10 %
+    stay; special tokens are never chosen.
 
     Parameters
     ----------
     ids
         Piece ids, shape (B, T), int64; not changed.
     vocab
-        From `vocabulary(tokenizer)` (a tokenizer is accepted too, and tabulated on the fly).
+        From `vocabulary(tokenizer)` (a tokenizer is accepted too, and tabulated
+        on the fly).
     probability, whole_word, generator
         See `choose`.
     replace
-        Shares of the chosen positions that become `[MASK]` and a random piece; the rest stays as it is.
+        Shares of the chosen positions that become `[MASK]` and a random piece;
+        the rest stays as it is.
 
     Returns
     -------
     inputs, labels
-        Shape (B, T) each; labels hold the true id at chosen positions and -100 elsewhere.
+        Shape (B, T) each; labels hold the true id at chosen positions and -100
+        elsewhere.
 
     References
     ----------
-    Devlin et al. (2019), BERT, section 3.1, doi:10.18653/v1/N19-1423; equation (6.2) of this book.
+    Devlin et al. (2019), BERT, section 3.1, doi:10.18653/v1/N19-1423; equation
+    (6.2) of this book.
     """
     mask, random = replace
     if not 0 <= probability <= 1 or min(mask, random) < 0 or mask + random > 1:
-        raise ValueError(f"probability={probability}, replace={replace}: each in [0, 1], replace sums to at most 1")
+        raise ValueError(
+            f"probability={probability}, replace={replace}: each in [0, 1], "
+            "replace sums to at most 1"
+        )
     vocab = vocab if isinstance(vocab, Vocabulary) else vocabulary(vocab)
     chosen = choose(ids, vocab, probability, whole_word, generator)
     labels = ids.masked_fill(~chosen, -100)
     fate = torch.rand(ids.shape, generator=generator)
-    noise = vocab.ordinary[torch.randint(len(vocab.ordinary), ids.shape, generator=generator)]
+    noise = vocab.ordinary[
+        torch.randint(len(vocab.ordinary), ids.shape, generator=generator)
+    ]
     inputs = ids.masked_fill(chosen & (fate < mask), vocab.mask_id)
-    return torch.where(chosen & (fate >= mask) & (fate < mask + random), noise, inputs), labels
+    return (
+        torch.where(
+            chosen & (fate >= mask) & (fate < mask + random), noise, inputs
+        ),
+        labels,
+    )
 
 # %% ../nbs/06_mlm.ipynb #ca99aaf1
 @lru_cache(maxsize=2)
 def shuffled(n: int, seed: int, lap: int) -> Tensor:
-    """Return the order of n rows in pass number `lap` over the data, shape (n,)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 7919 + lap))
+    """Return the order of n rows in pass number `lap` over the data, shape
+    (n,).
+    """
+    return torch.randperm(
+        n, generator=torch.Generator().manual_seed(seed * 7919 + lap)
+    )
 
 
 def stream_rows(n: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Return batch number `step` of an endless stream of shuffled passes over n rows, shape (B,)."""
+    """Return batch number `step` of an endless stream of shuffled passes over n
+    rows, shape (B,).
+    """
     lap, place = divmod(step * batch_size, n)
     rows = shuffled(n, seed, lap)[place : place + batch_size]
-    while len(rows) < batch_size:  # the batch runs into the next pass over the data
+    while (
+        len(rows) < batch_size
+    ):  # the batch runs into the next pass over the data
         lap += 1
-        rows = torch.cat([rows, shuffled(n, seed, lap)[: batch_size - len(rows)]])
+        rows = torch.cat(
+            [rows, shuffled(n, seed, lap)[: batch_size - len(rows)]]
+        )
     return rows
 
 # %% ../nbs/06_mlm.ipynb #82b83675
 class Masked:
-    """Batches of packed sequences with fresh masks: an endless stream cut into epochs of equal length.
+    """Batches of packed sequences with fresh masks: an endless stream cut into
+    epochs of equal length.
 
     Parameters
     ----------
     ids, vocab
-        Packed sequences, shape (N, T); from `vocabulary(tokenizer)`, or the tokenizer.
+        Packed sequences, shape (N, T); from `vocabulary(tokenizer)`, or the
+        tokenizer.
     batch_size, steps
-        Sequences B in a batch; batches in an epoch, which goes on where the last one stopped (None: one pass).
+        Sequences B in a batch; batches in an epoch, which goes on where the
+        last one stopped (None: one pass).
     fixed
         The same order and the same masks in every epoch, as validation needs.
     seed, **masking
         Seed of order and masks; options of `mask_tokens`.
     """
 
-    def __init__(self, ids, vocab, batch_size=32, steps=None, fixed=False, seed=0, **masking):
-        self.ids, self.vocab = ids, vocab if isinstance(vocab, Vocabulary) else vocabulary(vocab)
-        self.batch_size, self.fixed, self.seed, self.masking, self.epoch = batch_size, fixed, seed, masking, 0
-        self.steps = steps or max(1, -(-len(ids) // batch_size) if fixed else len(ids) // batch_size)
+    def __init__(
+        self,
+        ids,
+        vocab,
+        batch_size=32,
+        steps=None,
+        fixed=False,
+        seed=0,
+        **masking,
+    ):
+        self.ids, self.vocab = (
+            ids,
+            vocab if isinstance(vocab, Vocabulary) else vocabulary(vocab),
+        )
+        self.batch_size, self.fixed, self.seed, self.masking, self.epoch = (
+            batch_size,
+            fixed,
+            seed,
+            masking,
+            0,
+        )
+        self.steps = steps or max(
+            1, -(-len(ids) // batch_size) if fixed else len(ids) // batch_size
+        )
 
     def __len__(self) -> int:
         return self.steps
@@ -425,32 +554,55 @@ class Masked:
         self.epoch = epoch
 
     def rows(self, step: int) -> Tensor:
-        """Return the row numbers of the batch `step` steps after the very first, shape (B,)."""
+        """Return the row numbers of the batch `step` steps after the very
+        first, shape (B,).
+        """
         if self.fixed:
-            return torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.ids)))
+            return torch.arange(
+                step * self.batch_size,
+                min((step + 1) * self.batch_size, len(self.ids)),
+            )
         return stream_rows(len(self.ids), self.batch_size, step, self.seed)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         first = 0 if self.fixed else self.epoch * self.steps
         for step in range(first, first + self.steps):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            inputs, labels = mask_tokens(self.ids[self.rows(step)], self.vocab, generator=generator, **self.masking)
+            generator = torch.Generator().manual_seed(
+                self.seed * 1_000_003 + step
+            )
+            inputs, labels = mask_tokens(
+                self.ids[self.rows(step)],
+                self.vocab,
+                generator=generator,
+                **self.masking,
+            )
             yield {"input_ids": inputs, "labels": labels}
 
 # %% ../nbs/06_mlm.ipynb #006d0174
-def small_bert(vocab_size: int = 8192, hidden: int = 256, layers: int = 4, heads: int = 4, positions: int = 256,
-               dropout: float = 0.0, embedding_std: float | None = None, seed: int = 0):
-    """Make a `BertForMaskedLM` with random weights; the output layer shares the embedding matrix.
+def small_bert(
+    vocab_size: int = 8192,
+    hidden: int = 256,
+    layers: int = 4,
+    heads: int = 4,
+    positions: int = 256,
+    dropout: float = 0.0,
+    embedding_std: float | None = None,
+    seed: int = 0,
+):
+    """Make a `BertForMaskedLM` with random weights; the output layer shares the
+    embedding matrix.
 
     Parameters
     ----------
     vocab_size, hidden, layers, heads, positions
-        Sizes V, H, number of layers, attention heads per layer, longest sequence; the feed-forward layer has 4 H units.
+        Sizes V, H, number of layers, attention heads per layer, longest
+        sequence; the feed-forward layer has 4 H units.
     dropout
         Dropout of hidden states and attention weights.
     embedding_std
-        Root mean square of word and position embeddings; default `hidden ** -0.5`, which gives output logits of
-        standard deviation 1. BERT's own value is 0.02. Positions start as sinusoids, not as noise.
+        Root mean square of word and position embeddings; default
+        `hidden ** -0.5`, which gives output logits of standard deviation 1.
+        BERT's own value is 0.02. Positions start as sinusoids, not as noise.
     seed
         Seed of the initial weights.
 
@@ -478,21 +630,29 @@ def small_bert(vocab_size: int = 8192, hidden: int = 256, layers: int = 4, heads
         torch.manual_seed(seed)
         model = BertForMaskedLM(config).train()
         model.bert.embeddings.word_embeddings.weight.normal_(0, std)
-        model.bert.embeddings.position_embeddings.weight.copy_(sinusoids(positions, hidden) * std * 2**0.5)
+        model.bert.embeddings.position_embeddings.weight.copy_(
+            sinusoids(positions, hidden) * std * 2**0.5
+        )
     return model
 
 # %% ../nbs/06_mlm.ipynb #77e92dec
 def rates(width: int) -> Tensor:
-    """Return the angle per position of each of the `width / 2` sinusoids: from pi down, a geometric sequence."""
-    return math.pi * torch.exp(torch.arange(0, width, 2) * (-math.log(10000) / width))
+    """Return the angle per position of each of the `width / 2` sinusoids: from
+    pi down, a geometric sequence.
+    """
+    return math.pi * torch.exp(
+        torch.arange(0, width, 2) * (-math.log(10000) / width)
+    )
 
 # %% ../nbs/06_mlm.ipynb #976a8f5d
 def sinusoids(positions: int, width: int) -> Tensor:
-    """Return sines and cosines of each position at `width / 2` wavelengths from 2 to 20000, shape (P, H).
+    """Return sines and cosines of each position at `width / 2` wavelengths from
+    2 to 20000, shape (P, H).
 
     References
     ----------
-    Vaswani et al. (2017), Attention is all you need, section 3.5, arXiv:1706.03762 (with longer wavelengths).
+    Vaswani et al. (2017), Attention is all you need, section 3.5,
+    arXiv:1706.03762 (with longer wavelengths).
 
     Examples
     --------
@@ -504,7 +664,9 @@ def sinusoids(positions: int, width: int) -> Tensor:
 
 # %% ../nbs/06_mlm.ipynb #3d3e4ccf
 class MaskedOutput(NamedTuple):
-    """What `MaskedLM` returns: the loss and the logits at the M positions that have a label, shape (M, V)."""
+    """What `MaskedLM` returns: the loss and the logits at the M positions that
+    have a label, shape (M, V).
+    """
 
     loss: Tensor
     logits: Tensor
@@ -524,8 +686,14 @@ class MaskedLM(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> MaskedOutput:
-        """Return the mean cross-entropy over positions with a label, equation (6.1).
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> MaskedOutput:
+        """Return the mean cross-entropy over positions with a label, equation
+        (6.1).
 
         Parameters
         ----------
@@ -534,14 +702,20 @@ class MaskedLM(nn.Module):
         attention_mask
             Shape (B, T), 0 at padding; None for packed sequences.
         """
-        hidden = self.model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = self.model.bert(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state
         return self.scored(hidden, labels)
 
     def scored(self, hidden: Tensor, labels: Tensor) -> MaskedOutput:
-        """The head on the encoder's outputs (B, T, H) at the positions that have a label (B, T); logits in float32."""
+        """The head on the encoder's outputs (B, T, H) at the positions that
+        have a label (B, T); logits in float32.
+        """
         where = labels.ne(-100)
         target, logits = labels[where], self.model.cls(hidden[where]).float()
-        loss = F.cross_entropy(logits, target, reduction="sum") / max(1, len(target))
+        loss = F.cross_entropy(logits, target, reduction="sum") / max(
+            1, len(target)
+        )
         return MaskedOutput(loss, logits, target)
 
 # %% ../nbs/06_mlm.ipynb #df1ee20a
@@ -575,13 +749,26 @@ def ngram(ids: Tensor, vocab: Vocabulary) -> NGram:
     unigram = (torch.bincount(ordinary, minlength=size) + 1.0) * ~vocab.special
     previous, following = ids[:, :-1].flatten(), ids[:, 1:].flatten()
     keep = ~vocab.special[following]
-    keys, counts = torch.unique(previous[keep] * size + following[keep], return_counts=True)
-    total = torch.bincount(keys // size, weights=counts.double(), minlength=size)
-    return NGram(unigram / unigram.sum(), keys, counts, total, torch.bincount(keys // size, minlength=size))
+    keys, counts = torch.unique(
+        previous[keep] * size + following[keep], return_counts=True
+    )
+    total = torch.bincount(
+        keys // size, weights=counts.double(), minlength=size
+    )
+    return NGram(
+        unigram / unigram.sum(),
+        keys,
+        counts,
+        total,
+        torch.bincount(keys // size, minlength=size),
+    )
 
 # %% ../nbs/06_mlm.ipynb #5a0a6e15
-def ngram_losses(model: NGram, previous: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-probability of pieces by frequency alone, and by frequency after the piece on their left.
+def ngram_losses(
+    model: NGram, previous: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Negative log-probability of pieces by frequency alone, and by frequency
+    after the piece on their left.
 
     Parameters
     ----------
@@ -593,7 +780,8 @@ def ngram_losses(model: NGram, previous: Tensor, target: Tensor) -> tuple[Tensor
     Returns
     -------
     unigram, bigram
-        Shape (M,) each, in nats. The bigram is smoothed after Witten and Bell, equation (6.4).
+        Shape (M,) each, in nats. The bigram is smoothed after Witten and Bell,
+        equation (6.4).
 
     References
     ----------
@@ -602,9 +790,15 @@ def ngram_losses(model: NGram, previous: Tensor, target: Tensor) -> tuple[Tensor
     unigram = model.unigram[target].double()
     key = previous * len(model.unigram) + target
     place = torch.searchsorted(model.keys, key).clamp_max(len(model.keys) - 1)
-    count = torch.where(model.keys[place] == key, model.counts[place], 0).double()
+    count = torch.where(
+        model.keys[place] == key, model.counts[place], 0
+    ).double()
     total, kinds = model.total[previous], model.kinds[previous].double()
-    bigram = torch.where(total > 0, (count + kinds * unigram) / (total + kinds).clamp_min(1), unigram)
+    bigram = torch.where(
+        total > 0,
+        (count + kinds * unigram) / (total + kinds).clamp_min(1),
+        unigram,
+    )
     return -unigram.log(), -bigram.log()
 
 # %% ../nbs/06_mlm.ipynb #9b8438c9
@@ -627,7 +821,8 @@ def score(model, batches, device=None) -> Scored:
     model
         A `BertForMaskedLM`; its mode and weights are left as they are.
     batches
-        Of dicts with `input_ids` and `labels`, such as `Masked(..., fixed=True)`.
+        Of dicts with `input_ids` and `labels`, such as
+        `Masked(..., fixed=True)`.
     device
         Default: where the model is.
 
@@ -642,35 +837,52 @@ def score(model, batches, device=None) -> Scored:
             inputs, labels = batch["input_ids"], batch["labels"]
             where = labels != -100
             true = torch.where(where, labels, inputs)
-            logits = MaskedLM(model)(inputs.to(device), labels.to(device)).logits.cpu()
+            logits = MaskedLM(model)(
+                inputs.to(device), labels.to(device)
+            ).logits.cpu()
             target = labels[where]
             own = logits.gather(1, target[:, None])
             parts.append(
-                (target, true.roll(1, 1)[where], inputs[where], logits.logsumexp(1) - own[:, 0], (logits > own).sum(1))
+                (
+                    target,
+                    true.roll(1, 1)[where],
+                    inputs[where],
+                    logits.logsumexp(1) - own[:, 0],
+                    (logits > own).sum(1),
+                )
             )
     return Scored(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 # %% ../nbs/06_mlm.ipynb #f00231f6
 def pair_counts(ids: Tensor, distance: int, size: int) -> Tensor:
-    """Count how often piece b stands `distance` places after piece a, shape (V, V)."""
+    """Count how often piece b stands `distance` places after piece a, shape (V,
+    V).
+    """
     pairs = (ids[:, :-distance] * size + ids[:, distance:]).flatten()
     return torch.bincount(pairs, minlength=size * size).view(size, size).float()
 
 # %% ../nbs/06_mlm.ipynb #78d67459
 def ppmi(counts: Tensor, smoothing: float = 0.75) -> Tensor:
-    """Positive pointwise mutual information of rows and columns, shape as the counts.
+    """Positive pointwise mutual information of rows and columns, shape as the
+    counts.
 
     References
     ----------
-    Levy and Goldberg (2014), Neural word embedding as implicit matrix factorization; equation (6.5) of this book.
+    Levy and Goldberg (2014), Neural word embedding as implicit matrix
+    factorization; equation (6.5) of this book.
     """
     column = counts.sum(0) ** smoothing
-    expected = counts.sum(1, keepdim=True).clamp_min(1) * (column / column.sum()).clamp_min(1e-12)
+    expected = counts.sum(1, keepdim=True).clamp_min(1) * (
+        column / column.sum()
+    ).clamp_min(1e-12)
     return counts.div_(expected).clamp_min_(1.0).log_()
 
 # %% ../nbs/06_mlm.ipynb #3ff16396
-def count_embeddings(ids: Tensor, vocab: Vocabulary, width: int, seed: int = 0) -> Tensor:
-    """Word vectors from counts of neighbors: a truncated singular value decomposition, no training.
+def count_embeddings(
+    ids: Tensor, vocab: Vocabulary, width: int, seed: int = 0
+) -> Tensor:
+    """Word vectors from counts of neighbors: a truncated singular value
+    decomposition, no training.
 
     Parameters
     ----------
@@ -691,20 +903,28 @@ def count_embeddings(ids: Tensor, vocab: Vocabulary, width: int, seed: int = 0) 
     size = len(vocab.special)
     near = pair_counts(ids, 1, size)
     far = sum(pair_counts(ids, d, size) * (2 / d) for d in (2, 3, 4))
-    matrix = torch.cat([ppmi(near.T.contiguous()), ppmi(near), ppmi(far + far.T)], 1)
+    matrix = torch.cat(
+        [ppmi(near.T.contiguous()), ppmi(near), ppmi(far + far.T)], 1
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        left, strength, _ = torch.svd_lowrank(matrix, q=min(width, size), niter=2)
+        left, strength, _ = torch.svd_lowrank(
+            matrix, q=min(width, size), niter=2
+        )
     vectors = F.pad(left * strength.sqrt(), (0, width - left.shape[1]))
     vectors = vectors - vectors[vocab.ordinary].mean(0)
     return F.normalize(vectors, dim=1) * ~vocab.special[:, None]
 
 # %% ../nbs/06_mlm.ipynb #d62d8f89
 @torch.no_grad()
-def look_at_neighbors(model, offsets: Sequence[int] = (-1, 1, -2, 2), peak: float = 12.0) -> None:
-    """Set queries and keys of the first layer so that head h starts by attending `offsets[h]` places away.
+def look_at_neighbors(
+    model, offsets: Sequence[int] = (-1, 1, -2, 2), peak: float = 12.0
+) -> None:
+    """Set queries and keys of the first layer so that head h starts by
+    attending `offsets[h]` places away.
 
-    Works by the addition theorem: keys see each sinusoid of the position turned by `offset` places, equation (6.6).
+    Works by the addition theorem: keys see each sinusoid of the position turned
+    by `offset` places, equation (6.6).
 
     Parameters
     ----------
@@ -716,7 +936,10 @@ def look_at_neighbors(model, offsets: Sequence[int] = (-1, 1, -2, 2), peak: floa
         Attention score at the wanted place, 0 on average elsewhere.
     """
     attention = model.bert.encoder.layer[0].attention.self
-    hidden, width = model.config.hidden_size, model.config.hidden_size // model.config.num_attention_heads
+    hidden, width = (
+        model.config.hidden_size,
+        model.config.hidden_size // model.config.num_attention_heads,
+    )
     scale = (2 * peak / width**0.5) ** 0.5
     for head, offset in enumerate(offsets[: model.config.num_attention_heads]):
         turn = rates(hidden)[: width // 2] * offset
@@ -724,13 +947,18 @@ def look_at_neighbors(model, offsets: Sequence[int] = (-1, 1, -2, 2), peak: floa
         sine[::2] = turn.sin()
         rows = slice(head * width, (head + 1) * width)
         attention.query.weight[rows] = scale * torch.eye(width, hidden)
-        rotation = torch.diag(cosine) + torch.diag(-sine, 1) + torch.diag(sine, -1)
-        attention.key.weight[rows] = scale * F.pad(rotation, (0, hidden - width))
+        rotation = (
+            torch.diag(cosine) + torch.diag(-sine, 1) + torch.diag(sine, -1)
+        )
+        attention.key.weight[rows] = scale * F.pad(
+            rotation, (0, hidden - width)
+        )
 
 # %% ../nbs/06_mlm.ipynb #a38c3fef
 @torch.no_grad()
 def start_from_counts(model, ids: Tensor, vocab: Vocabulary) -> None:
-    """Put what counting can tell into a new model before training: frequencies, word vectors, a look at the neighbors.
+    """Put what counting can tell into a new model before training: frequencies,
+    word vectors, a look at the neighbors.
 
     Parameters
     ----------
@@ -744,24 +972,33 @@ def start_from_counts(model, ids: Tensor, vocab: Vocabulary) -> None:
     bias = ngram(ids, vocab).unigram.clamp_min(1e-7).log()
     model.cls.predictions.bias.copy_(bias)
     vectors = count_embeddings(ids, vocab, model.config.hidden_size)
-    model.bert.embeddings.word_embeddings.weight[vocab.ordinary] = vectors[vocab.ordinary]
+    model.bert.embeddings.word_embeddings.weight[vocab.ordinary] = vectors[
+        vocab.ordinary
+    ]
     look_at_neighbors(model)
 
 # %% ../nbs/06_mlm.ipynb #c53eb581
 class Budget:
-    """Learning-rate schedule and stopping rule for a run limited in steps, in time, or both.
+    """Learning-rate schedule and stopping rule for a run limited in steps, in
+    time, or both.
 
-    Progress is the larger share used up; the factor rises during the share `warmup`, then falls to 0 linearly.
-    `seconds` are wall-clock seconds from the first step, pauses included.
+    Progress is the larger share used up; the factor rises during the share
+    `warmup`, then falls to 0 linearly. `seconds` are wall-clock seconds from
+    the first step, pauses included.
     """
 
     def __init__(self, seconds: float = math.inf, warmup: float = 0.05):
         if seconds <= 0 or not 0 < warmup < 1:
-            raise ValueError(f"seconds={seconds}, warmup={warmup}: give a positive time and a warmup share in (0, 1)")
+            raise ValueError(
+                f"seconds={seconds}, warmup={warmup}: give a positive time "
+                "and a warmup share in (0, 1)"
+            )
         self.seconds, self.warmup, self.start = seconds, warmup, None
 
     def progress(self, step: int, total_steps: int) -> float:
-        """Return the share of the run that is over, in [0, 1]; the same in all processes of a distributed run."""
+        """Return the share of the run that is over, in [0, 1]; the same in all
+        processes of a distributed run.
+        """
         now = time.time()
         self.start = now if self.start is None else self.start
         done = max(step / total_steps, (now - self.start) / self.seconds)
@@ -774,7 +1011,11 @@ class Budget:
     def __call__(self, step: int, total_steps: int) -> float:
         """Return the factor of the learning rate at a step."""
         self.done = self.progress(step, total_steps)
-        return min((self.done + 1 / total_steps) / self.warmup, 1.0, (1 - self.done) / (1 - self.warmup))
+        return min(
+            (self.done + 1 / total_steps) / self.warmup,
+            1.0,
+            (1 - self.done) / (1 - self.warmup),
+        )
 
     def on_step_end(self, state) -> None:
         """Stop when nothing is left."""
@@ -800,14 +1041,33 @@ def masked_accuracy(logits: Tensor, target: Tensor) -> float:
         Shape (B, T), -100 where nothing is to be predicted.
     """
     target = target[target != -100]
-    return (logits.argmax(-1) == target).float().mean().item() if len(target) else 0.0
+    return (
+        (logits.argmax(-1) == target).float().mean().item()
+        if len(target)
+        else 0.0
+    )
 
 # %% ../nbs/06_mlm.ipynb #abb4eefe
-def pretrain(model, tokenizer, train: Tensor, valid: Tensor | None = None, *, steps: int = 1000,
-             seconds: float = math.inf, lr: float = 1e-3, warmup: float = 0.05, batch_size: int = 32, every: int = 200,
-             seed: int = 0, masking: dict | None = None, callbacks: Sequence = (),
-             settings: Settings | None = None, **options: Any) -> History:
-    """Pretrain a `BertForMaskedLM` on packed sequences: `fit` with fresh masks and a head on masked positions only.
+def pretrain(
+    model,
+    tokenizer,
+    train: Tensor,
+    valid: Tensor | None = None,
+    *,
+    steps: int = 1000,
+    seconds: float = math.inf,
+    lr: float = 1e-3,
+    warmup: float = 0.05,
+    batch_size: int = 32,
+    every: int = 200,
+    seed: int = 0,
+    masking: dict | None = None,
+    callbacks: Sequence = (),
+    settings: Settings | None = None,
+    **options: Any,
+) -> History:
+    """Pretrain a `BertForMaskedLM` on packed sequences: `fit` with fresh masks
+    and a head on masked positions only.
 
     Parameters
     ----------
@@ -816,9 +1076,11 @@ def pretrain(model, tokenizer, train: Tensor, valid: Tensor | None = None, *, st
     train, valid
         Packed sequences, shape (N, T) each.
     steps, seconds
-        The run ends with whichever is used up first; the learning rate has then come down to 0.
+        The run ends with whichever is used up first; the learning rate has then
+        come down to 0.
     lr, warmup, batch_size
-        Peak learning rate of AdamW, share of the run in which it rises, sequences in a batch.
+        Peak learning rate of AdamW, share of the run in which it rises,
+        sequences in a batch.
     every
         Steps between two rows of the history, validations and checkpoints.
     seed, masking
@@ -832,11 +1094,23 @@ def pretrain(model, tokenizer, train: Tensor, valid: Tensor | None = None, *, st
     Returns
     -------
     History
-        One row per `every` steps: train_loss, valid_loss, valid_accuracy, steps, lr, seconds.
+        One row per `every` steps: train_loss, valid_loss, valid_accuracy,
+        steps, lr, seconds.
     """
-    vocab, masking, budget, every = vocabulary(tokenizer), masking or {}, Budget(seconds, warmup), min(every, steps)
-    batches = Masked(train, vocab, batch_size, steps=every, seed=seed, **masking)
-    held_out = None if valid is None else Masked(valid, vocab, 2 * batch_size, fixed=True, seed=1, **masking)
+    vocab, masking, budget, every = (
+        vocabulary(tokenizer),
+        masking or {},
+        Budget(seconds, warmup),
+        min(every, steps),
+    )
+    batches = Masked(
+        train, vocab, batch_size, steps=every, seed=seed, **masking
+    )
+    held_out = (
+        None
+        if valid is None
+        else Masked(valid, vocab, 2 * batch_size, fixed=True, seed=1, **masking)
+    )
     options = {"metrics": {"accuracy": masked_accuracy}, **options}
     settings = settings or Settings()
     settings = replace(
@@ -862,7 +1136,9 @@ def pretrain(model, tokenizer, train: Tensor, valid: Tensor | None = None, *, st
 # %% ../nbs/06_mlm.ipynb #f9a2f469
 @contextmanager
 def without_bars():
-    """Keep transformers' progress bars, which are of no use for a few megabytes, off the page."""
+    """Keep transformers' progress bars, which are of no use for a few
+    megabytes, off the page.
+    """
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -874,8 +1150,15 @@ def without_bars():
             logging.enable_progress_bar()
 
 # %% ../nbs/06_mlm.ipynb #81597a22
-def save(model, tokenizer, folder: str | Path, dtype: torch.dtype = torch.float16, **config: Any) -> Path:
-    """Write model and tokenizer in the layout that transformers' `from_pretrained` reads.
+def save(
+    model,
+    tokenizer,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float16,
+    **config: Any,
+) -> Path:
+    """Write model and tokenizer in the layout that transformers'
+    `from_pretrained` reads.
 
     Parameters
     ----------
@@ -884,9 +1167,11 @@ def save(model, tokenizer, folder: str | Path, dtype: torch.dtype = torch.float1
     folder
         Made if it does not exist.
     dtype
-        Stored type of the weights; float16 halves the file, and rounds weights to 11 significant bits.
+        Stored type of the weights; float16 halves the file, and rounds weights
+        to 11 significant bits.
     **config
-        Settings to store instead of the model's, such as `hidden_dropout_prob=0.1` for fine-tuning.
+        Settings to store instead of the model's, such as
+        `hidden_dropout_prob=0.1` for fine-tuning.
 
     Returns
     -------
@@ -894,18 +1179,23 @@ def save(model, tokenizer, folder: str | Path, dtype: torch.dtype = torch.float1
         The folder.
     """
     folder = Path(folder)
-    copy = type(model)(type(model.config)(**{**model.config.to_dict(), **config}))
+    copy = type(model)(
+        type(model.config)(**{**model.config.to_dict(), **config})
+    )
     copy.load_state_dict(model.state_dict())
     with without_bars():
         copy.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    (folder / "vocab.txt").write_text(
+        "\n".join(pieces) + "\n", encoding="utf-8"
+    )
     return folder
 
 # %% ../nbs/06_mlm.ipynb #019a516e
 def load_pretrained(folder: str | Path):
-    """Read a folder written by `save`: float32 model in eval mode, and tokenizer.
+    """Read a folder written by `save`: float32 model in eval mode, and
+    tokenizer.
 
     Parameters
     ----------
@@ -925,19 +1215,28 @@ def load_pretrained(folder: str | Path):
     from transformers import BertForMaskedLM, BertTokenizer
 
     if not (Path(folder) / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{folder} holds no model.safetensors; give a folder written by ftbook.mlm.save")
+        raise FileNotFoundError(
+            f"{folder} holds no model.safetensors; give a folder written by "
+            "ftbook.mlm.save"
+        )
     with without_bars():
-        model = BertForMaskedLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), BertTokenizer.from_pretrained(folder, local_files_only=True)
+        model = BertForMaskedLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        )
+    return model.eval(), BertTokenizer.from_pretrained(
+        folder, local_files_only=True
+    )
 
 # %% ../nbs/06_mlm.ipynb #640ec5ab
 def load_bundled():
-    """Load the small English BERT that comes with this book (4 layers of width 256, 8192 cased pieces).
+    """Load the small English BERT that comes with this book (4 layers of width
+    256, 8192 cased pieces).
 
     Returns
     -------
     model, tokenizer
-        `BertForMaskedLM` in eval mode and `BertTokenizer`; `ftbook/assets/bert-mini-en/README.md` is their card.
+        `BertForMaskedLM` in eval mode and `BertTokenizer`;
+        `ftbook/assets/bert-mini-en/README.md` is their card.
     """
     return load_pretrained(asset("bert-mini-en"))
 
@@ -950,7 +1249,9 @@ class Guess(NamedTuple):
 
 # %% ../nbs/06_mlm.ipynb #7b1ede57
 @torch.no_grad()
-def fill_mask(text: str, k: int = 5, model=None, tokenizer=None) -> list[list[Guess]]:
+def fill_mask(
+    text: str, k: int = 5, model=None, tokenizer=None
+) -> list[list[Guess]]:
     """Propose k pieces for every `[MASK]` in a text.
 
     Parameters
@@ -971,7 +1272,10 @@ def fill_mask(text: str, k: int = 5, model=None, tokenizer=None) -> list[list[Gu
     2
     """
     if (model is None) != (tokenizer is None):
-        raise ValueError("give both model and tokenizer, or neither for the bundled checkpoint")
+        raise ValueError(
+            "give both model and tokenizer, or neither for the bundled "
+            "checkpoint"
+        )
     if model is None:
         model, tokenizer = load_bundled()
     with unpadded(tokenizer):
@@ -979,23 +1283,39 @@ def fill_mask(text: str, k: int = 5, model=None, tokenizer=None) -> list[list[Gu
     ids = torch.tensor([pieces], device=next(model.parameters()).device)
     longest = model.config.max_position_embeddings
     if ids.shape[1] > longest or k < 1:
-        raise ValueError(f"{ids.shape[1]} pieces, k={k}: the model reads up to {longest} pieces, and k is at least 1")
+        raise ValueError(
+            f"{ids.shape[1]} pieces, k={k}: the model reads up to {longest} "
+            "pieces, and k is at least 1"
+        )
     masks = ids == tokenizer.mask_token_id
     if not masks.any():
-        raise ValueError(f"no {tokenizer.mask_token} in {text!r}; write it where a word is to be filled in")
+        raise ValueError(
+            f"no {tokenizer.mask_token} in {text!r}; write it where a word is "
+            "to be filled in"
+        )
     with evaluating(model):
         best = model(input_ids=ids).logits[masks].float().softmax(-1).topk(k)
-    pieces = [tokenizer.convert_ids_to_tokens(row) for row in best.indices.tolist()]
-    return [[Guess(*pair) for pair in zip(*row, strict=True)] for row in zip(pieces, best.values.tolist(), strict=True)]
+    pieces = [
+        tokenizer.convert_ids_to_tokens(row) for row in best.indices.tolist()
+    ]
+    return [
+        [Guess(*pair) for pair in zip(*row, strict=True)]
+        for row in zip(pieces, best.values.tolist(), strict=True)
+    ]
 
 # %% ../nbs/06_mlm.ipynb #1e59c4ab
 class AllPositions(Masked):
-    """The mistake of section "What breaks": every position is scored, also those that are plainly visible."""
+    """The mistake of section "What breaks": every position is scored, also
+    those that are plainly visible.
+    """
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in super().__iter__():
             inputs, labels = batch["input_ids"], batch["labels"]
-            yield {"input_ids": inputs, "labels": torch.where(labels == -100, inputs, labels)}
+            yield {
+                "input_ids": inputs,
+                "labels": torch.where(labels == -100, inputs, labels),
+            }
 
 
 VARIANTS = (
@@ -1010,29 +1330,72 @@ VARIANTS = (
 )
 
 # %% ../nbs/06_mlm.ipynb #4d61e151
-def variant_batches(data: Slice, variant: str, batch_size: int, steps: int | None, seed: int, fixed: bool = False):
-    """Return the batches that a variant of the experiment trains on, or reports its loss on."""
-    kind = {"next segment too": MaskedPairs, "loss on all positions": AllPositions}.get(variant, Masked)
+def variant_batches(
+    data: Slice,
+    variant: str,
+    batch_size: int,
+    steps: int | None,
+    seed: int,
+    fixed: bool = False,
+):
+    """Return the batches that a variant of the experiment trains on, or reports
+    its loss on.
+    """
+    kind = {
+        "next segment too": MaskedPairs,
+        "loss on all positions": AllPositions,
+    }.get(variant, Masked)
     vocab, options = data.vocab, {}
     if variant == "special tokens masked":
         vocab = vocab._replace(special=torch.zeros_like(vocab.special))
     if variant in ("whole words", "always [MASK]"):
-        options = {"whole_word": True} if variant == "whole words" else {"replace": (1.0, 0.0)}
-    return kind(data.valid if fixed else data.train, vocab, batch_size, steps, fixed, seed, **options)
+        options = (
+            {"whole_word": True}
+            if variant == "whole words"
+            else {"replace": (1.0, 0.0)}
+        )
+    return kind(
+        data.valid if fixed else data.train,
+        vocab,
+        batch_size,
+        steps,
+        fixed,
+        seed,
+        **options,
+    )
 
 # %% ../nbs/06_mlm.ipynb #4d8edd77
-def variant_model(data: Slice, variant: str, hidden: int, layers: int, seed: int):
+def variant_model(
+    data: Slice, variant: str, hidden: int, layers: int, seed: int
+):
     """Return the model that a variant starts from."""
     std = 0.02 if variant == "BERT's 0.02 start" else None
-    model = small_bert(len(data.tokenizer), hidden, layers, 4, data.train.shape[1], embedding_std=std, seed=seed)
+    model = small_bert(
+        len(data.tokenizer),
+        hidden,
+        layers,
+        4,
+        data.train.shape[1],
+        embedding_std=std,
+        seed=seed,
+    )
     if "start" not in variant:
         start_from_counts(model, data.train, data.vocab)
     return model
 
 # %% ../nbs/06_mlm.ipynb #ae86380b
-def variant_run(data: Slice, variant: str = "standard", seed: int = 0, steps: int = 120, hidden: int = 128,
-                layers: int = 2, lr: float = 3e-3, batch_size: int = 32) -> dict[str, float]:
-    """Pretrain a small model in one of the ways of `VARIANTS` and measure it in the standard way.
+def variant_run(
+    data: Slice,
+    variant: str = "standard",
+    seed: int = 0,
+    steps: int = 120,
+    hidden: int = 128,
+    layers: int = 2,
+    lr: float = 3e-3,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Pretrain a small model in one of the ways of `VARIANTS` and measure it in
+    the standard way.
 
     Parameters
     ----------
@@ -1046,12 +1409,20 @@ def variant_run(data: Slice, variant: str = "standard", seed: int = 0, steps: in
     Returns
     -------
     dict
-        loss and accuracy on standard masks of the validation part; reported_loss: what the variant itself shows
-        there; seen_accuracy: on pieces that are scored but left visible; follows_accuracy: of the second head.
+        loss and accuracy on standard masks of the validation part;
+        reported_loss: what the variant itself shows there; seen_accuracy: on
+        pieces that are scored but left visible; follows_accuracy: of the second
+        head.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; use one of {', '.join(VARIANTS)}")
-    model, budget, size = variant_model(data, variant, hidden, layers, seed), Budget(warmup=0.1), 2 * batch_size
+        raise ValueError(
+            f"unknown variant {variant!r}; use one of {', '.join(VARIANTS)}"
+        )
+    model, budget, size = (
+        variant_model(data, variant, hidden, layers, seed),
+        Budget(warmup=0.1),
+        2 * batch_size,
+    )
     net = (MaskedNextLM if variant == "next segment too" else MaskedLM)(model)
     fit(
         net,
@@ -1065,49 +1436,87 @@ def variant_run(data: Slice, variant: str = "standard", seed: int = 0, steps: in
         ),
     )
     own = variant_batches(data, variant, size, None, 1, fixed=True)
-    standard = score(model, Masked(data.valid, data.vocab, size, fixed=True, seed=1))
-    seen = score(model, Masked(data.valid, data.vocab, size, fixed=True, seed=2, replace=(0.0, 0.0)))
-    return {"loss": float(standard.loss.mean()), "accuracy": float((standard.rank == 0).float().mean()),
-            "seen_accuracy": float((seen.rank == 0).float().mean()), **reported(net, own)}
+    standard = score(
+        model, Masked(data.valid, data.vocab, size, fixed=True, seed=1)
+    )
+    seen = score(
+        model,
+        Masked(
+            data.valid, data.vocab, size, fixed=True, seed=2, replace=(0.0, 0.0)
+        ),
+    )
+    return {
+        "loss": float(standard.loss.mean()),
+        "accuracy": float((standard.rank == 0).float().mean()),
+        "seen_accuracy": float((seen.rank == 0).float().mean()),
+        **reported(net, own),
+    }
 
 # %% ../nbs/06_mlm.ipynb #80379ff5
 @torch.no_grad()
 def reported(net: MaskedLM, batches) -> dict[str, float]:
-    """Return the loss on a model's own kind of masks, and how often its second head, if it has one, is right."""
-    device, total, count, right, rows = next(net.parameters()).device, 0.0, 0, 0, 0
+    """Return the loss on a model's own kind of masks, and how often its second
+    head, if it has one, is right.
+    """
+    device, total, count, right, rows = (
+        next(net.parameters()).device,
+        0.0,
+        0,
+        0,
+        0,
+    )
     with evaluating(net):
         for batch in batches:
             batch = {key: value.to(device) for key, value in batch.items()}
             output = net(**batch)
-            piece_loss = F.cross_entropy(output.logits, output.target, reduction="sum")
+            piece_loss = F.cross_entropy(
+                output.logits, output.target, reduction="sum"
+            )
             total, count = total + float(piece_loss), count + len(output.target)
             if "follows" in batch:
                 right += int((net.answer.argmax(1) == batch["follows"]).sum())
                 rows += len(batch["follows"])
-    return {"reported_loss": total / max(1, count)} | ({"follows_accuracy": right / rows} if rows else {})
+    return {"reported_loss": total / max(1, count)} | (
+        {"follows_accuracy": right / rows} if rows else {}
+    )
 
 # %% ../nbs/06_mlm.ipynb #18cfc0aa
 class MaskedPairs(Masked):
-    """Batches for masked pieces and next-segment prediction together; options as for `Masked`.
+    """Batches for masked pieces and next-segment prediction together; options
+    as for `Masked`.
 
-    Every sequence becomes `[CLS] A [SEP] B [SEP]`: A is its first half, B its own second half or, half of the time,
-    that of another sequence.
+    Every sequence becomes `[CLS] A [SEP] B [SEP]`: A is its first half, B its
+    own second half or, half of the time, that of another sequence.
     """
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         first = 0 if self.fixed else self.epoch * self.steps
         for step in range(first, first + self.steps):
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(
+                self.seed * 1_000_003 + step
+            )
             rows = self.rows(step)
-            if len(rows) < 2:  # the odd one at the end of a validation set has no partner
+            if (
+                len(rows) < 2
+            ):  # the odd one at the end of a validation set has no partner
                 return
             ids, follows, segment = pair_halves(self.ids[rows], generator)
-            inputs, labels = mask_tokens(ids, self.vocab, generator=generator, **self.masking)
-            yield {"input_ids": inputs, "labels": labels, "token_type_ids": segment, "follows": follows}
+            inputs, labels = mask_tokens(
+                ids, self.vocab, generator=generator, **self.masking
+            )
+            yield {
+                "input_ids": inputs,
+                "labels": labels,
+                "token_type_ids": segment,
+                "follows": follows,
+            }
 
 # %% ../nbs/06_mlm.ipynb #bc33f53a
-def pair_halves(ids: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut packed sequences in two and exchange half of the second parts within the batch.
+def pair_halves(
+    ids: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut packed sequences in two and exchange half of the second parts within
+    the batch.
 
     Parameters
     ----------
@@ -1119,20 +1528,34 @@ def pair_halves(ids: Tensor, generator: torch.Generator | None = None) -> tuple[
     Returns
     -------
     pairs, follows, segment
-        Ids (B, T); 1 where B follows A, shape (B,); 0 up to the first `[SEP]`, then 1, shape (B, T).
+        Ids (B, T); 1 where B follows A, shape (B,); 0 up to the first `[SEP]`,
+        then 1, shape (B, T).
     """
     if len(ids) < 2:
-        raise ValueError("a batch of one sequence has no other sequence to draw a wrong continuation from")
+        raise ValueError(
+            "a batch of one sequence has no other sequence to draw a wrong "
+            "continuation from"
+        )
     cut = ids.shape[1] // 2
     follows = torch.rand(len(ids), generator=generator) < 0.5
-    other = (torch.arange(len(ids)) + torch.randint(1, len(ids), (len(ids),), generator=generator)) % len(ids)
-    second = torch.where(follows[:, None], ids[:, cut - 1 : -2], ids[other][:, cut - 1 : -2])
+    other = (
+        torch.arange(len(ids))
+        + torch.randint(1, len(ids), (len(ids),), generator=generator)
+    ) % len(ids)
+    second = torch.where(
+        follows[:, None], ids[:, cut - 1 : -2], ids[other][:, cut - 1 : -2]
+    )
     pairs = torch.cat([ids[:, : cut - 1], ids[:, -1:], second, ids[:, -1:]], 1)
-    return pairs, follows.long(), (torch.arange(ids.shape[1]) >= cut).long().expand_as(pairs)
+    return (
+        pairs,
+        follows.long(),
+        (torch.arange(ids.shape[1]) >= cut).long().expand_as(pairs),
+    )
 
 # %% ../nbs/06_mlm.ipynb #51e008e5
 class MaskedNextLM(MaskedLM):
-    """`MaskedLM` with a second head on `[CLS]` that says whether segment B follows segment A.
+    """`MaskedLM` with a second head on `[CLS]` that says whether segment B
+    follows segment A.
 
     Parameters
     ----------
@@ -1143,14 +1566,28 @@ class MaskedNextLM(MaskedLM):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         hidden: Any = model.config.hidden_size
-        self.next = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 2))
+        self.next = nn.Sequential(
+            nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 2)
+        )
 
-    def forward(self, input_ids: Tensor, labels: Tensor, token_type_ids: Tensor, follows: Tensor) -> MaskedOutput:
-        """Return the sum of both losses, equation (6.7); logits and target are those of the masked pieces."""
-        hidden = self.model.bert(input_ids=input_ids, token_type_ids=token_type_ids).last_hidden_state
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        token_type_ids: Tensor,
+        follows: Tensor,
+    ) -> MaskedOutput:
+        """Return the sum of both losses, equation (6.7); logits and target are
+        those of the masked pieces.
+        """
+        hidden = self.model.bert(
+            input_ids=input_ids, token_type_ids=token_type_ids
+        ).last_hidden_state
         output = self.scored(hidden, labels)
         self.answer = self.next(hidden[:, 0]).float()
-        return output._replace(loss=output.loss + F.cross_entropy(self.answer, follows))
+        return output._replace(
+            loss=output.loss + F.cross_entropy(self.answer, follows)
+        )
 
 # %% ../nbs/06_mlm.ipynb #53097745
 TARGETS = ("previous", "next", "itself", "[CLS]", "[SEP]", "same piece")
@@ -1158,7 +1595,8 @@ TARGETS = ("previous", "next", "itself", "[CLS]", "[SEP]", "same piece")
 # %% ../nbs/06_mlm.ipynb #10fb91c1
 @torch.no_grad()
 def attention_shares(model, ids: Tensor, vocab: Vocabulary) -> Tensor:
-    """Measure where attention heads look: the mean weight on each kind of position.
+    """Measure where attention heads look: the mean weight on each kind of
+    position.
 
     Parameters
     ----------
@@ -1172,8 +1610,9 @@ def attention_shares(model, ids: Tensor, vocab: Vocabulary) -> Tensor:
     Returns
     -------
     Tensor
-        Shape (6, N, L, H) for the kinds in `TARGETS`, averaged over the ordinary pieces of each sequence as queries;
-        L layers, H heads. "same piece" is the same id at another position.
+        Shape (6, N, L, H) for the kinds in `TARGETS`, averaged over the
+        ordinary pieces of each sequence as queries; L layers, H heads. "same
+        piece" is the same id at another position.
 
     References
     ----------
@@ -1181,9 +1620,14 @@ def attention_shares(model, ids: Tensor, vocab: Vocabulary) -> Tensor:
     """
     viewer = deepcopy(model).eval()
     viewer.set_attn_implementation("eager")
-    attentions = viewer.bert(input_ids=ids.to(viewer.device), output_attentions=True).attentions
+    attentions = viewer.bert(
+        input_ids=ids.to(viewer.device), output_attentions=True
+    ).attentions
     weights = torch.stack(attentions, 1).float().cpu()
-    place, pieces = torch.arange(ids.shape[1]), torch.tensor([ids[0, 0], ids[0, -1]])
+    place, pieces = (
+        torch.arange(ids.shape[1]),
+        torch.tensor([ids[0, 0], ids[0, -1]]),
+    )
     gap = place - place[:, None]
     same = (ids[:, :, None] == ids[:, None, :]) & (gap != 0)
     fixed = [(gap == d).expand_as(same) for d in (-1, 1, 0)]
@@ -1191,5 +1635,8 @@ def attention_shares(model, ids: Tensor, vocab: Vocabulary) -> Tensor:
     queries = (~vocab.special[ids]).float()
     queries = queries / queries.sum(1, keepdim=True).clamp_min(1)
     return torch.stack(
-        [torch.einsum("nlhqk,nqk,nq->nlh", weights, kind.float(), queries) for kind in (*fixed, *special, same)]
+        [
+            torch.einsum("nlhqk,nqk,nq->nlh", weights, kind.float(), queries)
+            for kind in (*fixed, *special, same)
+        ]
     )

@@ -62,7 +62,9 @@ __all__ = [
 ]  # fmt: skip
 
 # %% ../nbs/15_regularize.ipynb #f6ed50fb
-def elastic_net(parameters: Iterable[Tensor], l1: float = 0.0, l2: float = 0.0) -> Tensor:
+def elastic_net(
+    parameters: Iterable[Tensor], l1: float = 0.0, l2: float = 0.0
+) -> Tensor:
     """l1 · sum |w| + l2 / 2 · sum w² over all tensors, equation (15.2).
 
     Examples
@@ -72,7 +74,10 @@ def elastic_net(parameters: Iterable[Tensor], l1: float = 0.0, l2: float = 0.0) 
     """
     parameters = list(parameters)
     if not parameters:
-        raise ValueError("no parameters were given to elastic_net; check the pattern that selected them")
+        raise ValueError(
+            "no parameters were given to elastic_net; check the pattern that "
+            "selected them"
+        )
     total = parameters[0].new_zeros(())
     if l1:
         total = total + l1 * sum(w.abs().sum() for w in parameters)
@@ -103,7 +108,8 @@ def _matrices(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 # %% ../nbs/15_regularize.ipynb #aa0911f2
 class Penalized:
-    """A loss for `fit` with terms added in training only, so that validation losses stay comparable.
+    """A loss for `fit` with terms added in training only, so that validation
+    losses stay comparable.
 
     Parameters
     ----------
@@ -126,7 +132,11 @@ class Penalized:
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         value = self.loss(output, target)
-        return value + sum(term() for term in self.terms) if torch.is_grad_enabled() else value
+        return (
+            value + sum(term() for term in self.terms)
+            if torch.is_grad_enabled()
+            else value
+        )
 
 # %% ../nbs/15_regularize.ipynb #4573c879
 def penalty(
@@ -166,15 +176,24 @@ def shrink(x: Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
     return (x - x.clamp(-l1, l1)) / (1 + l2)
 
 # %% ../nbs/15_regularize.ipynb #1d595009
-def linear_elastic_net(x: Tensor, y: Tensor, l1: float = 0.0, l2: float = 0.0, *, steps: int = 1000,
-                       proximal: bool = True) -> tuple[Tensor, Tensor]:
-    """Weights and intercept that minimize |y - xw - b|² / 2n + l1 · |w| + l2 / 2 · |w|², by gradient descent.
+def linear_elastic_net(
+    x: Tensor,
+    y: Tensor,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    *,
+    steps: int = 1000,
+    proximal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Weights and intercept that minimize |y - xw - b|² / 2n + l1 · |w| + l2 /
+    2 · |w|², by gradient descent.
 
     Parameters
     ----------
     x : Tensor, shape (n, d);  y : Tensor, shape (n,)
     proximal : bool
-        True: accelerated proximal steps (FISTA); False: plain (sub)gradient steps.
+        True: accelerated proximal steps (FISTA); False: plain (sub)gradient
+        steps.
 
     Returns
     -------
@@ -193,14 +212,20 @@ def linear_elastic_net(x: Tensor, y: Tensor, l1: float = 0.0, l2: float = 0.0, *
     """
     center, target = x - x.mean(0), y - y.mean()
     gram, moment = center.T @ center / len(x), center.T @ target / len(x)
-    rate = 1 / (float(torch.linalg.eigvalsh(gram)[-1]) + (0.0 if proximal else l2))
+    rate = 1 / (
+        float(torch.linalg.eigvalsh(gram)[-1]) + (0.0 if proximal else l2)
+    )
     w = v = x.new_zeros(x.shape[1])
     momentum = 1.0
     for _ in range(steps):
         if proximal:
             new = shrink(v - rate * (gram @ v - moment), rate * l1, rate * l2)
             faster = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-            w, v, momentum = new, new + (momentum - 1) / faster * (new - w), faster
+            w, v, momentum = (
+                new,
+                new + (momentum - 1) / faster * (new - w),
+                faster,
+            )
         else:
             w = w - rate * (gram @ w - moment + l1 * w.sign() + l2 * w)
     return w, y.mean() - x.mean(0) @ w
@@ -409,7 +434,8 @@ def l2_sp(
 
 # %% ../nbs/15_regularize.ipynb #5421e855
 def drop(x: Tensor, p: float, shared: Sequence[int] = ()) -> Tensor:
-    """Set entries to zero with probability p and divide the rest by 1 - p, equation (15.7).
+    """Set entries to zero with probability p and divide the rest by 1 - p,
+    equation (15.7).
 
     Parameters
     ----------
@@ -417,8 +443,8 @@ def drop(x: Tensor, p: float, shared: Sequence[int] = ()) -> Tensor:
     p : float in [0, 1]
         Probability of zero; with p = 1 all is zero.
     shared : sequence of int
-        Dimensions along which one decision holds: none is dropout, ``(2, 3)`` drops whole channels of (N, C, H, W),
-        all but 0 is stochastic depth.
+        Dimensions along which one decision holds: none is dropout, ``(2, 3)``
+        drops whole channels of (N, C, H, W), all but 0 is stochastic depth.
 
     Returns
     -------
@@ -433,12 +459,15 @@ def drop(x: Tensor, p: float, shared: Sequence[int] = ()) -> Tensor:
     if p == 0:
         return x
     shared = {d % x.ndim for d in shared}
-    keep = x.new_empty([1 if d in shared else n for d, n in enumerate(x.shape)]).bernoulli_(1 - p)
+    keep = x.new_empty(
+        [1 if d in shared else n for d, n in enumerate(x.shape)]
+    ).bernoulli_(1 - p)
     return x * (keep.div_(1 - p) if p < 1 else keep)
 
 # %% ../nbs/15_regularize.ipynb #23992a9d
 class Dropout(nn.Module):
-    """`drop` as a layer: active in training mode, the identity in evaluation mode.
+    """`drop` as a layer: active in training mode, the identity in evaluation
+    mode.
 
     Examples
     --------
@@ -502,7 +531,10 @@ def set_dropout(model: nn.Module, p: float) -> Attached:
     kinds = (Dropout, nn.modules.dropout._DropoutNd)
     layers = [m for m in model.modules() if isinstance(m, kinds)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no dropout layers; use drop_outputs(model, pattern, p=)")
+        raise ValueError(
+            f"{type(model).__name__} has no dropout layers; use "
+            "drop_outputs(model, pattern, p=)"
+        )
     undo = [partial(setattr, m, "p", m.p) for m in layers]
     for layer in layers:
         layer.p = p
@@ -792,7 +824,8 @@ class GradientNoise(_BeforeStep):
 # %% ../nbs/15_regularize.ipynb #fb6974df
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients by one factor so that their joint norm is at most `max_norm`; returns the norm before.
+    """Scale all gradients by one factor so that their joint norm is at most
+    `max_norm`; returns the norm before.
 
     Equal to `torch.nn.utils.clip_grad_norm_`, equation (15.13).
 
@@ -1003,7 +1036,8 @@ def _statistics(model: nn.Module) -> dict[Tensor, Tensor]:
 
 # %% ../nbs/15_regularize.ipynb #c46e95c2
 class ResidualMLP(nn.Module):
-    """A small residual network with layer normalization for flat inputs: what the quick profile tunes.
+    """A small residual network with layer normalization for flat inputs: what
+    the quick profile tunes.
 
     Examples
     --------
@@ -1011,11 +1045,15 @@ class ResidualMLP(nn.Module):
     torch.Size([2, 5])
     """
 
-    def __init__(self, inputs: int, n_classes: int, width: int = 64, depth: int = 2):
+    def __init__(
+        self, inputs: int, n_classes: int, width: int = 64, depth: int = 2
+    ):
         super().__init__()
         self.stem = nn.Linear(inputs, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            nn.Linear(width, width) for _ in range(depth)
+        )
         self.dropout, self.head = nn.Dropout(0.0), nn.Linear(width, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1036,7 +1074,8 @@ class Task(NamedTuple):
         The few labeled examples of that seed.
     valid, test : data of `fit`
     branches, features : str
-        Patterns: modules whose outputs are residual branches, and the one whose output channels are dropped.
+        Patterns: modules whose outputs are residual branches, and the one whose
+        output channels are dropped.
     shared : tuple of int
         Dimensions of that output along which a dropped channel reaches.
     """
@@ -1201,25 +1240,45 @@ def regularized_run(
     return found | weight_facts(model, start)
 
 # %% ../nbs/15_regularize.ipynb #e59ec870
-def weight_facts(model: nn.Module, start: Mapping[str, Tensor]) -> dict[str, float]:
-    """Share of exact zeros in the body's matrices, and how far the body moved relative to its norm at the start."""
+def weight_facts(
+    model: nn.Module, start: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Share of exact zeros in the body's matrices, and how far the body moved
+    relative to its norm at the start.
+    """
     parameters, head = dict(model.named_parameters()), _head_names(model)
     inside = [parameters[n].detach() for n in _matrices(model, ())]
     body = [n for n in parameters if n not in head]
-    moved = sum(float((parameters[n].detach() - start[n]).square().sum()) for n in body)
+    moved = sum(
+        float((parameters[n].detach() - start[n]).square().sum()) for n in body
+    )
     norm = sum(float(start[n].square().sum()) for n in body)
-    return {"zeros": sum(int((w == 0).sum()) for w in inside) / sum(w.numel() for w in inside),
-            "moved": math.sqrt(moved / norm)}
+    return {
+        "zeros": (
+            sum(int((w == 0).sum()) for w in inside)
+            / sum(w.numel() for w in inside)
+        ),
+        "moved": math.sqrt(moved / norm),
+    }
 
 # %% ../nbs/15_regularize.ipynb #5032ccba
-def sentiment_task(encoder: nn.Module, tokenizer, train, valid, test, labels: int = 200,
-                   scored: tuple[int, int] = (500, 1000)) -> Task:
-    """Sentences into classes with a pretrained encoder; `labels` training sentences per seed, balanced.
+def sentiment_task(
+    encoder: nn.Module,
+    tokenizer,
+    train,
+    valid,
+    test,
+    labels: int = 200,
+    scored: tuple[int, int] = (500, 1000),
+) -> Task:
+    """Sentences into classes with a pretrained encoder; `labels` training
+    sentences per seed, balanced.
 
     Parameters
     ----------
     encoder : nn.Module
-        See `ftbook.finetune.TextClassifier`; its dropout rates are set to 0, so that each method adds its own.
+        See `ftbook.finetune.TextClassifier`; its dropout rates are set to 0, so
+        that each method adds its own.
     train, valid, test : ftbook.data.TextSet
     scored : two ints
         Validation and test sentences that are used, balanced.
@@ -1229,8 +1288,12 @@ def sentiment_task(encoder: nn.Module, tokenizer, train, valid, test, labels: in
     def part(texts, n: int, seed: int = 0) -> dict[str, Tensor]:
         chosen = texts.per_class(n // n_classes, seed=seed)
         encoded = encode_texts(chosen.texts, tokenizer, max_length=32)
-        order = encoded["attention_mask"].sum(1).argsort(stable=True)  # shortest first: little padding in a batch
-        return {k: v[order] for k, v in encoded.items()} | {"labels": chosen.y[order]}
+        order = (
+            encoded["attention_mask"].sum(1).argsort(stable=True)
+        )  # shortest first: little padding in a batch
+        return {k: v[order] for k, v in encoded.items()} | {
+            "labels": chosen.y[order]
+        }
 
     def start(seed: int) -> nn.Module:
         seed_everything(seed)
@@ -1239,12 +1302,21 @@ def sentiment_task(encoder: nn.Module, tokenizer, train, valid, test, labels: in
         return model
 
     few = lru_cache(8)(partial(part, train, labels))
-    return Task(start, lambda seed: few(seed=seed), part(valid, scored[0]), part(test, scored[1]),
-                branches="*.output.dense", features="body.embeddings.LayerNorm", shared=(1,))
+    return Task(
+        start,
+        lambda seed: few(seed=seed),
+        part(valid, scored[0]),
+        part(test, scored[1]),
+        branches="*.output.dense",
+        features="body.embeddings.LayerNorm",
+        shared=(1,),
+    )
 
 # %% ../nbs/15_regularize.ipynb #c1b66f6c
 def digits_task(tasks: Mapping, labels: int = 10, epochs: int = 10) -> Task:
-    """The second half of the classes with a `ResidualMLP` pretrained on the first half, as `two_tasks` cuts them."""
+    """The second half of the classes with a `ResidualMLP` pretrained on the
+    first half, as `two_tasks` cuts them.
+    """
     old, new = tasks["old"], tasks["new"]
 
     @lru_cache(8)
@@ -1269,8 +1341,14 @@ def digits_task(tasks: Mapping, labels: int = 10, epochs: int = 10) -> Task:
     def pair(images) -> tuple[Tensor, Tensor]:
         return images.x.float() / 255, images.y
 
-    return Task(start, lambda seed: pair(new.per_class(labels, seed=seed)), pair(tasks["valid"]), pair(tasks["test"]),
-                branches="layers.*", features="stem")
+    return Task(
+        start,
+        lambda seed: pair(new.per_class(labels, seed=seed)),
+        pair(tasks["valid"]),
+        pair(tasks["test"]),
+        branches="layers.*",
+        features="stem",
+    )
 
 # %% ../nbs/15_regularize.ipynb #695c2865
 BUDGET = {
@@ -1287,15 +1365,24 @@ def _size(data) -> int:
     return len(data["labels"] if isinstance(data, Mapping) else data[-1])
 
 # %% ../nbs/15_regularize.ipynb #e8e99c21
-def compare_methods(task: Task, *, chapter: str, methods: Sequence[str] | None = None,
-                    search_seeds: Sequence[int] = (0,), seeds: Sequence[int] = (1, 2, 3), prefix: str = "",
-                    **options) -> dict[str, dict]:
-    """Choose each method's strength by validation accuracy, then score test data with other seeds.
+def compare_methods(
+    task: Task,
+    *,
+    chapter: str,
+    methods: Sequence[str] | None = None,
+    search_seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] = (1, 2, 3),
+    prefix: str = "",
+    **options,
+) -> dict[str, dict]:
+    """Choose each method's strength by validation accuracy, then score test
+    data with other seeds.
 
     Parameters
     ----------
     search_seeds, seeds : sequence of int
-        Of the choice, and of the scored runs. Finished runs are read from results, not repeated.
+        Of the choice, and of the scored runs. Finished runs are read from
+        results, not repeated.
     prefix : str
         Of the two sweeps' names, "search" and "final".
     **options
@@ -1310,10 +1397,19 @@ def compare_methods(task: Task, *, chapter: str, methods: Sequence[str] | None =
     options = BUDGET | options
 
     def run(seed, method, strength, test=False):
-        return regularized_run(task, method, strength, seed=seed, test=test, **options)
+        return regularized_run(
+            task, method, strength, seed=seed, test=test, **options
+        )
 
-    budget = f"{options['epochs']} epochs, batches of {options['batch_size']}, rate {options['lr']:g}, 2 strengths"
-    about: dict[str, Any] = {"chapter": chapter, "budget": budget, "progress": False}
+    budget = (
+        f"{options['epochs']} epochs, batches of {options['batch_size']}, rate"
+        f" {options['lr']:g}, 2 strengths"
+    )
+    about: dict[str, Any] = {
+        "chapter": chapter,
+        "budget": budget,
+        "progress": False,
+    }
     found: dict[str, dict] = {}
     for method in methods or METHODS:
         strengths, n = list(METHODS[method][0]), _size(task.valid)
@@ -1322,10 +1418,19 @@ def compare_methods(task: Task, *, chapter: str, methods: Sequence[str] | None =
                 "method": [method],
                 "strength": strengths,
             }
-            search = sweep(run, choice, search_seeds, name=prefix + "search", n=n, **about)
+            search = sweep(
+                run, choice, search_seeds, name=prefix + "search", n=n, **about
+            )
             strengths = [search.best("valid_accuracy")["strength"]]
         choice = {"method": [method], "strength": strengths, "test": [True]}
-        final = sweep(run, choice, seeds, name=prefix + "final", n=_size(task.test), **about)
+        final = sweep(
+            run,
+            choice,
+            seeds,
+            name=prefix + "final",
+            n=_size(task.test),
+            **about,
+        )
         for metric in final.metrics:
             found.setdefault(metric, {})[method] = final.row(metric)
     return found

@@ -1236,7 +1236,7 @@ class _Rows:
 
     def table(self, *metrics: str, **options: Any) -> Markdown:
         """Table of the rows, one or more metrics; options of `table`."""
-        rows = [r for m in (metrics or self.metrics) for r in self._found(m)]
+        rows = [r for m in metrics or self.metrics for r in self._found(m)]
         return table(rows, **options)
 
     def plot(self, metric: str, **options: Any) -> Any:

@@ -200,8 +200,8 @@ def test_form_of_a_notebook(path):
     ids = [c["id"] for c in nb["cells"]]
     assert len(set(ids)) == len(ids)
     assert len(re.findall(r"^# ", prose, flags=re.M)) == 1
-    long = {c["source"][1][:50]: n for c in code_cells(path) if (n := length("".join(c["source"]))) > 80}
-    assert long == {}, "cells of more than 80 lines, docstrings aside"
+    long = {c["source"][1][:50]: n for c in code_cells(path) if (n := length("".join(c["source"]))) > 100}
+    assert long == {}, "cells of more than 100 lines, docstrings aside"
     assert not re.search(r"TODO|FIXME|lorem ipsum|^:::", prose, flags=re.I | re.M)
     for output in outputs(path):
         assert output["output_type"] != "error"
