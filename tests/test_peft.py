@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from ftbook import peft
 from ftbook.peft import IA3, BitFit, DoRA, Houlsby, LoRA, Pfeiffer, PrefixTuning, PromptTuning
@@ -493,11 +495,15 @@ def test_training_builds_no_full_matrix_and_frees_the_frozen_layers():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     x = torch.randn(8, 64)
     peft.apply(model, LoRA(("0", "1", "2"), r=2))
-    sizes = []
-    keep = lambda t: sizes.append(t.numel()) or t  # noqa: E731
+    sizes, own = [], {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(t):
+        sizes.append(0 if t.untyped_storage().data_ptr() in own else t.numel())
+        return t
+
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model(x)
-    assert max(sizes) == 8 * 64  # rows of x; never 64 × 64
+    assert max(sizes) == 8 * 64  # rows of x; never a new 64 × 64
     model = make("bert", mode="train")
     full = saved_bytes(model, "bert")
     put(model, "lora", head=())
@@ -709,7 +715,7 @@ def test_loading_onto_another_base(tmp_path):
     with pytest.warns(UserWarning, match="other weights"):
         peft.load(bert(seed=5), tmp_path)
     with pytest.raises(ValueError, match="lacks|missing"):
-        put(make("bert"), "lora_all").load(tmp_path)
+        put(make("bert"), "lora", head=()).load(tmp_path)
     stir(put(make("cnn"), "ia3")).save(tmp_path / "cnn")
     smaller = make("cnn")
     smaller.conv1 = nn.Conv2d(3, 4, 3)
@@ -743,3 +749,889 @@ def test_adapter_trains_with_fit():
     history = fit(model, (x, y), epochs=2, lr=1e-2, batch_size=16, settings=settings)
     assert history["train_loss"][-1] < history["train_loss"][0]
     assert all(torch.equal(b, frozen[n]) for n, b in model.named_buffers())
+
+
+# ---- what the wrapped layer itself does
+
+
+class Half(nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+class HalfConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+class HalfEmbedding(nn.Embedding):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+def strange(which, change):
+    """A layer that does more than its formula, an input, and how often a hook has fired."""
+    torch.manual_seed(0)
+    fired = []
+    own = change == "subclass"
+    layer, x = {
+        "linear": lambda: ((Half if own else nn.Linear)(6, 5), torch.randn(4, 6)),
+        "conv": lambda: ((HalfConv if own else nn.Conv2d)(3, 5, 3), torch.randn(2, 3, 6, 6)),
+        "embedding": lambda: ((HalfEmbedding if own else nn.Embedding)(7, 5), torch.randint(7, (2, 3))),
+    }[which]()
+    if change == "zeroed":
+        layer.register_forward_hook(lambda m, args, y: fired.append(1) or y * 0)
+    elif change == "input":
+        layer.register_forward_pre_hook(lambda m, args: fired.append(1) or (args[0] * 2 % 7,))
+    elif change == "backward":
+        layer.register_full_backward_hook(lambda m, gi, go: fired.append(1) and None)
+    elif change == "instance":
+        inside = layer.forward
+        layer.forward = lambda x: fired.append(1) or inside(x) * 0.5
+    elif change == "parametrized":
+        nn.utils.parametrizations.weight_norm(layer)
+    elif change == "pruned":
+        prune.random_unstructured(layer, "weight", 0.5)
+    return layer, x, fired
+
+
+CHANGES = ("subclass", "zeroed", "input", "backward", "instance", "parametrized", "pruned")
+TWO = {
+    "lora": LoRA("0", r=2),
+    "dora": DoRA("0", r=2),
+    "ia3": IA3("0", ()),
+    "bitfit": BitFit("0"),
+    "houlsby": Houlsby("0", size=2),
+}
+FITTING = [(m, w) for m in TWO for w in ("linear", "conv", "embedding") if w != "embedding" or "ra" in m]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("method", "which"), FITTING)
+def test_what_a_layer_does_besides_its_formula_it_does_under_an_adapter(method, which, change):
+    layer, x, fired = strange(which, change)
+    expected = layer(x)
+    expected.sum().backward()
+    times, fired[:] = len(fired), []
+    model = nn.Sequential(layer)
+    peft.apply(model, TWO[method])
+    after = model(x)
+    assert torch.equal(after, expected)
+    if change == "backward" and x.is_floating_point():
+        x.requires_grad_(True)
+        model(x).sum().backward()
+    assert len(fired) == (times if which != "embedding" or change != "backward" else 0)  # a frozen table has none
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("which", ["linear", "conv", "embedding"])
+def test_the_update_is_added_to_what_the_layer_returns(which, change):
+    layer, x, _ = strange(which, change)
+    own = layer(x)
+    adapter = stir(peft.apply(nn.Sequential(layer), LoRA("0", r=2)))
+    low = adapter.layers["0"]
+    added = peft.low_rank(layer, x, low.lora_A, low.lora_B, low.spec.scale)
+    assert torch.allclose(adapter.model(x), own + added, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("method", "which"), [p for p in FITTING if p[0] != "houlsby"])
+def test_merging_keeps_the_outputs_or_is_refused(method, which, change):
+    layer, x, _ = strange(which, change)
+    model = nn.Sequential(layer).eval()
+    adapter = stir(peft.apply(model, TWO[method]))
+    apart, state = model(x), {n: p.clone() for n, p in model.named_parameters()}
+    if change in ("parametrized", "backward"):
+        assert torch.allclose(adapter.merge().model(x), apart, atol=1e-5)
+        adapter.unmerge()
+        assert torch.equal(model(x), apart) and model[0].base is layer
+        adapter.remove(keep_merged=True)
+        assert torch.allclose(model(x), apart, atol=1e-5) and not nn.utils.parametrize.is_parametrized(model[0])
+        assert all(p.requires_grad for p in model.parameters())
+        return
+    for attempt in (adapter.merge, lambda: adapter.remove(keep_merged=True)):
+        with pytest.raises(TypeError, match="cannot be merged, its outputs would change; it has"):
+            attempt()
+    assert torch.equal(model(x), apart) and not adapter.merged
+    assert all(torch.equal(p, state[n]) for n, p in model.named_parameters())
+    assert adapter.remove()[0] is layer
+
+
+def test_a_layer_dropped_by_a_hook_stays_dropped():
+    from ftbook.regularize import drop_outputs
+
+    model = nn.Sequential(nn.Linear(4, 3)).train()
+    drop_outputs(model, "0", p=1.0)
+    peft.apply(model, LoRA("0", r=2))
+    assert torch.equal(model(torch.randn(5, 4)), torch.zeros(5, 3))
+
+
+def test_hooks_for_all_modules_see_the_adapted_layer():
+    model, seen = nn.Sequential(nn.Linear(4, 3)), []
+    peft.apply(model, LoRA("0", r=2))
+    hook = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(type(m)))
+    model(torch.randn(2, 4))
+    hook.remove()
+    assert nn.Linear in seen
+
+
+@pytest.mark.parametrize("wrong", [nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)])
+def test_a_changed_bias_is_added_to_its_channels(wrong):
+    model = nn.Sequential(wrong).eval()
+    adapter = stir(peft.apply(model, BitFit()))
+    x = torch.randn(2, 4, 5, 5)
+    apart = model(x)
+    assert torch.allclose(adapter.merge().model(x), apart, atol=1e-5)
+    if isinstance(wrong, nn.Conv2d):
+        assert torch.allclose(model(x[0]), adapter.unmerge().model(x[0]), atol=1e-5)
+
+
+class Swapped(nn.LayerNorm):
+    """A norm over the channels in front, as torchvision and ConvNeXt have one."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def test_a_norm_whose_axes_are_not_known_is_left_out_of_bitfit():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Swapped(4))
+    assert list(peft.apply(model, BitFit()).layers) == ["0"]
+    with pytest.raises(ValueError, match="1, a Swapped, which BitFit cannot adapt"):
+        peft.apply(nn.Sequential(nn.Conv2d(3, 4, 1), Swapped(4)), BitFit("1"))
+
+
+# ---- modules that read their layers' weights
+
+
+FUSED = {
+    "lora": LoRA(("linear1", "linear2"), r=2),
+    "dora": DoRA(("linear1", "linear2"), r=2),
+    "ia3": IA3(("linear1",), ()),
+    "bitfit": BitFit(),
+    "houlsby": Houlsby(("linear2",), size=3),
+}
+
+
+@pytest.mark.parametrize("method", FUSED)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_transformer_layer_of_torch_is_the_same_in_evaluation_and_training(method, first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=first)
+    x = torch.randn(3, 5, 16)
+    adapter = stir(peft.apply(layer, FUSED[method]))
+    training = layer.train()(x)
+    layer.eval()
+    with torch.no_grad():
+        evaluation = layer(x)
+        with adapter.disable():
+            base = layer(x)
+        if method in MERGEABLE:
+            assert torch.allclose(adapter.merge().model(x), training, atol=1e-5)
+        assert torch.equal(adapter.remove()(x), base)
+    assert torch.allclose(evaluation, training, atol=1e-5)
+    assert (training - base).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("target", ["layers.1.linear1", "layers.0.linear1", "linear2"])
+def test_a_transformer_encoder_with_padding_is_the_same_in_evaluation_and_training(target):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model, x, padded = nn.TransformerEncoder(layer, 2).eval(), torch.randn(3, 5, 16), torch.zeros(3, 5).bool()
+    padded[0, 3:] = True
+    run = lambda: model(x, src_key_padding_mask=padded)[~padded]  # noqa: E731
+    with torch.no_grad():
+        base = run()
+        adapter = stir(peft.apply(model, LoRA(target, r=2)))
+        evaluation = run()
+        model.train()
+        assert torch.allclose(run(), evaluation, atol=1e-5) and not torch.allclose(evaluation, base, atol=0.01)
+        model.eval()
+        with adapter.disable():
+            assert torch.equal(run(), base)
+        adapter.remove()
+        assert model.use_nested_tensor and torch.equal(run(), base)
+
+
+def test_a_transformer_layer_compiles_with_an_adapter():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    stir(peft.apply(layer, LoRA(("linear1", "linear2"), r=2)))
+    x = torch.randn(3, 5, 16)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [("out_proj",), ("linear1", "out_proj"), r".*out_proj"])
+def test_the_output_layer_of_attention_is_refused(target):
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    before = [id(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="nn.MultiheadAttention's output layer, which is never called.*cannot adapt"):
+        peft.apply(model, LoRA(target, r=2))
+    assert [id(m) for m in model.modules()] == before and all(p.requires_grad for p in model.parameters())
+
+
+def test_attention_or_its_output_layer_as_a_head():
+    for head in ("self_attn", "out_proj"):
+        torch.manual_seed(0)
+        model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        x = torch.randn(2, 3, 8)
+        start = model(x)
+        adapter = stir(peft.apply(model, LoRA("linear1", r=2), head=head))
+        training = model(x)
+        assert (training - start).abs().max() > 0.05
+        assert torch.allclose(model.eval()(x), training, atol=1e-5)
+        training.sum().backward()
+        assert all(p.grad is not None for n, p in adapter.named_parameters() if "in_proj" in n or "out_proj" in n)
+
+
+class Reader(nn.Module):
+    """Uses a layer's weight and never calls the layer, as Swin does with qkv."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.out(F.linear(x, self.qkv.weight, self.qkv.bias))
+
+
+def test_a_layer_whose_weight_is_used_without_calling_it_is_an_error():
+    model, x = Reader(), torch.randn(2, 4)
+    start = model(x)
+    adapter = peft.apply(model, LoRA(("qkv", "out"), r=2))
+    with pytest.raises(TypeError, match="would have no effect.*leave this layer out of target"):
+        model(x)
+    weight, kept = model.qkv.weight, model.qkv.base.weight.clone()
+    assert (weight.shape, weight.dtype, weight.device.type, len(weight)) == ((4, 4), torch.float32, "cpu", 4)
+    assert isinstance(weight, Tensor) and model.qkv.in_features == 4
+    for use in (weight.sum, lambda: weight.data, lambda: weight.T, lambda: nn.init.zeros_(weight)):
+        with pytest.raises(TypeError, match="no effect"):
+            use()
+    assert torch.equal(model.qkv.base.weight, kept)
+    with adapter.disable():
+        assert torch.equal(model(x), start)
+    stir(adapter)
+    low = adapter.layers["qkv"]
+    inside = model.qkv.base(x) + peft.low_rank(model.qkv.base, x, low.lora_A, low.lora_B, low.spec.scale)
+    assert torch.allclose(adapter.merge().model(x), model.out(inside), atol=1e-5)
+    adapter.unmerge().remove()
+    assert torch.equal(model(x), start)
+    stir(peft.apply(model, LoRA("out", r=2)))
+    assert not torch.equal(model(x), start)
+
+
+def test_swin_of_torchvision_says_that_its_attention_cannot_be_adapted():
+    from torchvision.models.swin_transformer import ShiftedWindowAttention
+
+    attention = ShiftedWindowAttention(8, [2, 2], [0, 0], 2).eval()
+    peft.apply(attention, LoRA(("qkv", "proj"), r=2))
+    with pytest.raises(TypeError, match="Swin with qkv"):
+        attention(torch.randn(1, 4, 4, 8))
+
+
+# ---- after the layer, and beyond the first derivative
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (4,)])
+@pytest.mark.parametrize("method", TWO)
+def test_what_follows_a_layer_may_work_in_place(method, shape):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 2))
+    adapter = stir(peft.apply(model, TWO[method]))
+    x, found = torch.randn(shape), []
+    for inplace in (True, False):
+        model[1].inplace = inplace
+        model.zero_grad()
+        model(x).square().sum().backward()
+        found.append([p.grad.clone() for p in adapter.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+def test_what_follows_a_quantized_layer_may_work_in_place():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 2))
+    peft.quantize(model, target="0", block=16)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    n_in=st.integers(1, 5), n_out=st.integers(1, 5), rows=st.integers(0, 3), seed=st.integers(0, 99),
+    bias=st.booleans(), quantized=st.booleans(), data=st.data(),
+)  # fmt: skip
+def test_the_second_derivative_is_that_of_ordinary_operations(n_in, n_out, rows, seed, bias, quantized, data):
+    torch.manual_seed(seed)
+    r = data.draw(st.integers(1, min(n_in, n_out)))
+    base = nn.Linear(n_in, n_out, bias, dtype=torch.float64).requires_grad_(False)
+    if quantized:
+        base = peft.QuantLinear(base, 8, 4)
+    make = dict(dtype=torch.float64, requires_grad=True)
+    A, B, x = (torch.randn(s, **make) for s in ((r, n_in), (n_out, r), (2, rows, n_in)))
+    fused = lambda x, A, B: peft._fused(x, A, B, base, 1.7)  # noqa: E731
+    plain = lambda x, A, B: F.linear(x, base.weight.double(), base.bias) + 1.7 * x @ A.T @ B.T  # noqa: E731
+    found = []
+    for f in (fused, plain):
+        first = torch.autograd.grad(f(x, A, B).pow(3).sum(), (x, A, B), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, A, B))
+        found.append((*first, *second))
+    assert all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
+
+
+TRANSFORMED = [("lora", "linear"), ("lora", "conv"), ("dora", "linear"), ("ia3", "linear"), ("bitfit", "conv")]
+
+
+@pytest.mark.parametrize(("method", "which"), [*TRANSFORMED, ("lora", "quantized")])
+def test_torch_func_and_forward_mode(method, which):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 5, 3) if which == "conv" else nn.Linear(6, 5)
+    x = torch.randn(4, 3, 4, 4) if which == "conv" else torch.randn(4, 6)
+    model = nn.Sequential(layer)
+    if which == "quantized":
+        peft.quantize(model, block=6, target="0")
+    adapter = stir(peft.apply(model, TWO[method]))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    loss = lambda p, x: torch.func.functional_call(model, p, (x,)).square().sum()  # noqa: E731
+    loss(trained, x).backward()
+    found = torch.func.grad(loss)(trained, x)
+    assert all(torch.allclose(found[n], p.grad, atol=1e-4) for n, p in trained.items())
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, x)
+    assert all(torch.allclose(each[n].sum(0), found[n], atol=1e-4) for n in trained)
+    assert torch.allclose(torch.func.vmap(model)(x), model(x), atol=1e-5)
+    direction = torch.randn_like(x)
+    _, along = torch.func.jvp(model, (x,), (direction,))
+    assert torch.allclose(along, (model(x + direction) - model(x - direction)) / 2, atol=1e-4)
+    with forward_ad.dual_level():
+        dual = model(forward_ad.make_dual(x, direction))
+        assert torch.allclose(forward_ad.unpack_dual(dual).tangent, along, atol=1e-5)
+    assert len(list(adapter.parameters())) == len(trained)
+
+
+def test_weights_that_were_exchanged_for_one_call_give_their_own_gradient():
+    """The gradient is taken after the call, when the module holds its own weights again."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    stir(peft.apply(model, LoRA("0", r=2)))
+    other = torch.randn(3, 4)
+    x = torch.randn(2, 4, requires_grad=True)
+    torch.func.functional_call(model, {"0.base.weight": other}, (x,)).sum().backward()
+    low = model[0].layers["default"]
+    assert torch.allclose(x.grad[0], (other + low.update(model[0].base)).sum(0), atol=1e-5)
+
+
+def test_weights_changed_between_forward_and_backward_are_an_error():
+    model = nn.Sequential(nn.Linear(4, 3))
+    peft.apply(model, LoRA("0", r=2))
+    y = model(torch.randn(2, 4, requires_grad=True))
+    with torch.no_grad():
+        model[0].base.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_double_precision_stays_under_autocast():
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    x = torch.randn(2, 4).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        peft.apply(model, LoRA("0", r=2))
+        assert model(x).dtype == expected.dtype and torch.equal(model(x), expected)
+
+
+def test_an_adapter_in_another_precision_keeps_that_of_the_output():
+    for layer, x in ((nn.Linear(4, 3), torch.randn(2, 4)), (nn.Embedding(4, 3), torch.tensor([1, 2]))):
+        for method in (LoRA("0", r=2), DoRA("0", r=2)):
+            model = nn.Sequential(copy.deepcopy(layer)).to(torch.bfloat16)
+            x = x.to(torch.bfloat16) if x.is_floating_point() else x
+            stir(peft.apply(model, method, dtype=torch.float32))
+            assert model(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("method", "which"), FITTING)
+def test_an_empty_batch(method, which):
+    layer, x, _ = strange(which, "none")
+    model = nn.Sequential(layer)
+    expected = model(x[:0])
+    adapter = peft.apply(model, TWO[method])
+    found = model(x[:0])
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    found.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in adapter.parameters())
+    if which == "linear":
+        assert model(x[None, :0]).shape == (1, 0, 5)
+
+
+@pytest.mark.parametrize("which", ["linear", "conv", "embedding"])
+def test_dora_on_rows_of_zeros(which):
+    layer, x, _ = strange(which, "none")
+    with torch.no_grad():
+        peft.matrix(layer)[1] = 0
+    model = nn.Sequential(layer)
+    expected = model(x)
+    adapter = peft.apply(model, DoRA("0", r=2))
+    assert torch.equal(model(x), expected)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(x) - 1).square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in adapter.parameters())
+        optimizer.step()
+    axis = 1 if which == "conv" else -1
+    assert (model(x) - expected).select(axis, 1).abs().max() > 0  # the row learns
+    assert torch.allclose(adapter.merge().model(x), adapter.unmerge().model(x), atol=1e-5)
+
+
+def test_an_embedding_with_max_norm():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.5))
+    x = torch.arange(5)
+    adapter = stir(peft.apply(model, LoRA("0", r=2)))
+    apart = model(x)
+    with pytest.raises(TypeError, match="max_norm.*torch.renorm"):
+        adapter.merge()
+    model[0].base.max_norm = None  # the rows were cut by the look-up
+    assert torch.allclose(adapter.merge().model(x), apart, atol=1e-6)
+    with pytest.raises(ValueError, match="0: DoRA on an embedding with max_norm.*choose LoRA"):
+        peft.apply(nn.Sequential(nn.Embedding(5, 4, max_norm=0.5)), DoRA("0", r=2))
+
+
+# ---- prefix tuning and the releases of transformers
+
+
+def attention(forward):
+    """A self-attention with a forward of some release."""
+    cls = type("Attention", (nn.Module,), {"forward": forward})
+    module = cls()
+    module.num_attention_heads, module.attention_head_size, module.lin = 2, 4, nn.Linear(8, 8)
+    return nn.ModuleDict({"attention": nn.ModuleDict({"self": module})})
+
+
+def test_a_prefix_takes_the_place_of_the_cache_under_each_of_its_names():
+    def before(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        return past_key_values, kwargs
+
+    def since(self, hidden_states, attention_mask=None, cache=None, **kwargs):
+        return cache, kwargs
+
+    for forward, name in ((before, "past_key_values"), (since, "cache")):
+        model = attention(forward)
+        peft.apply(model, PrefixTuning(length=3))
+        layer = model["attention"]["self"]
+        cache, rest = layer(torch.zeros(1, 2, 8), other=1, **{name: None})
+        key, value = cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
+        assert key.shape == value.shape == (1, 2, 8, 4) and rest == {"other": 1}
+        for wrong in ("cache", "past_key_values"):
+            with pytest.raises(TypeError, match=f"call the model without {wrong}"):
+                layer(torch.zeros(1, 2, 8), **{wrong: object()})
+
+
+def test_a_prefix_is_refused_where_it_cannot_stand():
+    import transformers
+
+    def none(self, hidden_states, attention_mask=None, **kwargs):
+        return hidden_states
+
+    def back(self, hidden_states, attention_mask=None, cache=None):
+        return hidden_states
+
+    model = attention(none)
+    with pytest.raises(TypeError, match=f"Attention of transformers {transformers.__version__} takes no cache"):
+        peft.apply(model, PrefixTuning())
+    assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "peft_before")
+    model = attention(back)
+    model["attention"]["self"].is_causal = True
+    with pytest.raises(TypeError, match="looks back only"):
+        peft.apply(model, PrefixTuning())
+
+
+# ---- names: shared, grouped, tied, nested
+
+
+class Shared(nn.Module):
+    """A block under two names, and a layer of it under a third."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.a, self.b, self.c, self.d = block, block, block[0], nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.d(self.c(self.b(self.a(x))))
+
+
+@pytest.mark.parametrize("target", ["a.0", "b.0", "c", ("a.0", "b.0", "c"), "all-linear", r"[abc].*"])
+def test_a_module_under_several_names_is_adapted_once_and_at_all_of_them(target):
+    model, x = Shared(), torch.randn(3, 4)
+    start, lin = model(x), model.c
+    adapter = stir(peft.apply(model, LoRA(target, r=2)))
+    assert [p for p in adapter.layers if p != "d"] == ["a.0"]
+    assert model.a[0] is model.b[0] is model.c and isinstance(model.c, peft.Adapted)
+    h, low = x, adapter.layers["a.0"]
+    for act in (torch.tanh, torch.tanh, lambda h: h):
+        h = act(lin(h) + peft.low_rank(lin, h, low.lora_A, low.lora_B, low.spec.scale))
+    assert torch.allclose(model(x), model.d(h), atol=1e-5)
+    expected = model(x)
+    assert torch.allclose(adapter.merge().model(x), expected, atol=1e-5)
+    adapter.unmerge().remove()
+    assert model.a[0] is model.b[0] is model.c is lin and torch.equal(model(x), start)
+    adapter = stir(peft.apply(model, LoRA(target, r=2)))
+    expected = model(x)
+    adapter.remove(keep_merged=True)
+    assert torch.allclose(model(x), expected, atol=1e-5) and model.a[0] is model.b[0] is model.c
+
+
+@pytest.mark.parametrize("head", ["2", "2.0"])
+def test_a_module_that_a_head_shares_is_not_adapted_besides(head):
+    lin = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Sequential(lin), nn.Linear(4, 4), nn.Sequential(lin, nn.Linear(4, 2)))
+    before = [id(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="matches no module"):
+        peft.apply(model, LoRA("0.0", r=2), head=head)
+    assert [id(m) for m in model.modules()] == before
+    adapter = peft.apply(model, LoRA(r"1|0\.0", r=2), head=head)
+    assert {n: type(x) for n, x in adapter.layers.items()} == {
+        "1": peft.LoRALayer, adapter.heads[0]: peft.HeadLayer
+    }  # fmt: skip
+    assert sum(p.numel() for p in adapter.parameters()) == 16 + (30 if head == "2" else 20)
+
+
+def test_a_module_under_several_names_is_quantized_at_all_of_them():
+    model, x = Shared(), torch.randn(3, 4)
+    assert peft.quantize(model, 8, 4) == ["a.0", "d"]
+    assert model.a[0] is model.b[0] is model.c and isinstance(model.c, peft.QuantLinear)
+    assert torch.allclose(model(x), Shared()(x), atol=0.05)
+
+
+def test_only_plain_layers_are_quantized():
+    half, hooked = Half(4, 4), nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda m, a, y: y * 2)
+    model = nn.Sequential(half, hooked, nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    assert peft.quantize(model) == ["2"]
+    with pytest.raises(ValueError, match="0, a Half.*knows nn.Linear without hooks"):
+        peft.quantize(model, target="0")
+    with pytest.raises(ValueError, match="'all-linear' matches no module"):
+        peft.quantize(model)
+
+
+def grouped():
+    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4), nn.Flatten())
+
+
+def test_a_layer_that_is_named_and_cannot_be_adapted_is_an_error():
+    for target in (("0", "1"), ("0", "2"), ("1",), ("0", "1", "3")):
+        model = grouped()
+        with pytest.raises(ValueError, match=r"cannot adapt.*it knows nn.Linear, nn.Conv2d with groups=1"):
+            peft.apply(model, LoRA(target, r=2))
+        assert not peft.wrappers(model) and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="a Conv2d with groups=2"):
+        peft.apply(grouped(), LoRA(("0", "1"), r=2))
+    with pytest.raises(ValueError, match="'5' matches no module"):
+        peft.apply(grouped(), LoRA(("0", "5"), r=2))
+    assert list(peft.apply(grouped(), LoRA(".*", r=2)).layers) == ["0"]  # a pattern selects
+    several = nn.ModuleDict({"x": nn.ModuleDict({"conv": nn.Conv2d(4, 4, 1)}), "conv": nn.Conv2d(4, 4, 1, groups=2)})
+    with pytest.raises(ValueError, match="conv is a Conv2d with groups=2"):
+        peft.apply(several, LoRA("conv", r=2))
+
+
+def test_a_target_that_is_no_expression_is_named():
+    with pytest.raises(ValueError, match=r"'\*.query' is neither a name nor a regular expression"):
+        peft.apply(make("bert"), LoRA("*.query"), head=())
+
+
+def test_every_module_that_a_head_name_means_is_trained():
+    model = make("bert")
+    adapter = put(model, "lora", head=("classifier", "LayerNorm"))
+    norms = [n for n in peft.named(model) if n.endswith("LayerNorm")]
+    assert len(norms) == 5 and adapter.heads == [*norms, "classifier"]
+    nested = nn.ModuleDict({"head": nn.ModuleDict({"head": nn.Linear(2, 2)}), "lin": nn.Linear(2, 2)})
+    assert peft.apply(nested, LoRA("lin", r=1), head="head").heads == ["head"]
+
+
+def test_a_head_with_an_adapter_of_another_name_inside_is_copied_without_it(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    x, plain = torch.randn(3, 4), copy.deepcopy(model)
+    stir(peft.apply(model, LoRA("1.0", r=2), "inside"))
+    adapter = peft.apply(model, LoRA("0", r=2), "whole", head="1")
+    assert torch.equal(model(x), plain(x))
+    expected = stir(adapter).model(x)
+    adapter.save(tmp_path)
+    peft.load(plain, tmp_path)
+    assert torch.equal(plain(x), expected)
+
+
+def test_a_head_with_tied_tensors_inside_is_saved(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+        model[1][1].weight = model[1][0].weight
+        return model
+
+    model, x = make(), torch.randn(3, 4)
+    stir(peft.apply(model, LoRA("0", r=2), head="1")).save(tmp_path)
+    other = make()
+    peft.load(other, tmp_path)
+    assert torch.equal(other(x), model(x))
+
+
+def words(cls="BertForMaskedLM", **changes):
+    import transformers
+
+    torch.manual_seed(0)
+    if cls == "T5ForConditionalGeneration":
+        sizes = dict(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    return bert(cls, **changes).eval()
+
+
+TIED = [
+    ("BertForMaskedLM", "word_embeddings", ()),
+    ("BertForMaskedLM", r"cls\.predictions\.decoder", ()),
+    ("BertForMaskedLM", "query", "cls"),
+    ("T5ForConditionalGeneration", "embed_tokens", ()),
+    ("T5ForConditionalGeneration", "shared", ()),
+]
+
+
+@pytest.mark.parametrize(("cls", "target", "head"), TIED)
+def test_merged_words_are_not_tied_again_when_the_model_is_read(cls, target, head, tmp_path):
+    model = words(cls)
+    ids = torch.randint(0, 40, (2, 6))
+    more = {"decoder_input_ids": ids} if "T5" in cls else {}
+    adapter = stir(peft.apply(model, LoRA(target, r=2), head=head))
+    expected = model(input_ids=ids, **more).logits
+    adapter.remove(keep_merged=True)
+    assert torch.allclose(model(input_ids=ids, **more).logits, expected, atol=1e-5)
+    assert model.config.tie_word_embeddings is False and all(p.requires_grad for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.allclose(again(input_ids=ids, **more).logits, expected, atol=1e-5)
+
+
+def test_words_stay_tied_where_the_merge_does_not_touch_them():
+    model = words()
+    stir(peft.apply(model, LoRA("query", r=2), head=())).remove(keep_merged=True)
+    assert model.config.tie_word_embeddings
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_model_that_needs_tied_words_refuses_to_part_them():
+    model = words()
+    inside = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        assert self.config.tie_word_embeddings
+        return inside(self, *args, **kwargs)
+
+    model.__class__ = type("Scaled", (type(model),), {"forward": forward})
+    adapter = stir(peft.apply(model, LoRA("word_embeddings", r=2), head=()))
+    with pytest.raises(ValueError, match="Scaled computes otherwise when its words are not tied.*use merge"):
+        adapter.remove(keep_merged=True)
+    assert not adapter.merged and model.config.tie_word_embeddings
+    adapter.merge().unmerge().remove()
+
+
+def test_names_that_cannot_be_used_leave_the_model_as_it_was():
+    for name in ("training", "_modules", "forward", "a b", "", None, 3):
+        model = make("cnn", mode="train")
+        before = [(n, type(m), m.training) for n, m in model.named_modules()]
+        with pytest.raises(ValueError, match="adapter name"):
+            peft.apply(model, LoRA("lin1", r=2), name, head=())
+        assert before == [(n, type(m), m.training) for n, m in model.named_modules()]
+        assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "peft_before")
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 4)))
+        self.norm, self.last = nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.body[0].bias.requires_grad_(False)
+
+    def forward(self, x):
+        return self.last(self.norm(self.body(x)))
+
+
+def everything(model):
+    return (
+        [(n, id(m), type(m), m.training, set(vars(m))) for n, m in model.named_modules()],
+        [(n, id(p), p.requires_grad) for n, p in model.named_parameters()],
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    applied=st.permutations(["whole", "body", "block"]), removed=st.permutations(["whole", "body", "block"]),
+    absent=st.sampled_from([None, "whole", "body", "block"]),
+)  # fmt: skip
+def test_adapters_of_a_model_and_of_its_parts_in_any_order(applied, removed, absent):
+    torch.manual_seed(0)
+    model = Nested()
+    before, x = everything(model), torch.randn(3, 4)
+    start = model.eval()(x)
+    model.train()
+    parts = {"whole": model, "body": model.body, "block": model.body[2]}
+    targets = {"whole": ("body.2.0", "last"), "body": ("0", "2.0"), "block": ("0",)}
+    handles = {n: peft.apply(parts[n], LoRA(targets[n], r=2), n, head=()) for n in applied if n != absent}
+    for n in removed:
+        if n in handles:
+            held = [m for h in handles.values() for m in [h.model]]
+            for m in held:
+                mine = {id(p) for h in handles.values() for p in h.parameters()}
+                assert not any(p.requires_grad for p in m.parameters() if id(p) not in mine)
+            adapter = handles.pop(n)
+            assert set(adapter.layers) == set(targets[n])
+            adapter.activate()
+            assert all(p.requires_grad for p in adapter.parameters())
+            adapter.remove()
+    assert everything(model) == before
+    assert torch.equal(model.eval()(x), start)
+
+
+def test_an_adapter_of_a_part_may_not_have_the_name_of_one_around_it():
+    model = Nested()
+    peft.apply(model, LoRA("body.0", r=2), head=())
+    with pytest.raises(ValueError, match="already has an adapter 'default', by itself or in one of its parts"):
+        peft.apply(model.body, LoRA("0", r=2), head=())
+    peft.apply(model.body[2], LoRA("0", r=2), head=())  # none of the other's places
+    assert list(peft.handle(model).layers) == ["body.0"]
+    assert peft.handle(model).remove() is model and list(peft.handle(model.body[2]).layers) == ["0"]
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_compiled_models_keep_their_names(inner, tmp_path):
+    plain = make("bert")
+    model = make("bert")
+    model.bert.encoder.layer[0] = torch.compile(model.bert.encoder.layer[0], backend="eager") if inner else (
+        model.bert.encoder.layer[0])  # fmt: skip
+    given = model if inner else torch.compile(model, backend="eager")
+    adapter = stir(put(given, "lora"))
+    expected = run(given, "bert")
+    adapter.save(tmp_path)
+    assert set(peft.load(plain, tmp_path).layers) == set(adapter.layers)
+    assert torch.allclose(run(plain, "bert"), expected, atol=1e-5)
+    assert peft.handle(given).model is adapter.model
+    adapter.remove()
+    assert not hasattr(model, "peft_before")
+
+
+# ---- all-linear
+
+
+def small_head(first, name="classifier"):
+    model = nn.Module()
+    model.features = nn.Conv2d(3, 4, 3)
+    setattr(model, name, nn.Sequential(nn.Dropout(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2)))
+    return model
+
+
+@pytest.mark.parametrize("name", ["classifier", "head", "heads", "fc"])
+def test_all_linear_leaves_out_the_last_layer_of_a_head_alone(name):
+    assert set(peft.chosen(small_head(4, name), LoRA("all-linear"))) == {f"{name}.1", f"{name}.3"}
+    with pytest.raises(ValueError, match="'all-linear' matches no module.*the output layer apart"):
+        peft.chosen(nn.ModuleDict({name: nn.Linear(4, 2)}), LoRA("all-linear"))
+
+
+VISION = [("alexnet", ["classifier.1", "classifier.4"]), ("vgg11", ["classifier.0", "classifier.3"]),
+          ("mobilenet_v3_small", ["classifier.0"])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "expected"), VISION)
+def test_all_linear_on_classifiers_of_torchvision(name, expected):
+    import torchvision
+
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)()
+    assert list(peft.chosen(model, LoRA("all-linear"))) == expected
+
+
+def test_all_linear_on_heads_of_transformers():
+    import transformers
+
+    sizes = dict(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=24, num_labels=4)
+    model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes))
+    found = peft.chosen(model, LoRA("all-linear"))
+    assert "score" not in found and len(found) == 4 and model.score.bias is None
+    adapter = peft.apply(model, LoRA("all-linear", r=2), head="score")
+    assert adapter.heads == ["score"] and len(adapter.layers) == 5
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    config = transformers.RobertaConfig(vocab_size=40, **sizes)
+    found = peft.chosen(transformers.RobertaForSequenceClassification(config), LoRA("all-linear"))
+    assert "classifier.dense" in found and "classifier.out_proj" not in found
+    untied = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False))  # fmt: skip
+    assert "lm_head" not in peft.chosen(untied, LoRA("all-linear"))
+
+
+# ---- hostile or broken files
+
+
+def rewrite(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+HUGE = [
+    ("prompt", dict(length=20_000_000), "prompt has shape .*length=20000000"),
+    ("prefix", dict(length=20_000_000), "prefix has shape .*length=20000000"),
+    ("houlsby", dict(size=16), "down.weight has shape .*size=16"),
+]
+
+
+@pytest.mark.parametrize(("method", "changes", "message"), HUGE)
+def test_sizes_are_compared_before_anything_is_allocated(method, changes, message, tmp_path, monkeypatch):
+    adapter = put(make("bert"), method)
+    adapter.save(tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())["fields"]
+    rewrite(tmp_path, fields=fields | changes)
+    model = make("bert")
+    monkeypatch.setattr(peft, "build", None)
+    with pytest.raises(ValueError, match=message):
+        peft.load(model, tmp_path)
+    assert not peft.wrappers(model)
+
+
+def test_a_rank_that_the_file_does_not_have(tmp_path):
+    put(make("bert"), "lora").save(tmp_path)
+    rewrite(tmp_path, r=16)
+    with pytest.raises(ValueError, match="lora_A.weight has shape .*says r=16"):
+        peft.load(make("bert"), tmp_path)
+
+
+BROKEN = [
+    (dict(r=None), "does not describe an adapter"),
+    (dict(r="8"), "does not describe an adapter"),
+    (dict(r=0), "rank r=0"),
+    (dict(lora_alpha=None), "does not describe an adapter"),
+    (dict(peft_type="FTBOOK", method="PromptTuning", fields={"lenght": 3}), "does not describe an adapter"),
+    (dict(peft_type="FTBOOK", method="IA3", fields={"feedforward": "(a+)+b"}), "method 'IA3', which ftbook does not"),
+    (dict(peft_type="FTBOOK", method=["x"]), "does not know"),
+    (dict(peft_type=None), "does not know"),
+    (dict(init_lora_weights=["x"]), "init_lora_weights"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN)
+def test_a_configuration_that_makes_no_sense_is_an_error_of_value(changes, message, tmp_path):
+    put(make("bert"), "lora").save(tmp_path)
+    rewrite(tmp_path, **changes)
+    model = make("bert")
+    with pytest.raises(ValueError, match=message):
+        peft.load(model, tmp_path)
+    assert not peft.wrappers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_files_with_tensors_that_belong_nowhere(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    put(make("bert"), "lora").save(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    extra = peft.PREFIX + "bert.encoder.layer.0.output.dense.weight"
+    save_file(tensors | {extra: torch.zeros(2, 2)}, file)
+    with pytest.raises(ValueError, match="no part of an adapter, and no module of modules_to_save"):
+        peft.load(make("bert"), tmp_path)
+    save_file({k: t for k, t in tensors.items() if "layer.0.attention.self.query.lora_A" not in k}, file)
+    with pytest.raises(ValueError, match="lacks .*query.lora_A.weight"):
+        peft.load(make("bert"), tmp_path)
