@@ -1,4 +1,5 @@
 """Sphinx settings. Title, authors and chapters come from _quarto.yml, version and repository from settings.ini."""
+
 import importlib.util
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """What every test shares: the quick profile, an empty cache, a scratch folder for results, and no network."""
+
 import dataclasses
 import hashlib
 import os
@@ -11,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 GUARD = ROOT / "tests" / "guard"
 SCRATCH = tempfile.mkdtemp(prefix="ftbook-tests-")
-os.environ.setdefault("FTBOOK_TEST_MODELS", os.environ.get("FTBOOK_DATA", ""))  # where real models may lie; "" is the user's cache
+os.environ.setdefault(
+    "FTBOOK_TEST_MODELS", os.environ.get("FTBOOK_DATA", "")
+)  # where real models may lie; "" is the user's cache
 os.environ |= {
     "FTBOOK_PROFILE": "quick",
     "FTBOOK_RESULTS": str(Path(SCRATCH) / "results"),

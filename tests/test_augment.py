@@ -1,4 +1,5 @@
 """Chapter 16's library: parity with torchvision, one draw per image, labels that follow, runs through fit."""
+
 import random
 
 import pytest
@@ -71,7 +72,9 @@ def test_every_image_has_its_own_draw(name):
 def test_flip_crop_and_zoom():
     assert torch.equal(au.random_flip(X, 1.0, -2), v2.functional.vertical_flip(X))
     assert torch.equal(au.random_flip(X, 0.0), X) and torch.equal(au.random_crop(X, 0), X)
-    share = (au.random_flip(torch.arange(4.0).view(1, 1, 1, 4).expand(4000, -1, -1, -1))[:, 0, 0, 0] == 3).float().mean()
+    share = (
+        (au.random_flip(torch.arange(4.0).view(1, 1, 1, 4).expand(4000, -1, -1, -1))[:, 0, 0, 0] == 3).float().mean()
+    )
     assert abs(share - 0.5) < 0.04
     windows = F.pad(X, [2] * 4).unfold(2, 12, 1).unfold(3, 10, 1).reshape(16, 3, 25, 12, 10)
     shifted = au.random_crop(X, 2)
@@ -115,12 +118,23 @@ def test_pipeline_and_groups():
     assert au.policy("randaugment")(X).shape == X.shape
 
 
-@pytest.mark.parametrize("call", [
-    lambda: au.random_flip(X[0]), lambda: au.random_flip([1]), lambda: au.random_crop(X, -1),
-    lambda: au.random_resized_crop(X, (0.0, 1.0)), lambda: au.MixUp(5, 0), lambda: au.Grouped(abs, 0),
-    lambda: au.policy("sharpen"), lambda: au.text_policy("synonyms", None, None), lambda: au.WordSwap(None, 2),
-    lambda: au._mix_labels(torch.tensor([3]), torch.tensor([0]), torch.tensor(1.0), 3),
-    lambda: au.augment_tagged(["a"], ["O"], "shuffle"), lambda: au.augment_tagged(["a"], [], "swap")])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: au.random_flip(X[0]),
+        lambda: au.random_flip([1]),
+        lambda: au.random_crop(X, -1),
+        lambda: au.random_resized_crop(X, (0.0, 1.0)),
+        lambda: au.MixUp(5, 0),
+        lambda: au.Grouped(abs, 0),
+        lambda: au.policy("sharpen"),
+        lambda: au.text_policy("synonyms", None, None),
+        lambda: au.WordSwap(None, 2),
+        lambda: au._mix_labels(torch.tensor([3]), torch.tensor([0]), torch.tensor(1.0), 3),
+        lambda: au.augment_tagged(["a"], ["O"], "shuffle"),
+        lambda: au.augment_tagged(["a"], [], "swap"),
+    ],
+)
 def test_bad_input_is_refused(call):
     with pytest.raises(ValueError):
         call()
@@ -129,8 +143,10 @@ def test_bad_input_is_refused(call):
 def test_fit_takes_soft_targets_and_runs_repeat():
     digits = data.load("digits", "train")
     few, rest = digits.split([200, 200], seed=0)[:2]
-    out = [au.few_label_run(3, train=few, valid=rest, test=rest, method=m, labels=8, steps=30, channels=(8, 16))
-           for m in ("cutmix", "cutmix", "none")]
+    out = [
+        au.few_label_run(3, train=few, valid=rest, test=rest, method=m, labels=8, steps=30, channels=(8, 16))
+        for m in ("cutmix", "cutmix", "none")
+    ]
     assert out[0] == out[1] != out[2] and set(out[0]) == {"valid_accuracy", "train_accuracy", "test_accuracy"}
     model = SmallCNN(10, (1, 8))
     history = fit(
@@ -189,8 +205,10 @@ TEXTS = ["an unpretentious film about friendship", "dull", "never boring , and q
 
 
 def words(batch, tokenizer):
-    rows = (tokenizer.convert_ids_to_tokens(i[m == 1].tolist())
-            for i, m in zip(batch["input_ids"], batch["attention_mask"], strict=True))
+    rows = (
+        tokenizer.convert_ids_to_tokens(i[m == 1].tolist())
+        for i, m in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    )
     return [" ".join(r[1:-1]).replace(" ##", "").split() for r in rows]
 
 
@@ -219,8 +237,10 @@ def test_pieces_of_a_word_stay_together(bert):
     for change in (au.WordSwap(vocab, 0.5), au.WordDropout(vocab, 0.5)):
         out = change(batch)
         number = au._word_numbers(out, vocab)
-        pieces = [[tuple(i[n == k].tolist()) for k in range(int(n.max()) + 1)] for i, n in
-                  zip(out["input_ids"], number, strict=True)]
+        pieces = [
+            [tuple(i[n == k].tolist()) for k in range(int(n.max()) + 1)]
+            for i, n in zip(out["input_ids"], number, strict=True)
+        ]
         known = au._word_numbers(batch, vocab)
         for row, found in enumerate(pieces):
             whole = {tuple(batch["input_ids"][row][known[row] == k].tolist()) for k in range(int(known[row].max()) + 1)}
@@ -265,8 +285,11 @@ def test_whole_mentions_survive(tags, seed, how):
 
 def test_word_by_word_breaks_labels():
     rng = random.Random(0)
-    broken = sum(orphans(au.augment_tagged(["New", "York", "x"], ["B-LOC", "I-LOC", "O"], how, 0.5, rng, False)[1])
-                 for how in ("swap", "delete", "crop") for _ in range(50))
+    broken = sum(
+        orphans(au.augment_tagged(["New", "York", "x"], ["B-LOC", "I-LOC", "O"], how, 0.5, rng, False)[1])
+        for how in ("swap", "delete", "crop")
+        for _ in range(50)
+    )
     assert broken > 20
 
 

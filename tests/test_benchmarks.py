@@ -1,4 +1,5 @@
 """Every script of benchmarks/ runs in its tiny setting, offline, with or without its peers; speed is not tested."""
+
 import importlib
 import json
 import sys
@@ -57,9 +58,11 @@ def test_paired_measurements_alternate():
 def test_the_table_says_what_is_met_and_what_is_not(tmp_path, monkeypatch):
     common, table = importlib.import_module("_common"), importlib.import_module("_table")
     args = common.arguments("", ["--out", str(tmp_path)])
-    rows = [common.row("fast thing", target="≥ 2×", values=[3, 3, 4], met=lambda v: v >= 2),
-            common.row("slow thing", target="≥ 2×", values=[1, 1, 1], met=lambda v: v >= 2, note="because"),
-            common.row("thing without its peer", target="≥ 2×", values=None, met=lambda v: v >= 2)]
+    rows = [
+        common.row("fast thing", target="≥ 2×", values=[3, 3, 4], met=lambda v: v >= 2),
+        common.row("slow thing", target="≥ 2×", values=[1, 1, 1], met=lambda v: v >= 2, note="because"),
+        common.row("thing without its peer", target="≥ 2×", values=None, met=lambda v: v >= 2),
+    ]
     common.save("loop", rows, args)
     table.write(tmp_path, tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text(encoding="utf-8")

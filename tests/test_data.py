@@ -84,6 +84,7 @@ def files_under(folder):
 
 # ---------------------------------------------------------------- registry
 
+
 def test_every_card_is_complete():
     wanted = {"digits", "fashion_mnist", "cifar10", "hymenoptera", "wnut17", "conll2003", "sst2", "wikitext2"}
     assert wanted <= set(data.names())
@@ -129,6 +130,7 @@ def test_cards_show_themselves():
 
 
 # ---------------------------------------------------------------- cache and download
+
 
 def test_download_once_then_cache(cache, server, toy, capsys):
     toy(server.base + "/toy.bin")
@@ -218,7 +220,9 @@ def test_a_body_that_is_larger_than_the_card_says_is_not_stored(cache, server, t
 
     server.answers["/toy.bin"] = [answer]
     server.answers["/good/toy.bin"] = [(404, b"", None)]
-    with pytest.raises(FileNotFoundError, match="OSError: the server sends more than the 6,400 bytes that are on record"):
+    with pytest.raises(
+        FileNotFoundError, match="OSError: the server sends more than the 6,400 bytes that are on record"
+    ):
         data.fetch("toy", progress=False)
     assert files_under(cache) == [] and sum(sent) < 50_000_000
     assert server.requests.count("/toy.bin") == 1  # such a server is not asked again
@@ -240,8 +244,27 @@ def test_a_download_has_a_deadline_as_a_whole(cache, server, toy, before_headers
     assert data._from_servers(file, cache, progress=False, seconds=0.5) == []
 
 
-@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/x", "..", ".", "", "a/..", "./x", "a//b", "a/", "C:/x", "C:x", "a\\b",
-                                  "\\\\server\\share", "a/b:stream", "nul\0byte"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../x",
+        "a/../../x",
+        "/etc/x",
+        "..",
+        ".",
+        "",
+        "a/..",
+        "./x",
+        "a//b",
+        "a/",
+        "C:/x",
+        "C:x",
+        "a\\b",
+        "\\\\server\\share",
+        "a/b:stream",
+        "nul\0byte",
+    ],
+)
 def test_a_path_that_may_leave_the_cache_is_refused(path):
     with pytest.raises(ValueError, match="give its place below the cache folder"):
         data.File(path, "0" * 64, 1)
@@ -288,10 +311,15 @@ def test_offline_set_to_no_means_online(cache, server, toy, monkeypatch, value):
 
 
 def test_one_file_is_downloaded_checked_and_found_again(cache, server, monkeypatch):
-    file = data.File("weights/a-1234.bin", sha(CONTENT)[:8], 10_000, (server.base + "/a.bin",))  # first digits, a size in round numbers
+    file = data.File(
+        "weights/a-1234.bin", sha(CONTENT)[:8], 10_000, (server.base + "/a.bin",)
+    )  # first digits, a size in round numbers
     server.answers["/a.bin"] = [(200, CONTENT, None)]
     monkeypatch.setenv("FTBOOK_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="(?s)no a-1234.bin: put http.*/a.bin into .*weights, or set FTBOOK_DATA.*FTBOOK_OFFLINE is set"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="(?s)no a-1234.bin: put http.*/a.bin into .*weights, or set FTBOOK_DATA.*FTBOOK_OFFLINE is set",
+    ):
         data.download(file)
     monkeypatch.delenv("FTBOOK_OFFLINE")
     path = data.download(file, progress=False)
@@ -359,14 +387,18 @@ def test_first_variant_in_the_cache_wins(cache, fake):
 
 # ---------------------------------------------------------------- readers
 
+
 def idx(array):
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
 
 
 def test_fashion_mnist(fake):
     x, y = np.arange(3 * 28 * 28).reshape(3, 28, 28) % 256, np.array([1, 0, 9])
-    fake("fashion_mnist", "official", {"t10k-images-idx3-ubyte.gz": gzip.compress(idx(x)),
-                                       "t10k-labels-idx1-ubyte.gz": gzip.compress(idx(y))})
+    fake(
+        "fashion_mnist",
+        "official",
+        {"t10k-images-idx3-ubyte.gz": gzip.compress(idx(x)), "t10k-labels-idx1-ubyte.gz": gzip.compress(idx(y))},
+    )
     images = data.load("fashion_mnist", "test")
     assert np.array_equal(images.x[:, 0].numpy(), x) and images.y.tolist() == [1, 0, 9]
     assert images.classes[9] == "Ankle boot" and images.source == "official (cache)"
@@ -396,8 +428,12 @@ def test_cifar10_subset_and_full(fake):
     records = [bytes([label]) + image.transpose(2, 0, 1).tobytes() for image, label in zip(x, y, strict=True)]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for member, raw in (("data_batch_2.bin", records[1]), ("data_batch_1.bin", records[0]), ("readme.html", b"r"),
-                            ("test_batch.bin", records[2] + records[3])):
+        for member, raw in (
+            ("data_batch_2.bin", records[1]),
+            ("data_batch_1.bin", records[0]),
+            ("readme.html", b"r"),
+            ("test_batch.bin", records[2] + records[3]),
+        ):
             info = tarfile.TarInfo("cifar-10-batches-bin/" + member)
             info.size = len(raw)
             archive.addfile(info, io.BytesIO(raw))
@@ -422,8 +458,14 @@ def test_hymenoptera(fake, capsys):
     def archive(**extra):
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as z:
-            members = {"train/bees/b.jpg": jpeg(40, 60, 200), "train/ants/a.jpg": jpeg(90, 30, 10),
-                       "val/ants/c.jpg": jpeg(20, 20, 90), "val/bees/d.jpg": jpeg(20, 20, 80), "train/ants/imageNotFound.gif": b"GIF", **extra}
+            members = {
+                "train/bees/b.jpg": jpeg(40, 60, 200),
+                "train/ants/a.jpg": jpeg(90, 30, 10),
+                "val/ants/c.jpg": jpeg(20, 20, 90),
+                "val/bees/d.jpg": jpeg(20, 20, 80),
+                "train/ants/imageNotFound.gif": b"GIF",
+                **extra,
+            }
             for member, raw in members.items():
                 z.writestr("hymenoptera_data/" + member, raw)
         return buffer.getvalue()
@@ -445,7 +487,7 @@ def test_hymenoptera(fake, capsys):
 
 
 def test_sst2(fake):
-    fake("sst2", "sentences", {"train.tsv": b"a fine film\t1\nsaid \"so\" , dull\t0\n", "dev.tsv": b"ok\t1\n"})
+    fake("sst2", "sentences", {"train.tsv": b'a fine film\t1\nsaid "so" , dull\t0\n', "dev.tsv": b"ok\t1\n"})
     train = data.load("sst2")
     assert train.texts == ["a fine film", 'said "so" , dull'] and train.y.tolist() == [1, 0]
     assert train.classes == ["negative", "positive"] and data.load("sst2", "dev").texts == ["ok"]
@@ -480,6 +522,7 @@ def test_digits():
 
 # ---------------------------------------------------------------- substitutes
 
+
 def test_quick_profile_uses_substitutes_without_cache_or_network(cache, monkeypatch, capsys):
     monkeypatch.setenv("FTBOOK_PROFILE", "quick")
     monkeypatch.setattr(data, "fetch", lambda *args: pytest.fail("the cache was touched"))
@@ -493,8 +536,10 @@ def test_quick_profile_uses_substitutes_without_cache_or_network(cache, monkeypa
     assert data.load("hymenoptera", "train", bundled=True, size=64).x.shape[2:] == (64, 64)
     assert data.load("cifar10", "train", bundled=True).x.float().mean((0, 2, 3)).unique().numel() == 3
     reviews = data.load("sst2", "valid", bundled=True)
-    assert reviews.counts() == {"negative": 100, "positive": 100} and reviews.texts != data._substitute(
-        "sst2", "test").texts
+    assert (
+        reviews.counts() == {"negative": 100, "positive": 100}
+        and reviews.texts != data._substitute("sst2", "test").texts
+    )
 
 
 def test_bundled_corpus_serves_tags_and_text(cache, monkeypatch):
@@ -521,6 +566,7 @@ def test_asset_lists_what_there_is():
 
 # ---------------------------------------------------------------- sets in memory
 
+
 def image_set(labels, classes="abc"):
     y = torch.tensor(labels)
     return data.ImageSet(torch.arange(len(y), dtype=torch.uint8).reshape(-1, 1, 1, 1), y, classes, "toy", "made up")
@@ -532,6 +578,7 @@ def test_text_sets_check_their_arguments():
 
 
 # ---------------------------------------------------------------- batches
+
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.booleans(), st.booleans(), st.integers(0, 5))
@@ -548,7 +595,7 @@ def test_batches_deliver_every_example_once(n, size, shuffle, drop_last, epoch):
 
 
 def flat(batches):
-    return [i for batch, in batches for i in batch.tolist()]
+    return [i for (batch,) in batches for i in batch.tolist()]
 
 
 def test_order_depends_on_seed_and_epoch_only():
@@ -621,6 +668,7 @@ def test_batches_on_cuda(monkeypatch):
 
 
 # ---------------------------------------------------------------- tables
+
 
 def test_counts_table():
     table = data.counts_table(train=image_set([0, 0, 1]), test=image_set([2])).data

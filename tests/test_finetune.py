@@ -549,7 +549,9 @@ class Counting(nn.BatchNorm2d):
 
 
 def test_held_batchnorm_keeps_subclasses_and_follows_its_module_without_weights():
-    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 2, 3), Counting(2), nn.BatchNorm2d(2, affine=False)), nn.Linear(2, 2))
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 2, 3), Counting(2), nn.BatchNorm2d(2, affine=False)), nn.Linear(2, 2)
+    )
     ft.freeze(model, "1")
     assert type(model[0][1]) is Counting and model.train()[0][2].training
     assert ft.hold_batchnorm(model) == []

@@ -56,16 +56,26 @@ def png_that_declares(width, height):
 
 # ---------------------------------------------------------------- one picture
 
+
 def test_there_is_one_decoder_in_the_library(root):
     """Whoever reads pictures asks `ftbook.images`; no other module opens them itself."""
     readers = {"open", "imread", "read_image", "decode_image", "decode_jpeg", "decode_png", "ImageFolder"}
     found = []
     for file in sorted((root / "ftbook").glob("**/[!_]*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        found += [file.stem for n in ast.walk(tree) if isinstance(n, (ast.ImportFrom, ast.Import))
-                  and any("PIL" in (getattr(n, "module", "") or "") + a.name for a in n.names)]
-        found += [f"{file.stem}: {ast.unparse(n)}" for n in ast.walk(tree) if isinstance(n, ast.Attribute)
-                  and n.attr in readers and ast.unparse(n.value) in ("Image", "io", "torchvision.io", "plt", "cv2", "imageio")]
+        found += [
+            file.stem
+            for n in ast.walk(tree)
+            if isinstance(n, (ast.ImportFrom, ast.Import))
+            and any("PIL" in (getattr(n, "module", "") or "") + a.name for a in n.names)
+        ]
+        found += [
+            f"{file.stem}: {ast.unparse(n)}"
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Attribute)
+            and n.attr in readers
+            and ast.unparse(n.value) in ("Image", "io", "torchvision.io", "plt", "cv2", "imageio")
+        ]
     assert {f for f in found if not f.startswith("images")} == set()
 
 
@@ -94,8 +104,12 @@ def test_sixteen_bits_of_other_formats_too():
     pgm = b"P5 4 4 65535\n" + values.tobytes()
     ten_bits = b"P5 4 4 1023\n" + np.round(values / 65_535 * 1023).astype(">u2").tobytes()
     rows = b"".join(b"\0" + np.repeat(row[:, None], 3, 1).tobytes() for row in values)
-    color = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
-             + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    color = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
     for raw, slack in ((pgm, 0), (ten_bits, 1), (color, 1)):
         assert np.abs(decoded(raw, 4)[..., 0] - expected).max() <= slack
 
@@ -108,8 +122,16 @@ def test_values_without_a_scale_are_refused(values):
 
 def turned_by(orientation, x):
     """What a viewer shows of the stored pixels `x`, by the EXIF standard: where row 0 and column 0 lie."""
-    return {1: x, 2: x[:, ::-1], 3: x[::-1, ::-1], 4: x[::-1], 5: x.swapaxes(0, 1), 6: x.swapaxes(0, 1)[:, ::-1],
-            7: x.swapaxes(0, 1)[::-1, ::-1], 8: x.swapaxes(0, 1)[::-1]}[orientation]
+    return {
+        1: x,
+        2: x[:, ::-1],
+        3: x[::-1, ::-1],
+        4: x[::-1],
+        5: x.swapaxes(0, 1),
+        6: x.swapaxes(0, 1)[:, ::-1],
+        7: x.swapaxes(0, 1)[::-1, ::-1],
+        8: x.swapaxes(0, 1)[::-1],
+    }[orientation]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -126,8 +148,15 @@ def test_pictures_are_turned_upright(kind, orientation):
     assert np.array_equal(decoded(sixteen, 8), turned_by(orientation, x))
 
 
-@pytest.mark.parametrize("block", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x07\0",
-                                   b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x02\0\x06\0\x06\0\0\0\0"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x07\0",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x02\0\x06\0\x06\0\0\0\0",
+    ],
+)
 def test_a_broken_exif_block_costs_no_picture(block):
     x = images.decode_image(encoded(np.full((8, 8, 3), 90, np.uint8), "JPEG", exif=block), size=8)
     assert (x.int() - 90).abs().max() <= 1
@@ -163,7 +192,9 @@ def test_a_transparent_color_of_a_palette_is_white():
     assert shown[0, 0].tolist() == [255, 255, 255] and shown[0, 1].tolist() == [200, 100, 50]
 
 
-@pytest.mark.parametrize(("size", "reason"), [((60_000, 60_000), ""), ((20_000, 8_000), "160,000,000|160000000|20,000 x 8,000")])
+@pytest.mark.parametrize(
+    ("size", "reason"), [((60_000, 60_000), ""), ((20_000, 8_000), "160,000,000|160000000|20,000 x 8,000")]
+)
 def test_decompression_bombs_are_refused(size, reason, tmp_path):
     raw = png_that_declares(*size)
     for setting in (Image.MAX_IMAGE_PIXELS, None):  # also where Pillow's own limit was switched off
@@ -198,12 +229,22 @@ def test_fit_square_equals_torchvision():
         images.fit_square(square, 0)
 
 
-WHOLE = [plain(60, (12, 10)), plain(kind="PNG"), encoded(noise(6, 6, 4)), plain(kind="WEBP"), plain(kind="TIFF"), plain(kind="BMP")]
+WHOLE = [
+    plain(60, (12, 10)),
+    plain(kind="PNG"),
+    encoded(noise(6, 6, 4)),
+    plain(kind="WEBP"),
+    plain(kind="TIFF"),
+    plain(kind="BMP"),
+]
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(WHOLE), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
-       st.floats(0, 1))
+@given(
+    st.sampled_from(WHOLE),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    st.floats(0, 1),
+)
 def test_a_damaged_file_is_a_picture_or_a_named_error(raw, changes, part):
     raw = bytearray(raw[: max(1, int(part * len(raw)))] if part > 0.5 else raw)
     for place, value in changes:
@@ -226,13 +267,19 @@ def test_what_is_no_file_is_named(tmp_path):
     (tmp_path / "link.jpg").symlink_to("nowhere")
     (tmp_path / "round.jpg").symlink_to("round.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
-    for name, what in {"folder": "a folder", "link": "a link to nothing", "round": "a link to nothing",
-                       "pipe": "no regular file", "none": "no such file"}.items():
+    for name, what in {
+        "folder": "a folder",
+        "link": "a link to nothing",
+        "round": "a link to nothing",
+        "pipe": "no regular file",
+        "none": "no such file",
+    }.items():
         with pytest.raises(ValueError, match=rf"{name}.jpg cannot be decoded \({what}\)"):
             images.decode_image(tmp_path / f"{name}.jpg")
 
 
 # ---------------------------------------------------------------- folders
+
 
 def folder(place, **classes):
     for name, contents in classes.items():
@@ -249,9 +296,14 @@ def test_a_folder_of_photos(tmp_path, capsys):
     assert part.name == "photos" and part.source == str(tmp_path / "photos")
 
 
-NAMES = st.sampled_from(["a.jpg", "B.JPG", "b.png", "c.jpeg", "notes.txt", "x.tiff", "Z.bmp", "10.jpg", "9.jpg", "é.png"])
-LAYOUT = st.dictionaries(st.sampled_from(["ant", "Bee", "cat", "9", "10"]),
-                         st.sets(st.tuples(st.sampled_from(["", "sub", "sub/deep", "0"]), NAMES), min_size=1), min_size=1)
+NAMES = st.sampled_from(
+    ["a.jpg", "B.JPG", "b.png", "c.jpeg", "notes.txt", "x.tiff", "Z.bmp", "10.jpg", "9.jpg", "é.png"]
+)
+LAYOUT = st.dictionaries(
+    st.sampled_from(["ant", "Bee", "cat", "9", "10"]),
+    st.sets(st.tuples(st.sampled_from(["", "sub", "sub/deep", "0"]), NAMES), min_size=1),
+    min_size=1,
+)
 
 
 @settings(max_examples=25, deadline=None)
@@ -282,7 +334,9 @@ def test_hidden_files_and_links_in_a_circle_are_left_out(tmp_path):
     assert part.classes == ["ants", "bees"] and part.y.tolist() == [0, 0, 1]
 
 
-@pytest.mark.parametrize("what", ["text", "half", "bomb", "empty", pytest.param("dangling", marks=posix), pytest.param("pipe", marks=posix)])
+@pytest.mark.parametrize(
+    "what", ["text", "half", "bomb", "empty", pytest.param("dangling", marks=posix), pytest.param("pipe", marks=posix)]
+)
 def test_skip_corrupt_leaves_out_and_says_why(tmp_path, capsys, what):
     place = folder(tmp_path, ants=[plain(), plain()], bees=[plain()])
     broken = place / "ants" / "0.jpg"
@@ -292,8 +346,11 @@ def test_skip_corrupt_leaves_out_and_says_why(tmp_path, capsys, what):
     elif what == "pipe":
         os.mkfifo(broken)
     else:
-        broken.write_bytes({"text": b"no picture", "half": plain()[:300], "empty": b"",
-                            "bomb": png_that_declares(60_000, 60_000)}[what])
+        broken.write_bytes(
+            {"text": b"no picture", "half": plain()[:300], "empty": b"", "bomb": png_that_declares(60_000, 60_000)}[
+                what
+            ]
+        )
     with pytest.raises(ValueError, match="0.jpg cannot be decoded.*skip_corrupt=True leaves such files out"):
         images.read_folder(place, size=8)
     part = images.read_folder(place, size=8, skip_corrupt=True)
@@ -338,11 +395,14 @@ def test_folders_that_do_not_do(tmp_path):
         images.load_images([place / "bees" / "0.jpg"], skip_corrupt=True)
     with pytest.raises(FileNotFoundError, match="1 of 2 files do not exist"):
         images.load_images([place / "ants" / "0.jpg", place / "x.jpg"])
-    x, skipped = images.load_images([place / "x.jpg", str(place / "ants" / "0.jpg"), place / "x.jpg"], 8, skip_corrupt=True)
+    x, skipped = images.load_images(
+        [place / "x.jpg", str(place / "ants" / "0.jpg"), place / "x.jpg"], 8, skip_corrupt=True
+    )
     assert x.shape == (1, 3, 8, 8) and list(skipped) == [place / "x.jpg"]
 
 
 # ---------------------------------------------------------------- zip archives
+
 
 def zipped(path, members, method=zipfile.ZIP_DEFLATED):
     with zipfile.ZipFile(path, "w", method) as archive:
@@ -352,10 +412,20 @@ def zipped(path, members, method=zipfile.ZIP_DEFLATED):
 
 
 def test_a_zip_archive_of_photos(tmp_path):
-    path = zipped(tmp_path / "photos.zip", {
-        "set/train/bees/b.jpg": plain(200), "set/train/ants/a.jpg": plain(10), "set/train/ants/deep/c.png": plain(12, kind="PNG"),
-        "set/valid/ants/d.jpg": plain(90), "set/train/ants/note.gif": b"GIF", "set/train/loose.jpg": plain(),
-        "__MACOSX/set/train/ants/._a.jpg": b"?", "set/train/ants/.hidden.jpg": b"?", "set/train/cats/e.jpg": plain(55)})
+    path = zipped(
+        tmp_path / "photos.zip",
+        {
+            "set/train/bees/b.jpg": plain(200),
+            "set/train/ants/a.jpg": plain(10),
+            "set/train/ants/deep/c.png": plain(12, kind="PNG"),
+            "set/valid/ants/d.jpg": plain(90),
+            "set/train/ants/note.gif": b"GIF",
+            "set/train/loose.jpg": plain(),
+            "__MACOSX/set/train/ants/._a.jpg": b"?",
+            "set/train/ants/.hidden.jpg": b"?",
+            "set/train/cats/e.jpg": plain(55),
+        },
+    )
     part = images.read_zip(path, "train", ["ants", "bees"], size=8)
     assert part.classes == ["ants", "bees"] and part.y.tolist() == [0, 0, 1] and part.name == "photos"
     assert [round(float(x.float().mean()), -1) for x in part.x] == [10, 10, 200]
@@ -394,7 +464,10 @@ def test_an_archive_that_grows_a_thousandfold_is_refused_before_it_is_read(tmp_p
     assert path.stat().st_size < 10_000_000
     monkeypatch.setattr(images, "_content", lambda archive, info: pytest.fail("something was read"))
     for skip in (False, True):
-        with pytest.raises(ValueError, match=r"bomb.zip: its pictures take 5,4\d\d,\d{3},\d{3} bytes unpacked, and .* give a larger limit"):
+        with pytest.raises(
+            ValueError,
+            match=r"bomb.zip: its pictures take 5,4\d\d,\d{3},\d{3} bytes unpacked, and .* give a larger limit",
+        ):
             images.read_zip(path, "train", size=8, skip_corrupt=skip)
 
 
@@ -454,17 +527,21 @@ def test_members_that_cannot_be_read_are_named_or_skipped(tmp_path, what, monkey
 
 # ---------------------------------------------------------------- checks
 
-@pytest.mark.parametrize("x, error, message", [
-    (np.zeros((1, 3, 4, 4)), TypeError, "as_tensor"),
-    (torch.zeros(3, 3), ValueError, "not empty"),
-    (torch.zeros(0, 3, 4, 4), ValueError, "not empty"),
-    (torch.zeros(1, 4, 4, 3), ValueError, "permute"),
-    (torch.zeros(1, 1, 4, 4), ValueError, "1 channels, the model takes 3$"),
-    (torch.zeros(1, 3, 4, 4, dtype=torch.int32), TypeError, "uint8"),
-    (torch.full((1, 3, 4, 4), 200.0), ValueError, "divide by 255"),
-    (torch.full((1, 3, 4, 4), -1.0), ValueError, "normalization"),
-    (torch.full((1, 3, 4, 4), float("nan")), ValueError, "nan"),
-])
+
+@pytest.mark.parametrize(
+    "x, error, message",
+    [
+        (np.zeros((1, 3, 4, 4)), TypeError, "as_tensor"),
+        (torch.zeros(3, 3), ValueError, "not empty"),
+        (torch.zeros(0, 3, 4, 4), ValueError, "not empty"),
+        (torch.zeros(1, 4, 4, 3), ValueError, "permute"),
+        (torch.zeros(1, 1, 4, 4), ValueError, "1 channels, the model takes 3$"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.int32), TypeError, "uint8"),
+        (torch.full((1, 3, 4, 4), 200.0), ValueError, "divide by 255"),
+        (torch.full((1, 3, 4, 4), -1.0), ValueError, "normalization"),
+        (torch.full((1, 3, 4, 4), float("nan")), ValueError, "nan"),
+    ],
+)
 def test_wrong_images_are_named(x, error, message):
     with pytest.raises(error, match=message):
         images.as_images(x)
@@ -491,6 +568,7 @@ def test_images_are_resized():
 
 
 # ---------------------------------------------------------------- sets in memory
+
 
 def image_set(labels, classes="abc"):
     y = torch.tensor(labels)

@@ -14,8 +14,14 @@ reductions = st.sampled_from(["mean", "sum", "none"])
 
 def test_the_module_says_what_it_is_for_and_lists_what_it_offers():
     assert losses.__doc__.startswith("Losses from logits")
-    here = [n for n, v in vars(losses).items() if getattr(v, "__module__", None) == losses.__name__ and not n.startswith("_")]
-    assert here == losses.__all__, "in the order in which the chapter defines them; what is not listed begins with an underscore"
+    here = [
+        n
+        for n, v in vars(losses).items()
+        if getattr(v, "__module__", None) == losses.__name__ and not n.startswith("_")
+    ]
+    assert here == losses.__all__, (
+        "in the order in which the chapter defines them; what is not listed begins with an underscore"
+    )
 
 
 @few
@@ -24,7 +30,6 @@ def test_the_slope_at_a_logit_of_zero_is_prediction_minus_target(y, at):
     z = torch.tensor(at, dtype=torch.float64, requires_grad=True)
     losses.bce_with_logits(z, torch.tensor(y, dtype=torch.float64)).backward()
     assert z.grad.item() == pytest.approx(0.5 - y, abs=1e-12)
-
 
 
 def data(seed, *shape, scale=3.0):

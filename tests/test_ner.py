@@ -185,7 +185,10 @@ def test_the_scheme_is_what_most_names_say_and_odd_lines_are_reported(tmp_path, 
         corpus = read_conll(tmp_path / "eng.train", strict=strict)
     assert corpus.scheme == "IOB1" and len(corpus) == 102 and not corpus.repairs
     assert corpus.tags[-2:] == [["O", "B-LOC"], ["B-PER", "O"]] and corpus.tags[1] == ["B-PER", "I-PER"]
-    assert [re.search(r"eng.train, line \d+", p)[0] for p in corpus.problems] == ["eng.train, line 302", "eng.train, line 304"]
+    assert [re.search(r"eng.train, line \d+", p)[0] for p in corpus.problems] == [
+        "eng.train, line 302",
+        "eng.train, line 304",
+    ]
 
 
 def test_a_stray_tag_is_named_instead_of_the_rest_of_the_file(tmp_path):
@@ -193,7 +196,9 @@ def test_a_stray_tag_is_named_instead_of_the_rest_of_the_file(tmp_path):
     with pytest.raises(ValueError, match="line 61: tag 'S-LOC' of 'c' .*breaks IOB2"):
         read_conll(tmp_path / "f")
     corpus = read_conll(tmp_path / "f", strict=False)
-    assert corpus.tags[-1] == ["B-LOC"] and corpus.problems == [f"{tmp_path / 'f'}, line 61: tag 'S-LOC' of 'c' after the start of the sentence breaks IOB2"]
+    assert corpus.tags[-1] == ["B-LOC"] and corpus.problems == [
+        f"{tmp_path / 'f'}, line 61: tag 'S-LOC' of 'c' after the start of the sentence breaks IOB2"
+    ]
 
 
 COMMENTED = """#begin document (one); part 000
@@ -264,11 +269,18 @@ def test_numbers_that_are_words_stay_words(tmp_path):
 
 
 def test_a_flaw_in_a_numbered_file_is_named_and_mended(tmp_path):
-    (tmp_path / "f").write_text(GERMEVAL + "\n1\tIm\tO\n2\tMai\tO\tO\nBonn\tB-LOC\tO\n" + "\n1\tEin\tO\tO\n2\tWort\tO\tO\n" * 20)
-    with pytest.raises(ValueError, match="line 12: 3 column.* where 4 .*The word stands in column 2 and the tag in column 3"):
+    (tmp_path / "f").write_text(
+        GERMEVAL + "\n1\tIm\tO\n2\tMai\tO\tO\nBonn\tB-LOC\tO\n" + "\n1\tEin\tO\tO\n2\tWort\tO\tO\n" * 20
+    )
+    with pytest.raises(
+        ValueError, match="line 12: 3 column.* where 4 .*The word stands in column 2 and the tag in column 3"
+    ):
         read_conll(tmp_path / "f")
     corpus = read_conll(tmp_path / "f", strict=False)
-    assert corpus.words[2] == ["Im", "Mai", "Bonn"] and len(corpus.problems) == corpus.repairs["wrong number of columns"] == 2
+    assert (
+        corpus.words[2] == ["Im", "Mai", "Bonn"]
+        and len(corpus.problems) == corpus.repairs["wrong number of columns"] == 2
+    )
 
 
 def test_columns_can_be_named(tmp_path):
@@ -310,12 +322,19 @@ def test_a_document_that_is_no_number_is_named_by_file_and_line(tmp_path, doc):
     with pytest.raises(ValueError, match='f.jsonl, line 2: "doc" is .*, not a whole number.*strict=False'):
         read_conll(path)
     corpus = read_conll(path, strict=False)
-    assert [s.doc for s in corpus] == [2, 0] and corpus.repairs == {"document numbers": 1} and "line 2" in corpus.problems[0]
+    assert (
+        [s.doc for s in corpus] == [2, 0]
+        and corpus.repairs == {"document numbers": 1}
+        and "line 2" in corpus.problems[0]
+    )
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["O", "B-LOC"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["words", "tags", "doc", "tokens"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["words", "tags", "doc", "tokens"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -386,7 +405,20 @@ def test_words_cover_all_but_white_space(text):
     assert all(a[2] <= b[1] for a, b in itertools.pairwise(found))
 
 
-WRITTEN = ["José", "naïve", "हिन्दी", "தமிழ்", "ภาษาไทย", "שָׁלוֹם", "می\u200cخواهم", "क्\u200dष", "re\u00adsume", "Việt", "Ελλάς", "한국"]
+WRITTEN = [
+    "José",
+    "naïve",
+    "हिन्दी",
+    "தமிழ்",
+    "ภาษาไทย",
+    "שָׁלוֹם",
+    "می\u200cخواهم",
+    "क्\u200dष",
+    "re\u00adsume",
+    "Việt",
+    "Ελλάς",
+    "한국",
+]
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -394,11 +426,19 @@ def test_a_word_with_combining_marks_or_joiners_is_one_word(form):
     words = [unicodedata.normalize(form, w) for w in WRITTEN]
     assert [w for w, _, _ in split_words(" ".join(words))] == words
     assert [w for w, _, _ in split_words(unicodedata.normalize(form, "(José's) ❤\ufe0f!"))] == [
-        "(", unicodedata.normalize(form, "José"), "'s", ")", "❤\ufe0f", "!"]
+        "(",
+        unicodedata.normalize(form, "José"),
+        "'s",
+        ")",
+        "❤\ufe0f",
+        "!",
+    ]
 
 
 def test_every_combining_mark_and_joiner_of_unicode_belongs_to_its_word():
-    marks = [c for c in map(chr, range(0x110000)) if unicodedata.category(c)[0] == "M" or c in "\u00ad\u200c\u200d\u2060"]
+    marks = [
+        c for c in map(chr, range(0x110000)) if unicodedata.category(c)[0] == "M" or c in "\u00ad\u200c\u200d\u2060"
+    ]
     assert len(marks) > 2000
     assert [f"{ord(c):x}" for c in marks if [w for w, _, _ in split_words(f"a{c}b")] != [f"a{c}b"]] == []
 
@@ -419,7 +459,28 @@ def seconds_to_split(text):
     return min(middle - start, time.process_time() - middle)
 
 
-@pytest.mark.parametrize("part", ["a.", "a@", "a-", "a+", "www.", "http://.", "a'", "1,", "A.", "n't", "é.", "e\u0301.", "-@", "a_.@", "'s", "'", "\u0301"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "a.",
+        "a@",
+        "a-",
+        "a+",
+        "www.",
+        "http://.",
+        "a'",
+        "1,",
+        "A.",
+        "n't",
+        "é.",
+        "e\u0301.",
+        "-@",
+        "a_.@",
+        "'s",
+        "'",
+        "\u0301",
+    ],
+)
 def test_words_are_cut_in_linear_time(part):
     text = part * (40_000 // len(part))
     short, long = seconds_to_split(text), seconds_to_split(text * 3)
@@ -577,8 +638,14 @@ def minilm_like(tokenizer):
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.enable_padding(length=128, pad_id=0, pad_token="[PAD]")
     backend.enable_truncation(128)
-    copy = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-                                   sep_token="[SEP]", mask_token="[MASK]")
+    copy = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
     copy.backend_tokenizer.enable_padding(length=128, pad_id=0, pad_token="[PAD]")
     copy.backend_tokenizer.enable_truncation(128)
     return copy
@@ -597,7 +664,10 @@ def test_padding_and_truncation_of_the_tokenizers_file_change_nothing(tokenizer)
     assert (odd.backend_tokenizer.padding, odd.backend_tokenizer.truncation) == state
 
 
-ANY_WORD = st.one_of(st.sampled_from(["x\ud800", "\udfff", "Paris", "\ud83d\ude00"]), st.text(st.characters(exclude_categories=()), max_size=6))
+ANY_WORD = st.one_of(
+    st.sampled_from(["x\ud800", "\udfff", "Paris", "\ud83d\ude00"]),
+    st.text(st.characters(exclude_categories=()), max_size=6),
+)
 
 
 @settings(max_examples=80, deadline=None)

@@ -1,4 +1,5 @@
 """Every notebook runs from its first cell to its last: quick profile, fresh kernel, no network, nothing written here."""
+
 import hashlib
 import os
 import subprocess
@@ -26,8 +27,13 @@ def test_notebook_runs_in_the_quick_profile(path):
     nb = nbformat.read(path, as_version=4)
     nb.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
     for attempt in (1, 2):  # once more where the kernel's messages got lost; an error in a cell fails at once
-        client = NotebookClient(nb, timeout=240, store_widget_state=True, resources={"metadata": {"path": str(NBS)}},
-                                extra_arguments=["--IPKernelApp.log_level=40", "--HistoryManager.hist_file=:memory:"])
+        client = NotebookClient(
+            nb,
+            timeout=240,
+            store_widget_state=True,
+            resources={"metadata": {"path": str(NBS)}},
+            extra_arguments=["--IPKernelApp.log_level=40", "--HistoryManager.hist_file=:memory:"],
+        )
         try:
             client.execute()
             break
@@ -40,8 +46,14 @@ def test_notebook_runs_in_the_quick_profile(path):
     assert state() == before, "a quick run must not write into nbs/ or results/"
 
 
-@pytest.mark.parametrize("call", ["socket.create_connection(('192.0.2.1', 80), 2)", "socket.getaddrinfo('example.org', 80)",
-                                  "urllib.request.urlopen('http://192.0.2.1/', timeout=2)"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "socket.create_connection(('192.0.2.1', 80), 2)",
+        "socket.getaddrinfo('example.org', 80)",
+        "urllib.request.urlopen('http://192.0.2.1/', timeout=2)",
+    ],
+)
 def test_the_guard_refuses_other_hosts(call):
     code = f"import socket, urllib.request\n{call}"
     run = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
@@ -49,6 +61,11 @@ def test_the_guard_refuses_other_hosts(call):
 
 
 def test_the_guard_lets_this_machine_through():
-    code = ("import socket, threading\ns = socket.create_server(('127.0.0.1', 0))\n"
-            "socket.create_connection(s.getsockname()).close()\nprint('connected')")
-    assert subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True).stdout == "connected\n"
+    code = (
+        "import socket, threading\ns = socket.create_server(('127.0.0.1', 0))\n"
+        "socket.create_connection(s.getsockname()).close()\nprint('connected')"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True).stdout
+        == "connected\n"
+    )

@@ -138,7 +138,11 @@ EVERY = {
     "AdamW": (optim.AdamW, torch.optim.AdamW, {"lr": 0.01}),
     "AdamW, amsgrad": (optim.AdamW, torch.optim.AdamW, {"amsgrad": True, "weight_decay": 0.1}),
     "Muon": (optim.Muon, torch.optim.Muon, {"lr": 0.02}),
-    "Muon, other": (optim.Muon, torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3, "nesterov": False}),
+    "Muon, other": (
+        optim.Muon,
+        torch.optim.Muon,
+        {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3, "nesterov": False},
+    ),
 }
 
 
@@ -196,11 +200,16 @@ def test_an_option_of_torch_that_is_not_supported_is_refused_wherever_it_comes_f
     assert str(rule.state_dict()) == str(before)
 
 
-@pytest.mark.parametrize("group, match", [
-    ({"amsgrad": True}, "amsgrad=True is not supported"), ({"betas": (0.9, 0.99)}, "betas=.* is not supported"),
-    ({"nesterov": True, "momentum": 0.0}, "momentum above 0"), ({"lr": True}, "lr is True"),
-    ({"momentum": 1.5}, "momentum is 1.5"),
-])
+@pytest.mark.parametrize(
+    "group, match",
+    [
+        ({"amsgrad": True}, "amsgrad=True is not supported"),
+        ({"betas": (0.9, 0.99)}, "betas=.* is not supported"),
+        ({"nesterov": True, "momentum": 0.0}, "momentum above 0"),
+        ({"lr": True}, "lr is True"),
+        ({"momentum": 1.5}, "momentum is 1.5"),
+    ],
+)
 def test_a_group_is_checked_like_the_optimizer(group, match):
     rule = optim.SGD(weights([(2,)]), momentum=0.9)
     with pytest.raises(ValueError, match=match):
@@ -306,27 +315,30 @@ def test_sparse_and_complex_gradients_are_refused():
         optim.SGD([z]).step()
 
 
-@pytest.mark.parametrize("kind, options, match", [
-    (optim.SGD, {"lr": -1.0}, "lr is -1.0"),
-    (optim.SGD, {"lr": math.nan}, "lr is nan"),
-    (optim.SGD, {"lr": math.inf}, "lr is inf"),
-    (optim.SGD, {"lr": "fast"}, "lr is 'fast'"),
-    (optim.SGD, {"lr": True}, "lr is True"),
-    (optim.SGD, {"lr": np.bool_(True)}, "lr is "),
-    (optim.SGD, {"lr": (0.1,)}, "lr is (0.1,)"),
-    (optim.SGD, {"lr": 1j}, "lr is 1j"),
-    (optim.SGD, {"weight_decay": False}, "weight_decay is False"),
-    (optim.Adam, {"betas": (True, 0.9)}, "betas is True"),
-    (optim.SGD, {"momentum": 1.0}, "momentum is 1.0"),
-    (optim.SGD, {"nesterov": True}, "momentum above 0"),
-    (optim.Adam, {"betas": (0.9, 1.0)}, "betas"),
-    (optim.Adam, {"betas": (0.9,)}, "two numbers"),
-    (optim.Adam, {"betas": 0.9}, "two numbers"),
-    (optim.Adam, {"eps": -1e-8}, "eps"),
-    (optim.AdamW, {"weight_decay": -0.1}, "weight_decay"),
-    (optim.RMSProp, {"alpha": 1.0}, "alpha"),
-    (optim.Muon, {"adjust_lr_fn": "none"}, "match_rms_adamw"),
-])
+@pytest.mark.parametrize(
+    "kind, options, match",
+    [
+        (optim.SGD, {"lr": -1.0}, "lr is -1.0"),
+        (optim.SGD, {"lr": math.nan}, "lr is nan"),
+        (optim.SGD, {"lr": math.inf}, "lr is inf"),
+        (optim.SGD, {"lr": "fast"}, "lr is 'fast'"),
+        (optim.SGD, {"lr": True}, "lr is True"),
+        (optim.SGD, {"lr": np.bool_(True)}, "lr is "),
+        (optim.SGD, {"lr": (0.1,)}, "lr is (0.1,)"),
+        (optim.SGD, {"lr": 1j}, "lr is 1j"),
+        (optim.SGD, {"weight_decay": False}, "weight_decay is False"),
+        (optim.Adam, {"betas": (True, 0.9)}, "betas is True"),
+        (optim.SGD, {"momentum": 1.0}, "momentum is 1.0"),
+        (optim.SGD, {"nesterov": True}, "momentum above 0"),
+        (optim.Adam, {"betas": (0.9, 1.0)}, "betas"),
+        (optim.Adam, {"betas": (0.9,)}, "two numbers"),
+        (optim.Adam, {"betas": 0.9}, "two numbers"),
+        (optim.Adam, {"eps": -1e-8}, "eps"),
+        (optim.AdamW, {"weight_decay": -0.1}, "weight_decay"),
+        (optim.RMSProp, {"alpha": 1.0}, "alpha"),
+        (optim.Muon, {"adjust_lr_fn": "none"}, "match_rms_adamw"),
+    ],
+)
 def test_bad_hyper_parameters_are_refused(kind, options, match):
     with pytest.raises(ValueError, match=re.escape(match)):
         kind(weights([(2, 2)]), **options)
@@ -415,8 +427,10 @@ SAME = {
     "exponential": (optim.exponential, lambda o: S.ExponentialLR(o, 0.01 ** (1 / T))),
     "staircase": (optim.staircase, lambda o: S.StepLR(o, T // 3, 0.1)),
     "one cycle": (optim.one_cycle, lambda o: S.OneCycleLR(o, 1.0, T, cycle_momentum=False)),
-    "warm-up": (optim.schedule("linear", warmup=0.25), lambda o: S.SequentialLR(
-        o, [S.LinearLR(o, 1 / 6, 1.0, 5), S.LinearLR(o, 1.0, 0.0, 18)], [6])),
+    "warm-up": (
+        optim.schedule("linear", warmup=0.25),
+        lambda o: S.SequentialLR(o, [S.LinearLR(o, 1 / 6, 1.0, 5), S.LinearLR(o, 1.0, 0.0, 18)], [6]),
+    ),
 }
 
 

@@ -1,4 +1,5 @@
 """The wheel: built, installed with its requirements into an empty environment, used from another folder."""
+
 import os
 import subprocess
 import sys
@@ -29,8 +30,13 @@ def wheel(root, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    files = subprocess.run(["git", "ls-files", "-z", "ftbook", "settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"],
-                           cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "ftbook", "settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
     for name in filter(None, files):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((root / name).read_bytes())
@@ -52,10 +58,23 @@ def test_the_wheel_works_in_an_empty_environment(wheel, root, tmp_path):
     where = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", where], check=True)
     python = where / "bin" / "python"
-    assert not env.uv(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python),
-                      "--constraints", str(root / "requirements" / "all.lock"), str(wheel))
+    assert not env.uv(
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        str(python),
+        "--constraints",
+        str(root / "requirements" / "all.lock"),
+        str(wheel),
+    )
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    run = subprocess.run([python, "-c", PROGRAM.format(env=where)], cwd=elsewhere, env=clean, capture_output=True, text=True)
+    run = subprocess.run(
+        [python, "-c", PROGRAM.format(env=where)], cwd=elsewhere, env=clean, capture_output=True, text=True
+    )
     assert run.stdout.split()[:2] == ["1", "True"], run.stderr

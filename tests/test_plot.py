@@ -1,4 +1,5 @@
 """Figures: what is drawn, that nothing overlaps, that alternative text is asked for."""
+
 import json
 import re
 from pathlib import Path
@@ -21,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_the_module_says_what_it_is_for_and_lists_what_it_offers():
     assert plot.__doc__.startswith("One style for every figure")
     assert len(plot.__all__) <= 15 and all(hasattr(plot, name) for name in plot.__all__)
-    here = {n for n, v in vars(plot).items() if getattr(v, "__module__", None) == plot.__name__ and not n.startswith("_")}
+    here = {
+        n for n, v in vars(plot).items() if getattr(v, "__module__", None) == plot.__name__ and not n.startswith("_")
+    }
     assert here <= set(plot.__all__), "what is not listed begins with an underscore"
 
 
@@ -39,19 +42,32 @@ def test_spread_keeps_the_gap_and_the_order(positions, gap):
 
 def test_curves_lines_bands_labels_and_scales():
     steps = np.arange(1.0, 6.0)
-    ax = plot.curves({"a": steps, "b": (steps, steps - 1, steps + 1), "gap": [1, 2, np.nan, 4, np.nan]}, x=steps, xlabel="epoch",
-                     ylabel="loss", logx=True, logy=True)
+    ax = plot.curves(
+        {"a": steps, "b": (steps, steps - 1, steps + 1), "gap": [1, 2, np.nan, 4, np.nan]},
+        x=steps,
+        xlabel="epoch",
+        ylabel="loss",
+        logx=True,
+        logy=True,
+    )
     assert len(ax.lines) == 3 and len(ax.collections) == 1 and ax.get_xscale() == ax.get_yscale() == "log"
     assert [t.get_text() for t in ax.texts] == ["a", "b", "gap"] and ax.get_xlabel() == "epoch"
     heights = sorted(t.get_window_extent().y0 for t in ax.texts)
     assert (np.diff(heights) > 8).all(), "labels at the line ends must not overlap"
-    other = plot.curves({"one": [1, 2], "two": [1, 2, 3]}, x={"one": [1, 2], "two": [2, 4, 6]}, xlabel="x", ylabel="y", ax=ax)
+    other = plot.curves(
+        {"one": [1, 2], "two": [1, 2, 3]}, x={"one": [1, 2], "two": [2, 4, 6]}, xlabel="x", ylabel="y", ax=ax
+    )
     assert other is ax
     assert not plot.curves({"none": [np.nan, np.nan]}, xlabel="x", ylabel="y").texts
 
 
 def test_curves_refuse():
-    for series, x in (({"a": [[1, 2], [3, 4]]}, None), ({"a": []}, None), ({"a": ([1, 2], [1], [1, 2])}, None), ({"a": [1, 2]}, [1])):
+    for series, x in (
+        ({"a": [[1, 2], [3, 4]]}, None),
+        ({"a": []}, None),
+        ({"a": ([1, 2], [1], [1, 2])}, None),
+        ({"a": [1, 2]}, [1]),
+    ):
         with pytest.raises(ValueError, match="series 'a'"):
             plot.curves(series, x, xlabel="x", ylabel="y")
 
@@ -62,7 +78,9 @@ def test_more_series_than_colors_differ_by_dash():
     assert first.get_color() == last.get_color() and first.get_linestyle() != last.get_linestyle()
 
 
-@pytest.mark.parametrize("images", [np.zeros((3, 8, 8)), torch.zeros(3, 1, 8, 8), torch.zeros(3, 3, 8, 8, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "images", [np.zeros((3, 8, 8)), torch.zeros(3, 1, 8, 8), torch.zeros(3, 3, 8, 8, dtype=torch.uint8)]
+)
 def test_image_grid_forms(images):
     assert len(plot.image_grid(images, titles=["a", "b", "c\nd"], ncols=2).images) == 3
 
@@ -80,11 +98,16 @@ def test_image_grid_and_scatter_and_heatmap_refuse():
 
 
 def test_intervals_labels():
-    rows = [dict(metric="acc", values=[0.8, 0.9], mean=0.85, interval=[0.7, 1.0], method="full", lr=0.1),
-            dict(metric="acc", values=[0.5], mean=0.5, interval=[None, None])]
+    rows = [
+        dict(metric="acc", values=[0.8, 0.9], mean=0.85, interval=[0.7, 1.0], method="full", lr=0.1),
+        dict(metric="acc", values=[0.5], mean=0.5, interval=[None, None]),
+    ]
     ax = plot.intervals(rows)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["method full, lr 0.1", "acc"] and ax.get_xlabel() == "acc"
-    assert [t.get_text() for t in plot.intervals(rows, label=lambda r: "x", show_values=False).get_yticklabels()] == ["x", "x"]
+    assert [t.get_text() for t in plot.intervals(rows, label=lambda r: "x", show_values=False).get_yticklabels()] == [
+        "x",
+        "x",
+    ]
     assert plot.intervals([{**rows[0], "name": "n"}]).get_yticklabels()[0].get_text() == "n"
     with pytest.raises(ValueError, match="no rows"):
         plot.intervals([])
@@ -136,7 +159,9 @@ def test_arrows_run_from_the_edge_of_one_box_to_the_edge_of_the_other(places, da
 
 def test_a_box_holds_its_text_and_a_data_unit_is_a_point():
     texts = {"a": "i", "b": "a wide line of text", "c": "three\nlines of\ntext", "d": ""}
-    ax = plot.concept_map({n: (t, (0, i)) for i, (n, t) in enumerate(texts.items())}, [("a", "b", "a label")], cell=(200, 90))
+    ax = plot.concept_map(
+        {n: (t, (0, i)) for i, (n, t) in enumerate(texts.items())}, [("a", "b", "a label")], cell=(200, 90)
+    )
     figure = ax.figure
     np.testing.assert_allclose(figure.get_size_inches() * 72, [np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())])
     figure.canvas.draw()
@@ -157,23 +182,31 @@ def test_a_label_stands_on_the_longest_part_of_its_arrow():
 LINE = {"a": ("A", (0, 0)), "b": ("B", (1, 0)), "c": ("C", (2, 0))}
 
 
-@pytest.mark.parametrize(("nodes", "edges", "options", "message"), [
-    ({}, [], {}, "no nodes"),
-    ({"a": "A"}, [], {}, r"node 'a' is 'A'; give \(text, \(column, row\)\)"),
-    ({"a": ("A", 3)}, [], {}, r"give \(text, \(column, row\)\)"),
-    ({"a": ("A", (1, 2, 3))}, [], {}, r"give \(text, \(column, row\)\)"),
-    (LINE, [("a", "a")], {}, "two nodes that differ"),
-    (LINE, [("a",)], {}, r"give \(from, to\)"),
-    (LINE, [("a", "b", "", (), 1)], {}, r"or \(from, to, label, bends\)"),
-    (LINE, [("a", "x"), ("b", "y")], {}, r"edges names \['x', 'y'\].*nodes has \['a', 'b', 'c'\]"),
-    (LINE, [], {"colors": {"z": 1}}, r"colors names \['z'\]"),
-    ({**LINE, "d": ("D", (0.1, 0)), "e": ("E", (2, 0.2))}, [], {}, "box 'a' overlaps box 'd'; box 'c' overlaps box 'e': move a box"),
-    (LINE, [("a", "c")], {}, "arrow 'a' to 'c' runs through box 'b': .*bend an arrow"),
-    (LINE, [("a", "b", "a long label between")], {}, "box 'a' overlaps label 'a long label between'"),
-    (LINE, [("a", "b", "", [(2, 0)])], {}, "arrow 'a' to 'b' runs through box 'c'"),
-    (LINE, [("a", "b", "", [(0, 0)])], {}, "arrow 'a' to 'b' runs through box 'a'"),
-    (LINE, [("a", "b", "", [(1.02, 0)])], {}, "arrow 'a' to 'b' runs through box 'b'"),
-])
+@pytest.mark.parametrize(
+    ("nodes", "edges", "options", "message"),
+    [
+        ({}, [], {}, "no nodes"),
+        ({"a": "A"}, [], {}, r"node 'a' is 'A'; give \(text, \(column, row\)\)"),
+        ({"a": ("A", 3)}, [], {}, r"give \(text, \(column, row\)\)"),
+        ({"a": ("A", (1, 2, 3))}, [], {}, r"give \(text, \(column, row\)\)"),
+        (LINE, [("a", "a")], {}, "two nodes that differ"),
+        (LINE, [("a",)], {}, r"give \(from, to\)"),
+        (LINE, [("a", "b", "", (), 1)], {}, r"or \(from, to, label, bends\)"),
+        (LINE, [("a", "x"), ("b", "y")], {}, r"edges names \['x', 'y'\].*nodes has \['a', 'b', 'c'\]"),
+        (LINE, [], {"colors": {"z": 1}}, r"colors names \['z'\]"),
+        (
+            {**LINE, "d": ("D", (0.1, 0)), "e": ("E", (2, 0.2))},
+            [],
+            {},
+            "box 'a' overlaps box 'd'; box 'c' overlaps box 'e': move a box",
+        ),
+        (LINE, [("a", "c")], {}, "arrow 'a' to 'c' runs through box 'b': .*bend an arrow"),
+        (LINE, [("a", "b", "a long label between")], {}, "box 'a' overlaps label 'a long label between'"),
+        (LINE, [("a", "b", "", [(2, 0)])], {}, "arrow 'a' to 'b' runs through box 'c'"),
+        (LINE, [("a", "b", "", [(0, 0)])], {}, "arrow 'a' to 'b' runs through box 'a'"),
+        (LINE, [("a", "b", "", [(1.02, 0)])], {}, "arrow 'a' to 'b' runs through box 'b'"),
+    ],
+)
 def test_a_map_that_cannot_be_read_is_refused_by_name(nodes, edges, options, message):
     open_figures = plt.get_fignums()
     with pytest.raises(ValueError, match=message):

@@ -25,8 +25,9 @@ from ftbook.train import Checkpoint, EarlyStopping, Settings, evaluate, fit
 
 def net(seed=0, dropout=0.0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 8), nn.ReLU(),
-                         nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
 
 
 def examples(n=60, seed=1):
@@ -52,12 +53,15 @@ def same(a, b, tolerance=0.0):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize(("theirs", "shared"), [
-    (lambda x, p: F.dropout(x, p, True), ()),
-    (lambda x, p: F.dropout2d(x, p, True), (2, 3)),
-    (lambda x, p: stochastic_depth(x, p, "row"), (1, 2, 3)),
-    (lambda x, p: stochastic_depth(x, p, "batch"), (-1, -2, -3, -4)),
-])
+@pytest.mark.parametrize(
+    ("theirs", "shared"),
+    [
+        (lambda x, p: F.dropout(x, p, True), ()),
+        (lambda x, p: F.dropout2d(x, p, True), (2, 3)),
+        (lambda x, p: stochastic_depth(x, p, "row"), (1, 2, 3)),
+        (lambda x, p: stochastic_depth(x, p, "batch"), (-1, -2, -3, -4)),
+    ],
+)
 def test_drop_equals_torch_given_the_same_noise(theirs, shared, p):
     x = torch.randn(6, 3, 5, 4)
     torch.manual_seed(3)
@@ -78,8 +82,12 @@ def test_drop_keeps_the_mean_and_has_the_variance_of_the_formula(p, seed):
 
 @pytest.mark.parametrize("p", [-0.1, 1.1])
 def test_rates_outside_zero_to_one_are_refused(p):
-    for call in (lambda: rg.drop(torch.ones(2), p), lambda: rg.set_dropout(net(), p), lambda: rg.mixout(net(), p=p),
-                 lambda: rg.drop_outputs(net(), "0", p=p)):
+    for call in (
+        lambda: rg.drop(torch.ones(2), p),
+        lambda: rg.set_dropout(net(), p),
+        lambda: rg.mixout(net(), p=p),
+        lambda: rg.drop_outputs(net(), "0", p=p),
+    ):
         with pytest.raises(ValueError, match="probability"):
             call()
 
@@ -249,8 +257,10 @@ def test_drop_connect_drops_weights_and_leaves_biases():
             rg.mixout(model, p=0.5)
 
 
-@pytest.mark.parametrize("attach", [lambda m: rg.mixout(m, p=0.5), lambda m: rg.drop_connect(m, p=0.3),
-                                    lambda m: rg.drop_outputs(m, "4", p=0.3)])
+@pytest.mark.parametrize(
+    "attach",
+    [lambda m: rg.mixout(m, p=0.5), lambda m: rg.drop_connect(m, p=0.3), lambda m: rg.drop_outputs(m, "4", p=0.3)],
+)
 def test_what_is_attached_trains_and_leaves_keys_order_and_class_as_they_were(attach):
     model = net()
     keys, classes, weights = list(model.state_dict()), [type(m) for m in model], [p for p in model.parameters()]
@@ -300,9 +310,12 @@ def test_an_l2_penalty_is_torchs_weight_decay_for_sgd():
     def sgd(decay):
         def make(parameters, model):
             named = dict(model.named_parameters())
-            groups = [{"params": [named[n] for n in names], "weight_decay": decay},
-                      {"params": [p for n, p in named.items() if n not in names], "weight_decay": 0.0}]
+            groups = [
+                {"params": [named[n] for n in names], "weight_decay": decay},
+                {"params": [p for n, p in named.items() if n not in names], "weight_decay": 0.0},
+            ]
             return torch.optim.SGD(groups, lr=0.1)
+
         return make
 
     data = tuple(t.double() if t.is_floating_point() else t for t in examples())
@@ -354,11 +367,14 @@ def problem(n=80, d=12):
     return x, x @ w + 0.7 + 0.5 * torch.randn(n, generator=g, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("theirs", "l1", "l2"), [
-    (Lasso(alpha=0.1, tol=1e-12, max_iter=100_000), 0.1, 0.0),
-    (ElasticNet(alpha=0.2, l1_ratio=0.5, tol=1e-12, max_iter=100_000), 0.1, 0.1),
-    (Ridge(alpha=80 * 0.3, tol=1e-12), 0.0, 0.3),
-])
+@pytest.mark.parametrize(
+    ("theirs", "l1", "l2"),
+    [
+        (Lasso(alpha=0.1, tol=1e-12, max_iter=100_000), 0.1, 0.0),
+        (ElasticNet(alpha=0.2, l1_ratio=0.5, tol=1e-12, max_iter=100_000), 0.1, 0.1),
+        (Ridge(alpha=80 * 0.3, tol=1e-12), 0.0, 0.3),
+    ],
+)
 def test_proximal_steps_find_scikit_learns_solution_zero_for_zero(theirs, l1, l2):
     x, y = problem()
     w, b = rg.linear_elastic_net(x, y, l1, l2, steps=4000)
@@ -663,8 +679,10 @@ def test_hooks_never_outlive_a_run_and_a_second_beginning_adds_none(name):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_pretrained_weights_follow_the_model_to_its_device():
-    for make in (lambda m: {"callbacks": [rg.DecoupledDecay(m, 1.0, toward="start")]},
-                 lambda m: {"loss": rg.Penalized("cross_entropy", rg.l2_sp(m, 1.0))}):
+    for make in (
+        lambda m: {"callbacks": [rg.DecoupledDecay(m, 1.0, toward="start")]},
+        lambda m: {"loss": rg.Penalized("cross_entropy", rg.l2_sp(m, 1.0))},
+    ):
         model = net()
         fit(model, examples(), **make(model), **{**HOW, "settings": replace(QUIET, device="cuda")})
 
@@ -674,7 +692,7 @@ def test_batchnorm_statistics_equal_torchs():
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.0), nn.Linear(6, 3))
     other = copy.deepcopy(model)
     x, y = examples()
-    batches = [(x[i:i + 20], y[i:i + 20]) for i in range(0, 60, 20)]
+    batches = [(x[i : i + 20], y[i : i + 20]) for i in range(0, 60, 20)]
     assert rg.refresh_batchnorm(model.eval(), batches) == 1 and model[1].momentum == 0.1 and not model[1].training
     update_bn(batches, other)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
@@ -741,8 +759,17 @@ def test_the_sentiment_task_is_balanced_and_pads_little(tmp_path):
     tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
     texts = TextSet(["good film", "bad"] * 20, torch.tensor([1, 0] * 20), ["negative", "positive"])
     torch.manual_seed(0)
-    encoder = BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
-                                   intermediate_size=8, max_position_embeddings=16), add_pooling_layer=False)
+    encoder = BertModel(
+        BertConfig(
+            vocab_size=8,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=8,
+            max_position_embeddings=16,
+        ),
+        add_pooling_layer=False,
+    )
     made = rg.sentiment_task(encoder, tokenizer, texts, texts, texts, labels=8, scored=(10, 12))
     assert len(made.valid["labels"]) == 10 and made.test["labels"].sum() == 6
     assert made.train(1)["attention_mask"].sum(1).diff().min() >= 0
@@ -751,5 +778,7 @@ def test_the_sentiment_task_is_balanced_and_pads_little(tmp_path):
     assert torch.allclose(model(ids, mask), model(ids[:, :3], mask[:, :3]), atol=1e-6)
     assert all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout))
     for method in ("stochastic depth", "feature dropout", "mixout", "L2-SP"):
-        found = rg.regularized_run(made, method, 0.3, seed=1, test=True, lr=1e-3, epochs=1, batch_size=4, settings=QUIET)
+        found = rg.regularized_run(
+            made, method, 0.3, seed=1, test=True, lr=1e-3, epochs=1, batch_size=4, settings=QUIET
+        )
         assert 0 <= found["test_accuracy"] <= 1

@@ -1,4 +1,5 @@
 """What must agree in this repository: notebooks and library, pages and results, settings and everything made from them."""
+
 import ast
 import json
 import re
@@ -18,8 +19,18 @@ from tools.run import stored_run
 from tools.settings import EXTRAS, NBS, ROOT, chapters, requirements, settings
 
 NOTEBOOKS = sorted(NBS.glob("[!.]*.ipynb"))
-FLOORS = [["runtime"], ["plot"], ["results"], ["images"], ["data"], ["models"], ["losses", "optim", "tags"], ["train"], ["finetune"],
-          ["autoencoder", "mlm", "vision", "ner", "peft", "regularize", "augment", "search"]]
+FLOORS = [
+    ["runtime"],
+    ["plot"],
+    ["results"],
+    ["images"],
+    ["data"],
+    ["models"],
+    ["losses", "optim", "tags"],
+    ["train"],
+    ["finetune"],
+    ["autoencoder", "mlm", "vision", "ner", "peft", "regularize", "augment", "search"],
+]
 
 
 def load(path: Path) -> dict:
@@ -103,7 +114,9 @@ def test_generated_cells_and_readme_agree_with_settings():
     for path in NOTEBOOKS:
         if path.name != "index.ipynb":
             text = path.read_text(encoding="utf-8")
-            assert f"{cfg['repository'].removeprefix('https://github.com/')}/blob/{cfg['branch']}/nbs/{path.name}" in text
+            assert (
+                f"{cfg['repository'].removeprefix('https://github.com/')}/blob/{cfg['branch']}/nbs/{path.name}" in text
+            )
             assert f"git+{cfg['repository']}@{cfg['branch']}" in text
 
 
@@ -135,7 +148,9 @@ def test_modules_import_only_from_floors_below():
             if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith("ftbook")):
                 inner = (node.module or "").removeprefix("ftbook").strip(".")
                 names = [inner.split(".")[0]] if inner else [a.name for a in node.names]
-                wrong += [f"{file.stem} imports the private {a.name} of {inner}" for a in node.names if a.name.startswith("_")]
+                wrong += [
+                    f"{file.stem} imports the private {a.name} of {inner}" for a in node.names if a.name.startswith("_")
+                ]
             elif isinstance(node, ast.Import):
                 names = [a.name.split(".")[1] for a in node.names if a.name.startswith("ftbook.")]
             wrong += [f"{file.stem} imports {n}" for n in names if floor.get(n, 99) >= floor[file.stem]]
@@ -196,7 +211,12 @@ def length(source: str) -> int:
 def test_form_of_a_notebook(path):
     nb = load(path)
     assert path.stat().st_size < 2_000_000
-    prose = re.sub(r"```.*?```", "", "\n\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"), flags=re.S)
+    prose = re.sub(
+        r"```.*?```",
+        "",
+        "\n\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"),
+        flags=re.S,
+    )
     ids = [c["id"] for c in nb["cells"]]
     assert len(set(ids)) == len(ids)
     assert len(re.findall(r"^# ", prose, flags=re.M)) == 1
@@ -206,7 +226,9 @@ def test_form_of_a_notebook(path):
     for output in outputs(path):
         assert output["output_type"] != "error"
         kinds = set(output.get("data", {}))
-        assert not kinds & {"image/png", "image/svg+xml", "image/jpeg"}, "show pictures with plot.show, which asks for alt text"
+        assert not kinds & {"image/png", "image/svg+xml", "image/jpeg"}, (
+            "show pictures with plot.show, which asks for alt text"
+        )
         if "<img" in "".join(output.get("data", {}).get("text/html", "")):
             assert re.search(r'<img[^>]* alt="[^"]{10,}"', "".join(output["data"]["text/html"]))
 
@@ -216,7 +238,11 @@ def test_the_book_lists_every_notebook_once():
 
 
 def test_links_between_notebooks_lead_somewhere():
-    glossary = {m for c in load(NBS / "A7_glossary.ipynb")["cells"] for m in re.findall(r"^### (.+)$", "".join(c["source"]), flags=re.M)}
+    glossary = {
+        m
+        for c in load(NBS / "A7_glossary.ipynb")["cells"]
+        for m in re.findall(r"^### (.+)$", "".join(c["source"]), flags=re.M)
+    }
     dead = []
     for path in NOTEBOOKS:
         text = "\n".join("".join(c["source"]) for c in load(path)["cells"] if c["cell_type"] == "markdown")
@@ -243,16 +269,36 @@ def test_lock_files_hold_every_requirement_and_no_address():
 def test_installed_packages_satisfy_the_requirements():
     for line in requirements("", "notebook", "dev"):
         need = Requirement(line)
-        assert need.specifier.contains(installed(need.name), prereleases=True), f"{line}, installed {installed(need.name)}"
+        assert need.specifier.contains(installed(need.name), prereleases=True), (
+            f"{line}, installed {installed(need.name)}"
+        )
 
 
 def test_nothing_of_this_machine_is_committed():
-    pattern = re.compile("|".join(["/wo" + "rk/", "/ro" + "ot/", "/tmp/b" + "ash_jobs", "py" + r"pi\.org", "registry" + r"\.npmjs",
-                                   "deb\\." + "debian"]))
+    pattern = re.compile(
+        "|".join(
+            [
+                "/wo" + "rk/",
+                "/ro" + "ot/",
+                "/tmp/b" + "ash_jobs",
+                "py" + r"pi\.org",
+                "registry" + r"\.npmjs",
+                "deb\\." + "debian",
+            ]
+        )
+    )
     assert [f for f in tracked() if pattern.search(read(f))] == []
 
 
 def test_whoever_serves_or_advises_to_serve_binds_to_this_machine_only():
-    served = {f: [line for line in read(f).splitlines() if re.search(r"-m http\.server|HTTPServer\(\(", line)] for f in tracked()}
+    served = {
+        f: [line for line in read(f).splitlines() if re.search(r"-m http\.server|HTTPServer\(\(", line)]
+        for f in tracked()
+    }
     assert served["tools/book.py"] and served["Makefile"]
-    assert [f"{f}: {line}" for f, lines in served.items() for line in lines if "127.0.0.1" not in line and "http\\." not in line] == []
+    assert [
+        f"{f}: {line}"
+        for f, lines in served.items()
+        for line in lines
+        if "127.0.0.1" not in line and "http\\." not in line
+    ] == []

@@ -1,4 +1,5 @@
 """Rows, intervals, stored numbers, sentences made from them, sweeps, studies."""
+
 import copy
 import errno
 import itertools
@@ -148,8 +149,13 @@ def test_two_processes_lose_nothing(folder):
 def test_say_renders_again_from_the_file():
     row = results.record("05_demo", "acc", results.row("accuracy", [0.86, 0.87, 0.88]))
     results.record("05_demo", "many", {"a": [0.25]})
-    said = results.say("{acc:.1%}, {r.mean:.2f}, {n} runs, {x:.0%}, {{}}", acc=row, r=("05_demo", "acc"), n=3,
-                       x=results.load("05_demo", "many")["a"][0])
+    said = results.say(
+        "{acc:.1%}, {r.mean:.2f}, {n} runs, {x:.0%}, {{}}",
+        acc=row,
+        r=("05_demo", "acc"),
+        n=3,
+        x=results.load("05_demo", "many")["a"][0],
+    )
     assert str(said) == repr(said) == "87.0 % [84.5, 89.5], 0.87, 3 runs, 25 %, {}"
     data, metadata = said._repr_mimebundle_()
     assert data["text/markdown"] == results.render(metadata["ftbook"])
@@ -158,8 +164,11 @@ def test_say_renders_again_from_the_file():
 
 
 def test_table_merges_metrics_and_escapes():
-    rows = [results.row("accuracy", [0.8, 0.9], n=1000, method="a|b"), results.row("seconds", [1.0, 2.0], n=1000, method="a|b"),
-            results.row("accuracy", [0.7, 0.8], method="c")]
+    rows = [
+        results.row("accuracy", [0.8, 0.9], n=1000, method="a|b"),
+        results.row("seconds", [1.0, 2.0], n=1000, method="a|b"),
+        results.row("accuracy", [0.7, 0.8], method="c"),
+    ]
     text = str(results.table(rows, caption="Takeaway."))
     assert r"a\|b" in text and text.count("\n| ") == 3 and "*Takeaway.*" in text and "| –" in text
     assert "| Method | n |" in str(results.table(rows[:1], columns={"method": "Method", "n": "n"}))
@@ -177,8 +186,19 @@ def test_call_payload_only_calls_public_functions():
     assert "not measured yet" in results.render(payload)
 
 
-@pytest.mark.parametrize("function", ["ftbook.peft.save_file", "ftbook.results.record", "ftbook.data.load", "ftbook.data",
-                                      "ftbook.data._in_cache", "ftbook.runtime.os.system", ".status_text", ""])
+@pytest.mark.parametrize(
+    "function",
+    [
+        "ftbook.peft.save_file",
+        "ftbook.results.record",
+        "ftbook.data.load",
+        "ftbook.data",
+        "ftbook.data._in_cache",
+        "ftbook.runtime.os.system",
+        ".status_text",
+        "",
+    ],
+)
 def test_render_calls_nothing_but_what_is_made_for_it(function, folder):
     with pytest.raises(ValueError, match="no public function of ftbook that gives a page's text"):
         results.render({"call": {"function": function, "arguments": {"chapter": "05_demo", "key": "x", "value": 1}}})
@@ -191,8 +211,21 @@ def test_a_template_reaches_no_private_attribute():
             results.say("{" + field + "}", x=1)
 
 
-HTML = ["<script>alert(1)</script>", "a <b>bold</b> word", "x < y", "<!-- gone -->", "`code` <i>", "\\`<b>`", "`a\n<b>`",
-        "x ` y\n`<b>`", "```<b>`x`", "&lt;b>", "<http://a b><b>", "a` <b> `b", "\\\\`a`<b>`"]
+HTML = [
+    "<script>alert(1)</script>",
+    "a <b>bold</b> word",
+    "x < y",
+    "<!-- gone -->",
+    "`code` <i>",
+    "\\`<b>`",
+    "`a\n<b>`",
+    "x ` y\n`<b>`",
+    "```<b>`x`",
+    "&lt;b>",
+    "<http://a b><b>",
+    "a` <b> `b",
+    "\\\\`a`<b>`",
+]
 
 
 def shown(text):
@@ -202,12 +235,19 @@ def shown(text):
 
 @pytest.mark.parametrize("text", HTML)
 def test_html_in_a_value_is_shown_and_not_obeyed_in_sentences_tables_and_captions(text):
-    for made in (results.say("value: {x}", x=text), results.say("`{x}`", x=text), results.table([{"a": text}]),
-                 results.table([{text: 1}]), results.table([{"a": 1}], caption=text)):
+    for made in (
+        results.say("value: {x}", x=text),
+        results.say("`{x}`", x=text),
+        results.table([{"a": text}]),
+        results.table([{text: 1}]),
+        results.table([{"a": 1}], caption=text),
+    ):
         html = shown(str(made))
         assert not [tag for tag in ("<script", "<b>", "<i>", "<!--") if tag in html], html
     assert "x &lt; y" in shown(str(results.say("{x}", x="x < y")))
-    assert "<code>a < b" not in shown(str(results.say("{x}", x="`a < b`"))) and "`a < b`" in str(results.say("{x}", x="`a < b`"))
+    assert "<code>a < b" not in shown(str(results.say("{x}", x="`a < b`"))) and "`a < b`" in str(
+        results.say("{x}", x="`a < b`")
+    )
     assert str(results.say("see <https://example.org/a>")) == "see <https://example.org/a>"
 
 
@@ -236,8 +276,11 @@ def test_a_heading_given_for_a_column_is_escaped_too():
 # ---------------------------------------------------------------- what is stored
 
 TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
-VALUES = st.recursive(TEXT | st.integers(-10**20, 10**20) | st.booleans() | st.none(),
-                      lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=12)
+VALUES = st.recursive(
+    TEXT | st.integers(-(10**20), 10**20) | st.booleans() | st.none(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=12,
+)
 
 
 @settings(deadline=None, max_examples=150)
@@ -248,7 +291,9 @@ def test_text_and_structure_survive_exactly(value):
     assert json.loads(json.dumps({"k": value})) == json.loads(text)
 
 
-@pytest.mark.parametrize("value", ["a [ b ] c", "[ 1, 2 ]", "[\n 1\n]", 'say "[ x ]"', "\ud800 half", ["[ a ]", ["b ] [ c"]], "a  b"])
+@pytest.mark.parametrize(
+    "value", ["a [ b ] c", "[ 1, 2 ]", "[\n 1\n]", 'say "[ x ]"', "\ud800 half", ["[ a ]", ["b ] [ c"]], "a  b"]
+)
 def test_text_with_brackets_comes_back_as_it_was(value):
     results.record("05_demo", "k", value)
     assert results.load("05_demo", "k") == value
@@ -278,6 +323,7 @@ def test_what_a_row_was_varied_in_is_exact_and_what_was_measured_is_rounded():
 
 
 # ---------------------------------------------------------------- the lock, the disk, what killed writers leave
+
 
 def write_with_own_temporary_folder(worker, folder, temporary):
     os.environ |= {"FTBOOK_RESULTS": str(folder), "FTBOOK_PROFILE": "cpu", "TMPDIR": str(temporary)}
@@ -389,14 +435,19 @@ def test_a_run_that_meets_a_full_disk_stops_the_sweep_too():
 
 # ---------------------------------------------------------------- data that stand in for others
 
+
 def test_numbers_of_substituted_data_are_not_stored_under_the_real_name(folder, monkeypatch):
     results.record("10_demo", "known", {"names": 13204})
     before = (folder / "10_demo.json").read_bytes()
     results.substituted("wnut17", "no network; get it from https://example.org")
-    for store in (lambda: results.record("10_demo", "known", {"names": 91}),
-                  lambda: results.sweep(noisy, {"lr": [0.1], "method": ["full"]}, [0], chapter="10_demo", name="s"),
-                  lambda: compare([{"method": "a", "lr": 0.1}])):
-        with pytest.raises(RuntimeError, match="stands in for wnut17 .*https://example.org.*FTBOOK_PROFILE=quick.*substitute="):
+    for store in (
+        lambda: results.record("10_demo", "known", {"names": 91}),
+        lambda: results.sweep(noisy, {"lr": [0.1], "method": ["full"]}, [0], chapter="10_demo", name="s"),
+        lambda: compare([{"method": "a", "lr": 0.1}]),
+    ):
+        with pytest.raises(
+            RuntimeError, match="stands in for wnut17 .*https://example.org.*FTBOOK_PROFILE=quick.*substitute="
+        ):
             store()
     assert (folder / "10_demo.json").read_bytes() == before and list(folder.iterdir()) == [folder / "10_demo.json"]
     assert list(results.substituted()) == ["wnut17"]
@@ -455,6 +506,7 @@ def test_data_substituted_within_a_run_are_noticed_before_the_run_is_stored(fold
 
 # ---------------------------------------------------------------- sweeps
 
+
 def noisy(seed, lr, method):
     if method == "broken":
         raise RuntimeError("diverged")
@@ -489,7 +541,9 @@ def test_sweep_keeps_each_run_resumes_and_chooses():
 
 def test_sweep_reports_failures_and_refuses_wrong_questions():
     with pytest.warns(UserWarning, match="diverged"):
-        done = results.sweep(noisy, {"lr": [0.1], "method": ["full", "broken"]}, [0], chapter="05_demo", name="f", progress=False)
+        done = results.sweep(
+            noisy, {"lr": [0.1], "method": ["full", "broken"]}, [0], chapter="05_demo", name="f", progress=False
+        )
     assert len(done.rows) == 1 and "RuntimeError: diverged" in done.failed[0]["error"]
     with pytest.warns(UserWarning, match="must return a dict"):
         results.sweep(lambda seed, a: 3, {"a": [1]}, [0], chapter="05_demo", name="g", progress=False)
@@ -512,8 +566,14 @@ def test_settings_grid_random_and_errors():
     assert len(results._settings(choices)) == 6
     few, more = (results._settings(choices, "random", n) for n in (2, 4))
     assert more[:2] == few and len({json.dumps(s) for s in more}) == 4
-    for wrong, error in (({"a": "abc"}, ValueError), ({"a": []}, ValueError), ({"a": [object()]}, TypeError),
-                         ({"a": [float("inf")]}, ValueError), ({"seed": [1]}, ValueError), ({"metric": [1]}, ValueError)):
+    for wrong, error in (
+        ({"a": "abc"}, ValueError),
+        ({"a": []}, ValueError),
+        ({"a": [object()]}, TypeError),
+        ({"a": [float("inf")]}, ValueError),
+        ({"seed": [1]}, ValueError),
+        ({"metric": [1]}, ValueError),
+    ):
         with pytest.raises(error):
             results._settings(wrong)
     for search, trials in (("best", None), ("random", None)):
@@ -549,7 +609,9 @@ def test_every_rate_is_a_setting_of_its_own_to_the_last_bit(rates):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("FTBOOK_RESULTS", folder)
         rates = [*rates, np.nextafter(rates[0], 2), np.float32(rates[0]).item()]
-        done = results.sweep(lambda seed, lr: {"loss": lr}, {"lr": rates}, [0], chapter="05_demo", name="s", progress=False)
+        done = results.sweep(
+            lambda seed, lr: {"loss": lr}, {"lr": rates}, [0], chapter="05_demo", name="s", progress=False
+        )
         assert len(done.rows) == len(set(rates))
         for found in (done, results.load_sweep("05_demo", "s")):
             assert all(found.row("loss", lr=r)["lr"] == r for r in rates)
@@ -562,37 +624,74 @@ def test_whole_numbers_find_their_floats_and_truth_is_no_number():
     assert len(done.rows) == 3 and done.row("x", a=1.0)["a"] == 1 and done.row("x", a=True)["a"] is True
 
 
-OLD = {"cpu": {"s": {"provenance": [{"python": "3.11", "date": "2026-01-01"}], "value": {"n": 5, "runs": [
-    {"choice": {"lr": 0.333333, "m": "a"}, "seed": s, "metrics": {"loss": 1.0 + s}, "seconds": 1.0, "origin": 0}
-    for s in (0, 1)]}}}}
+OLD = {
+    "cpu": {
+        "s": {
+            "provenance": [{"python": "3.11", "date": "2026-01-01"}],
+            "value": {
+                "n": 5,
+                "runs": [
+                    {
+                        "choice": {"lr": 0.333333, "m": "a"},
+                        "seed": s,
+                        "metrics": {"loss": 1.0 + s},
+                        "seconds": 1.0,
+                        "origin": 0,
+                    }
+                    for s in (0, 1)
+                ],
+            },
+        }
+    }
+}
 
 
 def test_runs_that_were_stored_with_six_digits_are_found_by_the_exact_rate(folder):
     (folder / "05_demo.json").write_text(json.dumps(OLD))
     where = {"chapter": "05_demo", "name": "s", "n": 5, "progress": False}
     done = results.sweep(lambda **k: pytest.fail("ran again"), {"lr": [1 / 3], "m": ["a"]}, [0, 1], **where)
-    assert done.row("loss", lr=1 / 3)["values"] == [1.0, 2.0] and results.load_sweep("05_demo", "s").row("loss", lr=1 / 3)
+    assert done.row("loss", lr=1 / 3)["values"] == [1.0, 2.0] and results.load_sweep("05_demo", "s").row(
+        "loss", lr=1 / 3
+    )
     calls = []
-    results.sweep(lambda **k: calls.append(k["lr"]) or {"loss": 0}, {"lr": [0.3333331, 0.3333332], "m": ["a"]}, [0], **where)
+    results.sweep(
+        lambda **k: calls.append(k["lr"]) or {"loss": 0}, {"lr": [0.3333331, 0.3333332], "m": ["a"]}, [0], **where
+    )
     assert calls == [0.3333331, 0.3333332], "one old run cannot stand for two rates"
 
 
 def test_rows_are_in_the_order_of_numbers():
     choices = {"labels": [100, 10, 1, 30, 3], "m": ["b", "a", None]}
-    done = results.sweep(lambda seed, labels, m: {"x": labels}, choices, [10, 9], chapter="05_demo", name="s", progress=False)
+    done = results.sweep(
+        lambda seed, labels, m: {"x": labels}, choices, [10, 9], chapter="05_demo", name="s", progress=False
+    )
     for found in (done, results.load_sweep("05_demo", "s")):
         assert [r["labels"] for r in found.summary("x", m="a")] == [1, 3, 10, 30, 100]
         assert found.rows[0] | {"seconds": 0} == {"labels": 1, "m": None, "seed": 9, "x": 1, "seconds": 0}
-        assert [row.split("|")[1].strip() for row in str(found.table("x")).split("\n")[2::3]] == ["1", "3", "10", "30", "100"]
+        assert [row.split("|")[1].strip() for row in str(found.table("x")).split("\n")[2::3]] == [
+            "1",
+            "3",
+            "10",
+            "30",
+            "100",
+        ]
 
 
 def test_a_setting_that_diverged_is_shown_and_never_the_best():
     scores = {1.0: float("nan"), 2.0: 0.5, 3.0: 0.4}
-    done = results.sweep(lambda seed, lr: {"acc": scores[lr] if seed else 0.6}, {"lr": list(scores)}, [0, 1],
-                         chapter="05_demo", name="s", progress=False)
+    done = results.sweep(
+        lambda seed, lr: {"acc": scores[lr] if seed else 0.6},
+        {"lr": list(scores)},
+        [0, 1],
+        chapter="05_demo",
+        name="s",
+        progress=False,
+    )
     assert np.isnan(done.row("acc", lr=1).mean), "the seed that is left is not the mean"
     assert done.best("acc")["lr"] == 2 and done.best("acc", mode="min")["lr"] == 3
-    alone = results.sweep(lambda seed, lr: {"acc": float("inf")}, {"lr": [1]}, [0], chapter="05_demo", name="t", progress=False)
+    alone = results.sweep(
+        lambda seed, lr: {"acc": float("inf")}, {"lr": [1]}, [0], chapter="05_demo", name="t", progress=False
+    )
     with pytest.raises(ValueError, match="'acc' is no number in any run"):
         alone.best("acc")
 
@@ -618,8 +717,12 @@ def compare(rows, run=measure, **options):
 
 
 RATES = [0.1, 0.2, 1 / 3, 0.5]
-ROWS = [{"method": "a", "lr": RATES}, {"method": "b", "lr": RATES}, {"method": "fixed", "lr": 0.2},
-        {"method": "like b", "lr": results.ChosenFor(method="b")}]
+ROWS = [
+    {"method": "a", "lr": RATES},
+    {"method": "b", "lr": RATES},
+    {"method": "fixed", "lr": 0.2},
+    {"method": "like b", "lr": results.ChosenFor(method="b")},
+]
 
 
 def content(folder):
@@ -642,7 +745,12 @@ def test_a_study_chooses_on_validation_data_and_scores_the_test_data_once():
     assert search == [("valid", m, lr, 0) for m in "ab" for lr in RATES], "one seed, and only what is searched"
     assert [a for a in ASKED if a[0] == "test"] == [("test", m, lr, s) for m, lr in chosen.items() for s in (1, 2, 3)]
     for row in found.rows("score"):
-        assert row["lr"] == chosen[row["method"]] and row["n"] == 200 and row["seeds"] == [1, 2, 3] and row["budget"] == "50 steps"
+        assert (
+            row["lr"] == chosen[row["method"]]
+            and row["n"] == 200
+            and row["seeds"] == [1, 2, 3]
+            and row["budget"] == "50 steps"
+        )
         assert row["tried"] == (4 if row["method"] in "ab" else 1) and row["edge"] == [] and row["minutes"] >= 0
         assert row.varied == {"method": row["method"], "lr": chosen[row["method"]]}
     assert found.search.stored["n"] == 50 and len(found.search.rows) == 8 and len(found.final.rows) == 12
@@ -661,7 +769,11 @@ def test_a_study_chooses_on_validation_data_and_scores_the_test_data_once():
 @given(st.data())
 def test_a_study_that_was_killed_anywhere_and_goes_on_equals_the_unbroken_one(data):
     stops = data.draw(st.lists(st.integers(0, 19), max_size=3))
-    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory() as first,
+        tempfile.TemporaryDirectory() as second,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("FTBOOK_RESULTS", first)
         compare(ROWS)
         patch.setenv("FTBOOK_RESULTS", second)
@@ -684,8 +796,11 @@ def test_a_study_that_was_killed_anywhere_and_goes_on_equals_the_unbroken_one(da
         assert content(results.Path(first)) == content(results.Path(second))
 
 
-@pytest.mark.parametrize("pool", [lambda: ThreadPoolExecutor(3),
-                                  lambda: ProcessPoolExecutor(2, multiprocessing.get_context("fork"))], ids=["threads", "processes"])
+@pytest.mark.parametrize(
+    "pool",
+    [lambda: ThreadPoolExecutor(3), lambda: ProcessPoolExecutor(2, multiprocessing.get_context("fork"))],
+    ids=["threads", "processes"],
+)
 def test_an_executor_gives_the_rows_of_one_process(pool, tmp_path, monkeypatch):
     folders = tmp_path / "here", tmp_path / "pool"
     monkeypatch.setenv("FTBOOK_RESULTS", str(folders[0]))
@@ -710,10 +825,15 @@ def ends_its_process(seed, split, lr):
     os._exit(1)
 
 
-@pytest.mark.parametrize("run, match", [
-    (stands_in, "wnut17: in another process"), (another_profile, "in the quick profile, the study in cpu"),
-    (ends_its_process, "the executor could not do a run .BrokenProcessPool"),
-    (lambda seed, split, lr: {"score": 1}, "must be importable there")])
+@pytest.mark.parametrize(
+    "run, match",
+    [
+        (stands_in, "wnut17: in another process"),
+        (another_profile, "in the quick profile, the study in cpu"),
+        (ends_its_process, "the executor could not do a run .BrokenProcessPool"),
+        (lambda seed, split, lr: {"score": 1}, "must be importable there"),
+    ],
+)
 def test_what_goes_wrong_in_another_process_is_told_and_nothing_is_stored(run, match, folder):
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
         with pytest.raises(RuntimeError, match=match):
@@ -721,17 +841,28 @@ def test_what_goes_wrong_in_another_process_is_told_and_nothing_is_stored(run, m
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("options, edge", [
-    ([0.2, 0.3, 0.4], ["lr"]), ([0.1, 0.15, 0.2], ["lr"]), ([0.1, 0.2, 0.3], []), ([0.2], []), ([0.0, 0.5, 1.0], []),
-    ([0.4, 0.2, 0.1], [])])
+@pytest.mark.parametrize(
+    "options, edge",
+    [
+        ([0.2, 0.3, 0.4], ["lr"]),
+        ([0.1, 0.15, 0.2], ["lr"]),
+        ([0.1, 0.2, 0.3], []),
+        ([0.2], []),
+        ([0.0, 0.5, 1.0], []),
+        ([0.4, 0.2, 0.1], []),
+    ],
+)
 def test_a_choice_at_the_edge_of_its_grid_is_warned_of_and_stands_in_the_row(options, edge):
     given = {"chapter": "10_demo", "name": "edge", "choose": "score", "budget": "b", "seeds": [1]}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = results.study(measure, [{"method": "a", "lr": options}], **given)
     assert found.row("score")["edge"] == edge
-    assert [str(w.message) for w in told] == ([f"study edge.search: for {{'method': 'a'}} the best lr is 0.2, at the edge of "
-                                               f"{options}; widen the grid"] if edge else [])
+    assert [str(w.message) for w in told] == (
+        [f"study edge.search: for {{'method': 'a'}} the best lr is 0.2, at the edge of {options}; widen the grid"]
+        if edge
+        else []
+    )
 
 
 def test_names_have_no_edge_and_several_settings_are_searched_together():
@@ -747,23 +878,44 @@ def test_a_lower_score_may_be_the_better_and_several_seeds_may_search():
     assert found.row("loss")["lr"] == 1 / 3 and len(found.search.rows) == 8
 
 
-@pytest.mark.parametrize("rows, match", [
-    ([], "no rows"),
-    ([{"method": "a", "lr": [1, 2]}, {"method": "b", "lr": [1, 2, 3]}], "different numbers of settings: 2 for .*; 3 for"),
-    ([{"method": "a", "lr": [1, 2]}, {"method": "a", "lr": [3, 4]}], "2 rows do not differ in what is fixed"),
-    ([{"method": "a", "lr": results.ChosenFor(method="c")}], "takes lr from another, and 0 rows have {'method': 'c'}"),
-    ([{"method": "a", "lr": [1, 2]}, {"method": "b", "lr": results.ChosenFor(method="a")},
-      {"method": "c", "lr": results.ChosenFor(method="b")}], "0 rows have {'method': 'b'}"),
-    ([{"split": "test"}], "'split' is a field of every row"),
-    ([{"lr": []}], "at least one option"),
-])
+@pytest.mark.parametrize(
+    "rows, match",
+    [
+        ([], "no rows"),
+        (
+            [{"method": "a", "lr": [1, 2]}, {"method": "b", "lr": [1, 2, 3]}],
+            "different numbers of settings: 2 for .*; 3 for",
+        ),
+        ([{"method": "a", "lr": [1, 2]}, {"method": "a", "lr": [3, 4]}], "2 rows do not differ in what is fixed"),
+        (
+            [{"method": "a", "lr": results.ChosenFor(method="c")}],
+            "takes lr from another, and 0 rows have {'method': 'c'}",
+        ),
+        (
+            [
+                {"method": "a", "lr": [1, 2]},
+                {"method": "b", "lr": results.ChosenFor(method="a")},
+                {"method": "c", "lr": results.ChosenFor(method="b")},
+            ],
+            "0 rows have {'method': 'b'}",
+        ),
+        ([{"split": "test"}], "'split' is a field of every row"),
+        ([{"lr": []}], "at least one option"),
+    ],
+)
 def test_rows_that_cannot_be_compared_are_refused_before_the_first_run(rows, match):
     with pytest.raises(ValueError, match=match):
         compare(rows, lambda **k: pytest.fail("ran"))
 
 
-@pytest.mark.parametrize("options, match", [({"mode": "best"}, "'max' or 'min'"), ({"seeds": []}, "at least one seed"),
-                                            ({"search_seeds": []}, "at least one seed")])
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"mode": "best"}, "'max' or 'min'"),
+        ({"seeds": []}, "at least one seed"),
+        ({"search_seeds": []}, "at least one seed"),
+    ],
+)
 def test_wrong_options_of_a_study_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         compare(ROWS, lambda **k: pytest.fail("ran"), **options)
@@ -771,8 +923,11 @@ def test_wrong_options_of_a_study_are_refused(options, match):
 
 def test_a_study_mixes_neither_budgets_nor_numbers_of_examples():
     compare(ROWS[:1], n={"valid": 5, "test": 9})
-    for other, match in (({"budget": "60 steps"}, "budget '50 steps', this one '60 steps'"), ({"n": {"test": 8}}, "n 9, this one 8"),
-                         ({"n": {"valid": 4, "test": 9}}, "n 5, this one 4")):
+    for other, match in (
+        ({"budget": "60 steps"}, "budget '50 steps', this one '60 steps'"),
+        ({"n": {"test": 8}}, "n 9, this one 8"),
+        ({"n": {"valid": 4, "test": 9}}, "n 5, this one 4"),
+    ):
         with pytest.raises(ValueError, match=match):
             compare(ROWS[:1], **{"n": {"valid": 5, "test": 9}} | other)
 
@@ -781,7 +936,9 @@ def test_rows_that_take_more_steps_than_others_are_found_out():
     def run(seed, split, method, lr):
         return {"score": lr, "steps": 60 if method == "b" else 50}
 
-    with pytest.raises(ValueError, match="budgets differ: 60 steps for {'method': 'b', 'lr': 0.1}, 50 for {'method': 'a'"):
+    with pytest.raises(
+        ValueError, match="budgets differ: 60 steps for {'method': 'b', 'lr': 0.1}, 50 for {'method': 'a'"
+    ):
         compare(ROWS[:2], run)
 
 

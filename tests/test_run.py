@@ -1,4 +1,5 @@
 """`make run`: a notebook's stored outputs are replaced by a whole run on the real data, and by nothing else."""
+
 import json
 import os
 import time
@@ -37,7 +38,9 @@ STAND_IN = "from ftbook import results\nresults.substituted('wnut17', 'no networ
 def test_a_run_with_substituted_data_replaces_neither_outputs_nor_results(notebook, tmp_path):
     path = notebook("print(1)", STAND_IN)
     before = path.read_bytes()
-    with pytest.raises(RuntimeError, match="ran with substitutes of wnut17; .*stay as they are.*\n.*https://example.org has it"):
+    with pytest.raises(
+        RuntimeError, match="ran with substitutes of wnut17; .*stay as they are.*\n.*https://example.org has it"
+    ):
         run.execute(path)
     assert path.read_bytes() == before and not (tmp_path / "results").exists()
     assert [f.name for f in path.parent.iterdir()] == ["99_demo.ipynb"]

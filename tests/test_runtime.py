@@ -1,4 +1,5 @@
 """Profiles, device, seeds, meters, atomic files."""
+
 import ast
 import json
 import os
@@ -35,9 +36,24 @@ def test_without_a_word_the_profile_is_cpu_and_a_gpu_is_mentioned_once(monkeypat
     runtime._mention_gpu.cache_clear()
 
 
-@pytest.mark.parametrize(("value", "offline"), [
-    (None, False), ("", False), ("  ", False), ("0", False), ("false", False), ("False", False), (" no ", False), ("NO", False),
-    ("1", True), ("true", True), ("yes", True), ("2", True), ("offline", True)])
+@pytest.mark.parametrize(
+    ("value", "offline"),
+    [
+        (None, False),
+        ("", False),
+        ("  ", False),
+        ("0", False),
+        ("false", False),
+        ("False", False),
+        (" no ", False),
+        ("NO", False),
+        ("1", True),
+        ("true", True),
+        ("yes", True),
+        ("2", True),
+        ("offline", True),
+    ],
+)
 def test_offline_is_what_the_switch_says(monkeypatch, value, offline):
     monkeypatch.delenv("FTBOOK_OFFLINE", raising=False)
     if value is not None:
@@ -50,7 +66,9 @@ def test_every_environment_variable_of_the_book_is_read_in_one_place(root):
     found = []
     for file in sorted((root / "ftbook").glob("[!_]*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.Call, ast.Subscript)) and "environ" in ast.unparse(node.func if isinstance(node, ast.Call) else node.value):
+            if isinstance(node, (ast.Call, ast.Subscript)) and "environ" in ast.unparse(
+                node.func if isinstance(node, ast.Call) else node.value
+            ):
                 if "FTBOOK_" in ast.unparse(node):
                     found.append(f"{file.stem}: {ast.unparse(node)}")
     assert found == []
@@ -61,8 +79,10 @@ def test_the_chapter_runs_cell_by_cell_in_a_plain_kernel(root, tmp_path):
     nb = json.loads((root / "nbs" / "A3_runtime.ipynb").read_text(encoding="utf-8"))
     cells = [c["source"] for c in nb["cells"] if c["cell_type"] == "code"]
     (tmp_path / "cells.json").write_text(json.dumps(cells))
-    code = ("import json, pathlib\nspace = {'__name__': '__main__'}\n"
-            "for cell in json.loads(pathlib.Path('cells.json').read_text()):\n    exec(''.join(cell), space)\n")
+    code = (
+        "import json, pathlib\nspace = {'__name__': '__main__'}\n"
+        "for cell in json.loads(pathlib.Path('cells.json').read_text()):\n    exec(''.join(cell), space)\n"
+    )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FTBOOK_")}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -226,8 +246,10 @@ def test_atomic_write_replaces_whole_files_or_nothing(tmp_path):
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    code = ("import os, signal, sys\nfrom ftbook.runtime import atomic_write\nwith atomic_write(sys.argv[1]) as t:\n"
-            "    t.write_text('new')\n    os.kill(os.getpid(), signal.SIGKILL)")
+    code = (
+        "import os, signal, sys\nfrom ftbook.runtime import atomic_write\nwith atomic_write(sys.argv[1]) as t:\n"
+        "    t.write_text('new')\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
     run = subprocess.run([sys.executable, "-c", code, str(path)])
     assert run.returncode == -9 and path.read_text() == "old"
 

@@ -1,4 +1,5 @@
 """Chapter 17's library: schedules equal scikit-learn's, estimators equal enumeration, searches that resume."""
+
 import builtins
 import itertools
 import math
@@ -49,7 +50,12 @@ def test_with_log_a_whole_number_is_as_likely_as_its_share_of_the_logarithm(low,
     assert np.abs(found - share).max() < 1e-3
 
 
-@given(ends=st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)), u=st.floats(0, 1), log=st.booleans(), integer=st.booleans())
+@given(
+    ends=st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)),
+    u=st.floats(0, 1),
+    log=st.booleans(),
+    integer=st.booleans(),
+)
 @settings(max_examples=200, deadline=None)
 def test_a_value_lies_in_its_range_and_whole_numbers_are_whole(ends, u, log, integer):
     low, high = sorted(ends)
@@ -72,14 +78,24 @@ def sklearn_schedule(candidates, most, least, factor):
             super().__init__(strategy="most_frequent")
             self.a, self.units = a, units
 
-    found = HalvingGridSearchCV(Dummy(), {"a": list(range(candidates))}, factor=factor, resource="units", cv=2,
-                                max_resources=most, min_resources=least, refit=False)
+    found = HalvingGridSearchCV(
+        Dummy(),
+        {"a": list(range(candidates))},
+        factor=factor,
+        resource="units",
+        cv=2,
+        max_resources=most,
+        min_resources=least,
+        refit=False,
+    )
     found.fit(np.zeros((4, 1)), [0, 0, 1, 1])
     return list(zip(found.n_candidates_, found.n_resources_, strict=True))
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 5, 9, 20])
-@pytest.mark.parametrize(("most", "least", "factor"), [(27, "exhaust", 3), (100, 1, 2), (600, "exhaust", 2), (50, 7, 3)])
+@pytest.mark.parametrize(
+    ("most", "least", "factor"), [(27, "exhaust", 3), (100, 1, 2), (600, "exhaust", 2), (50, 7, 3)]
+)
 def test_schedule_equals_scikit_learn(candidates, most, least, factor):
     ours = search.halving_schedule(candidates, most, 1 if least == "exhaust" else least, factor, least == "exhaust")
     assert ours == sklearn_schedule(candidates, most, least, factor)
@@ -109,9 +125,14 @@ def test_best_of_equals_enumeration_and_brackets():
     valid, test = rng.random(8), rng.random(8)
     found = {r["n"]: r for r in search.best_of(valid, test, [1, 3, 8], resamples=200)}
     subsets = [max(s, key=lambda i: valid[i]) for s in itertools.combinations(range(8), 3)]
-    assert math.isclose(found[3]["valid"][0], valid[subsets].mean()) and math.isclose(found[3]["test"][0], test[subsets].mean())
+    assert math.isclose(found[3]["valid"][0], valid[subsets].mean()) and math.isclose(
+        found[3]["test"][0], test[subsets].mean()
+    )
     assert math.isclose(found[3]["gap"][0], (valid - test)[subsets].mean())
-    assert math.isclose(found[3]["added"][0], found[3]["gap"][0] - found[1]["gap"][0]) and abs(found[1]["added"][0]) < 1e-12
+    assert (
+        math.isclose(found[3]["added"][0], found[3]["gap"][0] - found[1]["gap"][0])
+        and abs(found[1]["added"][0]) < 1e-12
+    )
     assert math.isclose(found[1]["valid"][0], valid.mean()) and found[8]["valid"][0] == valid.max()
     assert all(r[k][1] <= r[k][2] for r in found.values() for k in ("valid", "test", "gap"))
 
@@ -121,12 +142,19 @@ def test_halving_finds_the_best_resumes_and_counts():
 
     def run(seed, x, steps):
         calls.append((x, steps))
-        return {"score": -(x - 4) ** 2 - 3 / steps}
+        return {"score": -((x - 4) ** 2) - 3 / steps}
 
     def go(**more):
-        return search.successive_halving(run, [{"x": x} for x in range(9)], resource="steps",
-                                         schedule=search.halving_schedule(9, 9), metric="score", chapter="toy", name="h",
-                                         **more)
+        return search.successive_halving(
+            run,
+            [{"x": x} for x in range(9)],
+            resource="steps",
+            schedule=search.halving_schedule(9, 9),
+            metric="score",
+            chapter="toy",
+            name="h",
+            **more,
+        )
 
     first = go()
     assert first.best == {"x": 4} and [len(r) for r in first.rungs] == [9, 3, 1] and first.cost == 9 + 9 + 9
@@ -148,8 +176,16 @@ def test_halving_ranks_a_score_that_is_no_number_last_and_loses_no_run(scores, m
     def go():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return search.successive_halving(run, [{"i": i} for i in range(9)], resource="steps", metric="score", mode=mode,
-                                             schedule=search.halving_schedule(9, 9), chapter="toy", name="n")
+            return search.successive_halving(
+                run,
+                [{"i": i} for i in range(9)],
+                resource="steps",
+                metric="score",
+                mode=mode,
+                schedule=search.halving_schedule(9, 9),
+                chapter="toy",
+                name="n",
+            )
 
     ended = [i for i in range(9) if scores[i] is not None]
     numbers = [i for i in ended if math.isfinite(scores[i])]
@@ -181,10 +217,18 @@ def test_halving_goes_on_with_the_exact_setting_and_names_a_missing_metric():
         search.successive_halving(run, settings, schedule=[(3, 1)], metric="accuracy", **where)
 
 
-@pytest.mark.parametrize("call", [lambda: search.expected_best([0.1, math.nan], 1), lambda: search.best_of([0.1], [math.inf], [1]),
-                                  lambda: search.expected_best([[0.1]], 1)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: search.expected_best([0.1, math.nan], 1),
+        lambda: search.best_of([0.1], [math.inf], [1]),
+        lambda: search.expected_best([[0.1]], 1),
+    ],
+)
 def test_estimates_refuse_scores_that_are_no_numbers(call):
-    with pytest.raises(ValueError, match="no finite numbers; give one number per trial, a diverged trial that of chance"):
+    with pytest.raises(
+        ValueError, match="no finite numbers; give one number per trial, a diverged trial that of chance"
+    ):
         call()
 
 
@@ -201,8 +245,10 @@ def test_run_settings_keeps_what_ran(capsys):
 
 def test_mlp_run_repeats_and_scores():
     train, valid = data.load("digits", "train").split([150, 150], seed=0)[:2]
-    one, two = (search.mlp_run(0, train=train, valid=valid, test=valid, lr=1e-2, steps=60, valid_sizes=(50, 150))
-                for _ in range(2))
+    one, two = (
+        search.mlp_run(0, train=train, valid=valid, test=valid, lr=1e-2, steps=60, valid_sizes=(50, 150))
+        for _ in range(2)
+    )
     assert one == two and one["test_accuracy"] > 0.5
     assert one["valid_150_accuracy"] == pytest.approx(one["test_accuracy"])
     assert set(one) == {"valid_50_accuracy", "valid_150_accuracy", "test_accuracy"}
@@ -211,27 +257,50 @@ def test_mlp_run_repeats_and_scores():
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_optuna(sampler):
     pytest.importorskip("optuna")
-    study = search.optuna_search(lambda seed, x, k, kind: {"loss": abs(x - 9) + k + (kind == "b")}, SPACE, 8,
-                                 metric="loss", mode="min", sampler=sampler)
+    study = search.optuna_search(
+        lambda seed, x, k, kind: {"loss": abs(x - 9) + k + (kind == "b")},
+        SPACE,
+        8,
+        metric="loss",
+        mode="min",
+        sampler=sampler,
+    )
     assert len(study.trials) == 8 and 2 <= study.best_params["k"] <= 9 and study.best_params["kind"] in "ab"
 
 
 def test_without_optuna_the_message_helps(monkeypatch):
     real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: (_ for _ in ()).throw(ImportError(name))
-                        if name == "optuna" else real(name, *a, **k))
+    monkeypatch.setattr(
+        builtins,
+        "__import__",
+        lambda name, *a, **k: (_ for _ in ()).throw(ImportError(name)) if name == "optuna" else real(name, *a, **k),
+    )
     with pytest.raises(ImportError, match="pip install optuna"):
         search.optuna_search(lambda seed, **s: {"y": 0}, SPACE, 1, metric="y")
 
 
-@pytest.mark.parametrize("call", [
-    lambda: Range(2, 1), lambda: Range(0, 1, log=True), lambda: Range(0, math.inf), lambda: Range(math.nan, 1),
-    lambda: search.expected_best([1, 2], 1, mode="best"), lambda: Options(), lambda: search.draw(SPACE, 0),
-    lambda: search.halving_schedule(0, 9), lambda: search.halving_schedule(9, 9, factor=1),
-    lambda: search.selection_weights(5, 6), lambda: search.selection_weights(5, 0), lambda: search.best_of([1], [1, 2], [1]),
-    lambda: search.optuna_search(None, SPACE, 1, metric="y", sampler="grid"),
-    lambda: search.successive_halving(None, [], resource="r", schedule=[(1, 1)], metric="m", chapter="c", name="n"),
-    lambda: search.successive_halving(None, [{}], resource="r", schedule=[(1, 1)], metric="m", chapter="c", name="n", mode="x")])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Range(2, 1),
+        lambda: Range(0, 1, log=True),
+        lambda: Range(0, math.inf),
+        lambda: Range(math.nan, 1),
+        lambda: search.expected_best([1, 2], 1, mode="best"),
+        lambda: Options(),
+        lambda: search.draw(SPACE, 0),
+        lambda: search.halving_schedule(0, 9),
+        lambda: search.halving_schedule(9, 9, factor=1),
+        lambda: search.selection_weights(5, 6),
+        lambda: search.selection_weights(5, 0),
+        lambda: search.best_of([1], [1, 2], [1]),
+        lambda: search.optuna_search(None, SPACE, 1, metric="y", sampler="grid"),
+        lambda: search.successive_halving(None, [], resource="r", schedule=[(1, 1)], metric="m", chapter="c", name="n"),
+        lambda: search.successive_halving(
+            None, [{}], resource="r", schedule=[(1, 1)], metric="m", chapter="c", name="n", mode="x"
+        ),
+    ],
+)
 def test_bad_input_is_refused(call):
     with pytest.raises(ValueError):
         call()

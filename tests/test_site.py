@@ -1,4 +1,5 @@
 """The site as a reader meets it: built by Sphinx, served from this machine, opened in headless Chromium by playwright."""
+
 import functools
 import http.server
 import os
@@ -13,19 +14,32 @@ import pytest
 
 NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
 CHROMIUM = os.environ.get("CHROMIUM") or next((p for p in map(shutil.which, NAMES) if p), "")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-dev-shm-usage",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-dev-shm-usage",
+    "--disable-component-update",
+    "--disable-sync",
+]
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
 if not CHROMIUM and not os.environ.get("CI"):
-    pytest.skip("no Chromium on the PATH: install it (Debian: apt-get install chromium) to test the pages in a browser",
-                allow_module_level=True)
+    pytest.skip(
+        "no Chromium on the PATH: install it (Debian: apt-get install chromium) to test the pages in a browser",
+        allow_module_level=True,
+    )
 
 
 @pytest.fixture(scope="module")
 def site(root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("site") / "html"
-    run = subprocess.run([sys.executable, "-m", "tools.book", "--builder", "sphinx", "--out", out], cwd=root,
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "tools.book", "--builder", "sphinx", "--out", out],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     return out
 
@@ -99,7 +113,10 @@ def test_mathematics_is_rendered(pages, page):
         page.goto(f"/{name}")
         wanted = page.evaluate("document.querySelectorAll('.math').length")
         if wanted:
-            assert holds(page, "document.querySelectorAll('mjx-container svg, math').length >= document.querySelectorAll('.math').length"), name
+            assert holds(
+                page,
+                "document.querySelectorAll('mjx-container svg, math').length >= document.querySelectorAll('.math').length",
+            ), name
             assert page.evaluate("document.querySelectorAll('mjx-merror, [data-mjx-error]').length") == 0, name
             formulas += wanted
     assert formulas > 50
@@ -115,8 +132,10 @@ def test_no_page_scrolls_sideways(pages, page, width):
         overhang = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         if overhang > 0:
             wide[name] = overhang
-        hidden = page.evaluate("[...document.querySelectorAll('div.math')].filter(d => d.firstElementChild && "
-                          "d.firstElementChild.getBoundingClientRect().left < d.getBoundingClientRect().left - 2).length")
+        hidden = page.evaluate(
+            "[...document.querySelectorAll('div.math')].filter(d => d.firstElementChild && "
+            "d.firstElementChild.getBoundingClientRect().left < d.getBoundingClientRect().left - 2).length"
+        )
         if hidden:  # what lies left of its box cannot be scrolled to
             wide[name] = f"{hidden} equations begin left of their box"
     page.set_viewport_size({"width": 1280, "height": 900})
@@ -143,7 +162,9 @@ def test_pictures_are_drawn(pages, page):
     drawn = 0
     for name in pages:
         page.goto(f"/{name}")
-        broken = page.evaluate("[...document.images].filter(i => i.complete && i.naturalWidth === 0 && i.loading !== 'lazy').map(i => i.src.slice(0, 80))")
+        broken = page.evaluate(
+            "[...document.images].filter(i => i.complete && i.naturalWidth === 0 && i.loading !== 'lazy').map(i => i.src.slice(0, 80))"
+        )
         assert broken == [], name
         drawn += page.evaluate("document.images.length")
     assert drawn > 10

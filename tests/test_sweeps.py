@@ -1,4 +1,5 @@
 """The stored sweeps: the parts that only the gpu profile runs, here on made-up files and a tiny model."""
+
 import importlib.util
 import json
 import os
@@ -18,7 +19,9 @@ def sweep(root, name):
 
 def columns(sentences):
     """CoNLL-2003's four columns with IOB1 tags, as its original files have them."""
-    rows = [[f"{w} NNP I-NP {t.replace('B-', 'I-')}\n" for w, t in zip(s.words, s.tags, strict=True)] for s in sentences]
+    rows = [
+        [f"{w} NNP I-NP {t.replace('B-', 'I-')}\n" for w, t in zip(s.words, s.tags, strict=True)] for s in sentences
+    ]
     return ("-DOCSTART- -X- -X- O\n\n" + "\n".join("".join(lines) for lines in rows)).encode()
 
 
@@ -29,8 +32,14 @@ def base(tmp_path, monkeypatch):
 
     letters = [chr(i) for i in range(33, 127)]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters)]
-    config = BertConfig(vocab_size=len(pieces), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=16, max_position_embeddings=160)
+    config = BertConfig(
+        vocab_size=len(pieces),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=160,
+    )
     BertModel(config).save_pretrained(tmp_path / "base")
     vocab = tmp_path / "base" / "vocab.txt"
     vocab.write_text("\n".join(pieces) + "\n", encoding="utf-8")
@@ -40,8 +49,11 @@ def base(tmp_path, monkeypatch):
 
 def test_named_entities_on_conll_2003_in_the_gpu_profile(root, fake, base, tmp_path, monkeypatch):
     corpus = list(ner.read_conll(root / "ftbook" / "assets" / "ner_corpus" / "train.conll"))
-    fake("conll2003", "bio", {f"{part}.txt": columns(corpus[i:i + 8]) for part, i in
-                              (("train", 0), ("valid", 8), ("test", 16))})
+    fake(
+        "conll2003",
+        "bio",
+        {f"{part}.txt": columns(corpus[i : i + 8]) for part, i in (("train", 0), ("valid", 8), ("test", 16))},
+    )
     monkeypatch.setenv("FTBOOK_PROFILE", "gpu")
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path / "results"))
     script = sweep(root, "10_ner")

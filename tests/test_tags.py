@@ -71,8 +71,10 @@ def test_the_scheme_of_the_original_conll_2003_file_is_iob1():
 
 
 @QUICK
-@given(st.lists(st.sampled_from(["O", *(f"{a}-{t}" for a in "BIES" for t in ("LOC", "PER"))]), max_size=12),
-       st.sampled_from(["IOB1", "IOB2", "BIOES"]))
+@given(
+    st.lists(st.sampled_from(["O", *(f"{a}-{t}" for a in "BIES" for t in ("LOC", "PER"))]), max_size=12),
+    st.sampled_from(["IOB1", "IOB2", "BIOES"]),
+)
 def test_repaired_tags_are_iob2_and_the_broken_places_exist(tags, scheme):
     out, broken = tg.to_iob2(tags, scheme)
     assert tg.to_iob2(out, "IOB2") == (out, []) and len(out) == len(tags)
@@ -117,7 +119,6 @@ def test_a_tag_that_is_no_tag_is_refused():
         spans(["O", ""])
     with pytest.raises(ValueError, match="do not exist in IOB2"):
         spans(["S-PER"], strict=True)
-
 
 
 def same_report(report, reference):
@@ -227,5 +228,3 @@ def test_bootstrap_matches_drawing_sentences():
         scores.interval(average="weighted")
     with pytest.raises(ValueError, match="no sentence"):
         entity_f1([], []).interval()
-
-

@@ -72,6 +72,7 @@ class Bomb:
 
 # ---------------------------------------------------------------- the loop itself
 
+
 def test_equals_a_bare_loop_bit_for_bit():
     data, ours, bare = toy(), net(), net()
     quiet(ours, data, toy(40, 1), epochs=2, batch_size=32, metrics="accuracy", seed=5)
@@ -187,6 +188,7 @@ def test_clipping_bounds_the_gradient():
 
 # ---------------------------------------------------------------- what counts
 
+
 def labeled(n, ignored, classes=3, seed=0):
     """Examples in float64, the class numbers of some of them -100."""
     x, y = toy(n, seed, classes)
@@ -223,8 +225,13 @@ LOSS_FORMS = {
 
 
 @example_budget(max_examples=60, deadline=None)
-@given(n=st.integers(4, 40), batch=st.integers(1, 9), accumulate=st.integers(1, 4), ignored=st.sampled_from([0.0, 0.3, 0.8]),
-       form=st.sampled_from(list(LOSS_FORMS)))
+@given(
+    n=st.integers(4, 40),
+    batch=st.integers(1, 9),
+    accumulate=st.integers(1, 4),
+    ignored=st.sampled_from([0.0, 0.3, 0.8]),
+    form=st.sampled_from(list(LOSS_FORMS)),
+)
 def test_micro_batches_equal_the_joint_batch_whatever_counts_how_much(n, batch, accumulate, ignored, form):
     x, y = labeled(n, ignored)
     y[0], y[-1] = 1, 2
@@ -271,8 +278,18 @@ def test_a_class_weight_of_zero_skips_the_batch_that_has_nothing_else():
 
 def test_a_causal_model_of_transformers_counts_the_shifted_labels():
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0,
-                                     embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(
+        vocab_size=20,
+        n_positions=8,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     ids = torch.randint(0, 20, (8, 6), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:3, 2:] = -100
@@ -315,8 +332,18 @@ def test_soft_targets_are_right_where_the_largest_class_is():
     assert decisions == pytest.approx(((net()(toy(6)[0]) > 0) == (one_hot > 0.5)).float().mean().item())
 
 
-@pytest.mark.parametrize("shape, dim", [((2, 4), 1), ((2, 5, 4), 2), ((2, 4, 4), 2), ((2, 4, 5), 1), ((2, 4, 3, 5), 1),
-                                        ((2, 4, 4, 4), 1), ((2, 3, 5, 4), 3)])
+@pytest.mark.parametrize(
+    "shape, dim",
+    [
+        ((2, 4), 1),
+        ((2, 5, 4), 2),
+        ((2, 4, 4), 2),
+        ((2, 4, 5), 1),
+        ((2, 4, 3, 5), 1),
+        ((2, 4, 4, 4), 1),
+        ((2, 3, 5, 4), 3),
+    ],
+)
 def test_loss_and_accuracy_read_the_classes_from_the_same_dimension(shape, dim):
     generator = torch.Generator().manual_seed(0)
     output = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -346,6 +373,7 @@ def test_results_do_not_lose_a_metric_by_its_name():
 
 # ---------------------------------------------------------------- optimizers and schedules
 
+
 def test_optimizer_forms():
     data = toy()
     for optimizer in ("adamw", "adam", "sgd", torch.optim.RMSprop, lambda p: torch.optim.SGD(p, lr=0.1)):
@@ -371,15 +399,27 @@ def test_optimizer_forms():
 
 def test_an_optimizer_of_another_model_is_refused():
     other = net()
-    for how in ({"optimizer": torch.optim.SGD(other.parameters(), lr=0.1)}, {"params": list(other.parameters())},
-                {"optimizer": lambda params: torch.optim.SGD(other.parameters(), lr=0.1)}):
+    for how in (
+        {"optimizer": torch.optim.SGD(other.parameters(), lr=0.1)},
+        {"params": list(other.parameters())},
+        {"optimizer": lambda params: torch.optim.SGD(other.parameters(), lr=0.1)},
+    ):
         with pytest.raises(ValueError, match="no trainable parameter of this model"):
             quiet(net(), toy(), **how)
 
 
 def test_settings_check_themselves_and_serve_again():
-    bad = {"schedule": "step", "warmup": 1.5, "weight_decay": -1, "clip_norm": 0, "accumulate": 0, "precision": "fp64",
-           "channels_last": "yes", "max_steps": 2.5, "progress": 1}
+    bad = {
+        "schedule": "step",
+        "warmup": 1.5,
+        "weight_decay": -1,
+        "clip_norm": 0,
+        "accumulate": 0,
+        "precision": "fp64",
+        "channels_last": "yes",
+        "max_steps": 2.5,
+        "progress": 1,
+    }
     for name, value in bad.items():
         with pytest.raises(ValueError, match=name):
             Settings(**{name: value})
@@ -390,8 +430,12 @@ def test_settings_check_themselves_and_serve_again():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().progress = False
     a, b = net(), net()
-    how = Settings(params=({"params": layer.parameters(), "lr": 0.1} for layer in (a[0], a[3])), schedule="linear",
-                   device="cpu", progress=False)
+    how = Settings(
+        params=({"params": layer.parameters(), "lr": 0.1} for layer in (a[0], a[3])),
+        schedule="linear",
+        device="cpu",
+        progress=False,
+    )
     first = fit(a, toy(), epochs=2, settings=how)
     assert first["lr"] == fit(a, toy(), epochs=2, settings=how)["lr"] and set(how.params[0]) == {"params", "lr"}
     assert not same(a, b)
@@ -407,7 +451,9 @@ def test_schedules():
     quiet(net(), data, schedule="linear", warmup=0.25, epochs=2, batch_size=25, lr=1.0, callbacks=[Spy()])
     assert seen == pytest.approx([0.5, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert T._resolve_schedule("constant") is None and T._resolve_schedule(None) is None
-    assert T._resolve_schedule("constant", 0.5)(3, 4) == 1.0 and T._resolve_schedule("cosine")(5, 10) == pytest.approx(0.5)
+    assert T._resolve_schedule("constant", 0.5)(3, 4) == 1.0 and T._resolve_schedule("cosine")(5, 10) == pytest.approx(
+        0.5
+    )
     with pytest.raises(ValueError, match="unknown schedule 'step'.*cosine"):
         T._resolve_schedule("step")
     with pytest.raises(ValueError, match="share of all steps"):
@@ -420,11 +466,16 @@ def test_schedules():
 
 # ---------------------------------------------------------------- data
 
+
 def test_data_forms():
     x, y = toy()
     dataset = torch.utils.data.TensorDataset(x, y)
-    for data in ((x, y), Batches(x, y, batch_size=10), [(x, y), (x[:7], y[:7])],
-                 torch.utils.data.DataLoader(dataset, batch_size=30)):
+    for data in (
+        (x, y),
+        Batches(x, y, batch_size=10),
+        [(x, y), (x[:7], y[:7])],
+        torch.utils.data.DataLoader(dataset, batch_size=30),
+    ):
         assert math.isfinite(quiet(net(), data, data, epochs=2)["valid_loss"][1])
     auto = nn.Linear(6, 6)
     history = quiet(auto, x, loss="mse", epochs=3, lr=0.05)
@@ -560,8 +611,9 @@ def test_dict_batches():
 
 def test_transformers_model():
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                     intermediate_size=16, num_labels=3)
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
     torch.manual_seed(0)
     model = transformers.BertForTokenClassification(config)
     ids = torch.randint(0, 30, (12, 5))
@@ -679,6 +731,7 @@ def test_a_last_batch_of_one_example_is_refused_before_the_first_step():
 
 # ---------------------------------------------------------------- evaluation
 
+
 def test_evaluate_leaves_no_trace():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4).eval(), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3))
     F.cross_entropy(model(toy()[0]), toy()[1]).backward()
@@ -722,6 +775,7 @@ def test_accuracy_forms():
 
 
 # ---------------------------------------------------------------- early stopping and callbacks
+
 
 class Fake:
     """Writes given values into the row."""
@@ -780,16 +834,23 @@ def test_best_weights_include_what_was_unfrozen_later():
                 state.optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.1, "fused": True})
 
     fake = Fake([3, 2, 1])
-    quiet(model, toy(), epochs=3, callbacks=[EarlyStopping("score", patience=None), Unfreeze(), fake], clip_norm=1.0,
-          schedule="linear")
+    quiet(
+        model,
+        toy(),
+        epochs=3,
+        callbacks=[EarlyStopping("score", patience=None), Unfreeze(), fake],
+        clip_norm=1.0,
+        schedule="linear",
+    )
     reference = net()
     reference[0].requires_grad_(False)
     quiet(reference, toy(), max_steps=1, clip_norm=1.0)
     assert torch.equal(model[0].weight, start) and same(model, reference)
 
 
-@pytest.mark.parametrize("values, best", [([math.nan, 0.1, 0.5, 0.9], 4), ([0.4, math.nan, 0.5, math.nan], 3),
-                                          ([math.nan] * 4, None)])
+@pytest.mark.parametrize(
+    "values, best", [([math.nan, 0.1, 0.5, 0.9], 4), ([0.4, math.nan, 0.5, math.nan], 3), ([math.nan] * 4, None)]
+)
 def test_a_value_that_is_no_number_is_never_the_best(values, best):
     stop, model, reference = EarlyStopping("score", patience=None), net(), net()
     history = quiet(model, toy(), epochs=4, callbacks=[Fake(values), stop])
@@ -811,8 +872,11 @@ def test_validation_data_without_anything_to_score_are_no_best_ever():
             return self.batches
 
     x, y = toy(20, 1)
-    for valid, when in ((Once(), "after epoch 2"), ([(x, torch.full_like(y, -100))], "after epoch 1"),
-                        ((b for b in ()), "after epoch 1")):
+    for valid, when in (
+        (Once(), "after epoch 2"),
+        ([(x, torch.full_like(y, -100))], "after epoch 1"),
+        ((b for b in ()), "after epoch 1"),
+    ):
         epochs = 1 if hasattr(valid, "__next__") else 3
         with pytest.raises(ValueError, match=f"valid has nothing to score {when}"):
             quiet(net(), toy(), valid, epochs=epochs, callbacks=[EarlyStopping()])
@@ -885,7 +949,15 @@ def test_early_stopping_keeps_the_best_average_not_the_best_raw_weights(order):
     best = history["valid_loss"].index(min(history["valid_loss"]))
     assert history.best["epoch"] == best + 1 and same(model, seen[best])
     plain = net()
-    quiet(plain, data, valid, epochs=6, lr=0.3, batch_size=20, callbacks=[Average(), EarlyStopping(restore=False, patience=None)])
+    quiet(
+        plain,
+        data,
+        valid,
+        epochs=6,
+        lr=0.3,
+        batch_size=20,
+        callbacks=[Average(), EarlyStopping(restore=False, patience=None)],
+    )
     assert same(plain, seen[-1])
 
 
@@ -966,8 +1038,17 @@ def test_callbacks_see_the_run_and_can_stop_it():
             log.append(("done", len(state.history)))
 
     quiet(net(), toy(), epochs=9, batch_size=50, callbacks=[Log()])
-    assert log == [("train", 0, True), ("epoch", 0), ("step", 1), ("step", 2), ("end", 2), ("epoch", 1), ("step", 3),
-                   ("end", 3), ("done", 2)]
+    assert log == [
+        ("train", 0, True),
+        ("epoch", 0),
+        ("step", 1),
+        ("step", 2),
+        ("end", 2),
+        ("epoch", 1),
+        ("step", 3),
+        ("end", 3),
+        ("done", 2),
+    ]
 
 
 def test_modules_frozen_in_eval_mode_stay_so():
@@ -992,10 +1073,12 @@ def test_progress_bar_and_plot(capsys):
         ax = history.plot(*names)
         assert ax.get_xlabel() == "epoch"
         import matplotlib.pyplot as plt
+
         plt.close(ax.figure)
 
 
 # ---------------------------------------------------------------- precision
+
 
 def test_precision_rule(monkeypatch):
     cpu = torch.device("cpu")
@@ -1014,16 +1097,21 @@ def test_precision_rule(monkeypatch):
 def test_half_precision_trains_close_to_fp32(precision, tmp_path):
     data, half, full = toy(300), net(), net()
     options = {"epochs": 8, "lr": 0.02, "batch_size": 50}
-    history = quiet(half, data, data, precision=precision, clip_norm=5.0, callbacks=[Checkpoint(tmp_path / "a.pt")], **options)
+    history = quiet(
+        half, data, data, precision=precision, clip_norm=5.0, callbacks=[Checkpoint(tmp_path / "a.pt")], **options
+    )
     reference = quiet(full, data, data, precision="fp32", clip_norm=5.0, **options)
     assert history.settings["precision"] == precision
     assert history["valid_loss"][-1] == pytest.approx(reference["valid_loss"][-1], abs=0.05)
     assert all(p.dtype == torch.float32 for p in half.parameters()) and predict(half, data[0]).dtype == torch.float32
-    again = quiet(half, data, data, precision=precision, clip_norm=5.0, callbacks=[Checkpoint(tmp_path / "a.pt")], **options)
+    again = quiet(
+        half, data, data, precision=precision, clip_norm=5.0, callbacks=[Checkpoint(tmp_path / "a.pt")], **options
+    )
     assert again.rows == history.rows
 
 
 # ---------------------------------------------------------------- errors
+
 
 def test_early_errors():
     x, y = toy()
@@ -1066,7 +1154,7 @@ def test_early_errors():
 
 def test_nan_names_epoch_step_and_batch():
     x, y = toy(60)
-    batches = [(x[i:i + 10], y[i:i + 10]) for i in range(0, 60, 10)]
+    batches = [(x[i : i + 10], y[i : i + 10]) for i in range(0, 60, 10)]
     bad = [*batches[:4], (x[:10] * math.nan, y[:10]), batches[5]]
 
     class Loader:
@@ -1100,12 +1188,24 @@ def test_values_on_an_accelerator_are_read_late_but_name_the_step():
 
 def a_run(model=None, train=None, **options):
     """A Run as fit makes it, before anything is resolved."""
-    given = {"valid": None, "loss": "cross_entropy", "metrics": None, "epochs": 1, "batch_size": 128, "lr": 1e-3,
-             "optimizer": "adamw", "callbacks": (), "seed": 0, "settings": Settings(device="cpu"), **options}
+    given = {
+        "valid": None,
+        "loss": "cross_entropy",
+        "metrics": None,
+        "epochs": 1,
+        "batch_size": 128,
+        "lr": 1e-3,
+        "optimizer": "adamw",
+        "callbacks": (),
+        "seed": 0,
+        "settings": Settings(device="cpu"),
+        **options,
+    }
     return Run(model or net(), toy() if train is None else train, **given)
 
 
 # ---------------------------------------------------------------- checkpoints
+
 
 @pytest.mark.parametrize("kind", ["tensors", "loader"])
 @pytest.mark.parametrize("step", [1, 4, 7, 12])
@@ -1162,8 +1262,13 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     before = file.read_bytes()
     with pytest.raises(ValueError, match="another model.*3.weight.*resume=False"):
         quiet(net(classes=4), toy(classes=4), callbacks=[Checkpoint(file)])
-    for options, name in (({"lr": 0.1}, "groups"), ({"seed": 3}, "seed"), ({"batch_size": 64}, "batch_size"),
-                          ({"loss": "focal"}, "loss"), ({"schedule": "cosine"}, "schedule")):
+    for options, name in (
+        ({"lr": 0.1}, "groups"),
+        ({"seed": 3}, "seed"),
+        ({"batch_size": 64}, "batch_size"),
+        ({"loss": "focal"}, "loss"),
+        ({"schedule": "cosine"}, "schedule"),
+    ):
         with pytest.raises(ValueError, match=f"another configuration: {name} was"):
             quiet(net(), toy(), callbacks=[Checkpoint(file)], **options)
     assert file.read_bytes() == before
@@ -1184,7 +1289,9 @@ class Turns:
     def on_epoch_begin(self, run):
         self.epoch = run.epoch
         for name, p in run.model.named_parameters():
-            p.requires_grad_(name.startswith("4.") is (run.epoch % 2 == 0) and (run.epoch > 1 or not name.startswith("0.")))
+            p.requires_grad_(
+                name.startswith("4.") is (run.epoch % 2 == 0) and (run.epoch > 1 or not name.startswith("0."))
+            )
         run.model[1].train(run.epoch % 2 == 1)
         held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
         late = [p for p in run.model.parameters() if p.requires_grad and id(p) not in held]
@@ -1212,10 +1319,17 @@ def rows_of(history):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
 
 
-@pytest.mark.parametrize("step, again", [(1, "a new model"), *itertools.product(range(2, 15), ["a new model", "the same model"])])
+@pytest.mark.parametrize(
+    "step, again", [(1, "a new model"), *itertools.product(range(2, 15), ["a new model", "the same model"])]
+)
 def test_what_is_frozen_and_every_callback_go_on_too(tmp_path, step, again):
-    options = {"epochs": 5, "batch_size": 34, "lr": 0.05, "schedule": "cosine",
-               "metrics": {"right": lambda output, target: np.float32(T.accuracy(output, target))}}
+    options = {
+        "epochs": 5,
+        "batch_size": 34,
+        "lr": 0.05,
+        "schedule": "cosine",
+        "metrics": {"right": lambda output, target: np.float32(T.accuracy(output, target))},
+    }
     whole, broken, file = turning(), turning(), Checkpoint(tmp_path / "run.pt", every=1)
     a = quiet(whole, toy(), toy(40, 1), callbacks=[Turns(), Average(), EarlyStopping(), Bomb(-1)], **options)
     with pytest.raises(Stop):
@@ -1231,11 +1345,18 @@ def test_a_loaders_own_generator_goes_on_too(tmp_path, step):
     def loaders():
         def loader(data, seed, **options):
             generator = torch.Generator().manual_seed(seed)
-            return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), shuffle=True, generator=generator, **options)
+            return torch.utils.data.DataLoader(
+                torch.utils.data.TensorDataset(*data), shuffle=True, generator=generator, **options
+            )
 
         return loader(toy(), 3, batch_size=20), loader(toy(40, 1), 4, batch_size=13)
 
-    whole, broken, fresh, file = net(dropout=0.2), net(dropout=0.2), net(dropout=0.2), Checkpoint(tmp_path / "run.pt", every=1)
+    whole, broken, fresh, file = (
+        net(dropout=0.2),
+        net(dropout=0.2),
+        net(dropout=0.2),
+        Checkpoint(tmp_path / "run.pt", every=1),
+    )
     a = quiet(whole, *loaders(), epochs=4, callbacks=[Bomb(-1)])
     with pytest.raises(Stop):
         quiet(broken, *loaders(), epochs=4, callbacks=[Bomb(step), file])
@@ -1276,7 +1397,9 @@ def test_numbers_of_numpy_do_not_make_a_checkpoint_unreadable(tmp_path):
     file, counts = Checkpoint(tmp_path / "run.pt"), Counts()
     quiet(net(), toy(), epochs=2, seed=np.int64(3), lr=np.float32(0.01), metrics=metrics, callbacks=[counts, file])
     again = Counts()
-    history = quiet(net(), toy(), epochs=3, seed=np.int64(3), lr=np.float32(0.01), metrics=metrics, callbacks=[again, file])
+    history = quiet(
+        net(), toy(), epochs=3, seed=np.int64(3), lr=np.float32(0.01), metrics=metrics, callbacks=[again, file]
+    )
     assert again.loaded["seen"].tolist() == [2, 2, 2] and again.loaded["deep"] == [{"x": (1.5, None, "text")}]
     assert again.loaded[7] == {"k": 1} and [type(history.rows[0][k]) for k in "abc"] == [float, int, bool]
     assert all(isinstance(v, float) for v in history["train_right"])
@@ -1335,7 +1458,12 @@ def test_only_leftovers_of_this_checkpoint_are_cleared(tmp_path):
     gone.wait()
     alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        kept = [f".lr0.1.{gone.pid}-deadbeef.pt", f".lr0.{alive.pid}-deadbeef.pt", f".lr01.{gone.pid}-deadbeef.pt", "lr0.pt.old"]
+        kept = [
+            f".lr0.1.{gone.pid}-deadbeef.pt",
+            f".lr0.{alive.pid}-deadbeef.pt",
+            f".lr01.{gone.pid}-deadbeef.pt",
+            "lr0.pt.old",
+        ]
         cleared = [f".lr0.{gone.pid}-deadbeef.pt"]
         for name in kept + cleared:
             (tmp_path / name).write_bytes(b"x")
@@ -1415,12 +1543,27 @@ def test_killed_while_writing(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- several processes
 
+
 def test_torchrun_equals_one_process(tmp_path):
     root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                   "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(Path(train_script.__file__)), str(tmp_path / "two.pt"), "--checkpoint", str(tmp_path / "ck.pt")]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(Path(train_script.__file__)),
+        str(tmp_path / "two.pt"),
+        "--checkpoint",
+        str(tmp_path / "ck.pt"),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.count("saved") == 1, done.stderr
     got = torch.load(tmp_path / "two.pt", weights_only=True)
@@ -1438,7 +1581,10 @@ def two(out, *args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pair = [FORKS.Process(target=train_script.one_of_two, args=(rank, port, [str(a) for a in (out, *args)])) for rank in (0, 1)]
+    pair = [
+        FORKS.Process(target=train_script.one_of_two, args=(rank, port, [str(a) for a in (out, *args)]))
+        for rank in (0, 1)
+    ]
     for process in pair:
         process.start()
     for process in pair:
@@ -1456,7 +1602,9 @@ def test_two_processes_go_on_in_mid_epoch_each_with_its_own_sums(tmp_path):
     assert all(torch.equal(v, got["weights"][k]) for k, v in want["weights"].items())
     one = tmp_path / "one.pt"
     train_script.main([str(one), "--dropout", "0.2", "--checkpoint", str(file)])
-    assert torch.load(one, weights_only=True)["rows"] == want["rows"], "a finished run is read by any number of processes"
+    assert torch.load(one, weights_only=True)["rows"] == want["rows"], (
+        "a finished run is read by any number of processes"
+    )
 
 
 def test_a_process_without_anything_to_score_waits_for_the_others(tmp_path):
@@ -1518,8 +1666,19 @@ def test_fit_has_twelve_parameters_and_all_are_documented():
     parameters = inspect.signature(fit).parameters
     assert len(parameters) == 12 and all(name in fit.__doc__ for name in parameters)
     assert {f.name for f in dataclasses.fields(Settings)} == {
-        "schedule", "warmup", "weight_decay", "params", "clip_norm", "accumulate", "precision", "channels_last",
-        "device", "transform", "max_steps", "progress"}
+        "schedule",
+        "warmup",
+        "weight_decay",
+        "params",
+        "clip_norm",
+        "accumulate",
+        "precision",
+        "channels_last",
+        "device",
+        "transform",
+        "max_steps",
+        "progress",
+    }
     assert all(f"    {f.name} : " in Settings.__doc__ for f in dataclasses.fields(Settings))
     public = [f.name for f in dataclasses.fields(Run) if not f.name.startswith("_")]
     assert all(name in Run.__doc__ for name in public)
@@ -1529,8 +1688,9 @@ def test_fit_has_twelve_parameters_and_all_are_documented():
 @pytest.mark.parametrize(("precision", "inside"), [("bf16", "eager"), ("fp32", "sdpa")])
 def test_attention_is_plain_while_training_in_bf16_on_a_cpu(precision, inside):
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                     intermediate_size=16, num_labels=3)
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
     model, seen = transformers.BertForTokenClassification(config), []
     batch = {"input_ids": torch.randint(0, 20, (4, 6)), "labels": torch.randint(0, 3, (4, 6))}
 

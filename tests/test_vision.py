@@ -40,10 +40,22 @@ def small(classes=4, seed=0):
 def test_the_source_network_has_the_source_shapes():
     net = v.TwoConvCNN()
     assert {n: tuple(p.shape) for n, p in net.named_parameters() if n.endswith("weight")} == {
-        "conv1.weight": (64, 3, 3, 3), "conv2.weight": (128, 64, 3, 3),
-        "fc1.weight": (256, 128 * 8 * 8), "fc2.weight": (10, 256)}
-    pooled_first = net.fc2(torch.relu(net.fc1(torch.relu(torch.max_pool2d(net.conv2(torch.relu(torch.max_pool2d(
-        net.conv1(x := torch.rand(2, 3, 32, 32)), 2))), 2)).flatten(1))))
+        "conv1.weight": (64, 3, 3, 3),
+        "conv2.weight": (128, 64, 3, 3),
+        "fc1.weight": (256, 128 * 8 * 8),
+        "fc2.weight": (10, 256),
+    }
+    pooled_first = net.fc2(
+        torch.relu(
+            net.fc1(
+                torch.relu(
+                    torch.max_pool2d(
+                        net.conv2(torch.relu(torch.max_pool2d(net.conv1(x := torch.rand(2, 3, 32, 32)), 2))), 2
+                    )
+                ).flatten(1)
+            )
+        )
+    )
     torch.testing.assert_close(net(x), pooled_first)
     with pytest.raises(ValueError, match="size=32"):
         net(torch.rand(1, 3, 28, 28))
@@ -108,7 +120,10 @@ def test_weights_are_downloaded_up_to_their_size_and_checked(tmp_path, monkeypat
         torch.save(torchvision.models.resnet18().state_dict(), sink.stream)
 
     monkeypatch.setattr("ftbook.data._transfer", deliver)
-    with pytest.raises(FileNotFoundError, match="(?s)no weights for resnet18.*another resnet18-f37072fd.pth: expected f37072fd, got.*load_bundled"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="(?s)no weights for resnet18.*another resnet18-f37072fd.pth: expected f37072fd, got.*load_bundled",
+    ):
         v.backbone("resnet18", progress=False)
     url, limit = asked[0]
     assert url.endswith("/resnet18-f37072fd.pth") and 46_827_520 <= limit < 46_900_000  # the file has 46,830,571 bytes
@@ -135,9 +150,12 @@ def tuned(kind):
     """A network of every kind that can be stored, after a step of training, so that no tensor is as it was built."""
     torch.manual_seed(3)
     half = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    model = {"small": lambda: SmallCNN(2, (3, 6, 8, 8)), "small, normalized": lambda: v.Normalized(SmallCNN(2, (3, 4, 4)), *half),
-             "source": lambda: v.Normalized(v.TwoConvCNN(2, (3, 4, 6), 10, size=32), *half),
-             "compiled": lambda: Compiled(SmallCNN(2, (3, 6, 8, 8)))}.get(kind, lambda: v.backbone(kind, None, n_classes=2))()
+    model = {
+        "small": lambda: SmallCNN(2, (3, 6, 8, 8)),
+        "small, normalized": lambda: v.Normalized(SmallCNN(2, (3, 4, 4)), *half),
+        "source": lambda: v.Normalized(v.TwoConvCNN(2, (3, 4, 6), 10, size=32), *half),
+        "compiled": lambda: Compiled(SmallCNN(2, (3, 6, 8, 8))),
+    }.get(kind, lambda: v.backbone(kind, None, n_classes=2))()
     part = images(8, size=32)
     fit(getattr(model, "_orig_mod", model), part, epochs=1, lr=0.01, batch_size=4, settings=QUIET)
     return model, part
@@ -168,12 +186,16 @@ def test_half_the_bytes_are_the_readers_choice(tmp_path):
     torch.testing.assert_close(again(x), model(x), rtol=5e-3, atol=5e-3)
     assert again.classes == ["0", "1"]
     model.body[0][1].running_var.fill_(1e6)
-    with pytest.raises(ValueError, match="body.0.1.running_var has numbers too large for torch.float16; give dtype=torch.float32"):
+    with pytest.raises(
+        ValueError, match="body.0.1.running_var has numbers too large for torch.float16; give dtype=torch.float32"
+    ):
         v.save_cnn(model, tmp_path / "cnn", dtype=torch.float16)
 
 
 def test_networks_that_cannot_be_stored_are_named(tmp_path):
-    with pytest.raises(TypeError, match="knows SmallCNN, TwoConvCNN and what backbone.. gives, not Sequential; .*save_file"):
+    with pytest.raises(
+        TypeError, match="knows SmallCNN, TwoConvCNN and what backbone.. gives, not Sequential; .*save_file"
+    ):
         v.save_cnn(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     with pytest.raises(TypeError, match="not Flatten"):
         v.save_cnn(v.Normalized(nn.Flatten()), tmp_path)
@@ -391,19 +413,31 @@ def test_the_probe_is_scikit_learns(classes):
     np.testing.assert_allclose(ours.numpy(), reference.predict_proba(seen), rtol=1e-3, atol=1e-4)
 
 
-MOVES = {"scratch": "all", "linear probe": "head", "head": "head", "last block": "last", "gradual": "all",
-         "layer-wise": "all", "full": "all", "full, augmented": "all"}
+MOVES = {
+    "scratch": "all",
+    "linear probe": "head",
+    "head": "head",
+    "last block": "last",
+    "gradual": "all",
+    "layer-wise": "all",
+    "full": "all",
+    "full, augmented": "all",
+}
 
 
 @pytest.mark.parametrize("way", list(v.WAYS))
 def test_every_way_moves_what_it_says(way):
     original, part = small(5), images(16)
     before = copy.deepcopy(original.state_dict())
-    model, metrics = v.way_run(original, part, part, part, way=way, lr=0.01, epochs=4, batch_size=8, seed=3,
-                               shifted=way == "head")
+    model, metrics = v.way_run(
+        original, part, part, part, way=way, lr=0.01, epochs=4, batch_size=8, seed=3, shifted=way == "head"
+    )
     assert all(torch.equal(t, before[k]) for k, t in original.state_dict().items()), "the original was changed"
-    moved = {k.split(".")[0] + "." + k.split(".")[1] for k, t in model.state_dict().items()
-             if k.startswith("body") and not torch.equal(t, before[k])}
+    moved = {
+        k.split(".")[0] + "." + k.split(".")[1]
+        for k, t in model.state_dict().items()
+        if k.startswith("body") and not torch.equal(t, before[k])
+    }
     expected = {"all": {"body.0", "body.1", "body.2"}, "head": set(), "last": {"body.2"}}[MOVES[way]]
     assert moved == expected and 0 <= metrics["test_accuracy"] <= 1 and metrics["trained"] > 0
     assert ("blurred_accuracy" in metrics) == (way == "head")
@@ -447,6 +481,8 @@ def test_folds_cover_every_image_once():
 def test_the_source_recipe_is_evaluated():
     part = images(16)
     model, metrics = v.source_run(part, part, part, epochs=2, batch_size=8)
-    assert isinstance(model.net, v.TwoConvCNN) and {"valid_accuracy_1", "valid_accuracy_2", "test_accuracy"} <= set(metrics)
+    assert isinstance(model.net, v.TwoConvCNN) and {"valid_accuracy_1", "valid_accuracy_2", "test_accuracy"} <= set(
+        metrics
+    )
     _, metrics = v.source_run(part, part, model=small(2), optimizer="adamw", lr=1e-2, epochs=1)
     assert "test_accuracy" not in metrics

@@ -2,6 +2,7 @@
 
 train_script.py OUT [--checkpoint FILE] [--slow SECONDS]     also under torchrun
 """
+
 import argparse
 import os
 import time
@@ -70,11 +71,21 @@ def main(argv=None):
     callbacks = [Slow(args.slow), Stop(args.stop), EarlyStopping(patience=4)]
     if args.checkpoint:
         callbacks.append(Checkpoint(args.checkpoint, every=1))
-    settings = Settings(schedule="cosine", warmup=0.1, clip_norm=1.0, accumulate=args.accumulate, device="cpu",
-                        progress=False)
+    settings = Settings(
+        schedule="cosine", warmup=0.1, clip_norm=1.0, accumulate=args.accumulate, device="cpu", progress=False
+    )
     try:
-        history = fit(net, with_ignored(*train) if args.ignored else train, (x[150:], y[150:]), epochs=6, lr=0.02,
-                      batch_size=16, metrics="accuracy", callbacks=callbacks, settings=settings)
+        history = fit(
+            net,
+            with_ignored(*train) if args.ignored else train,
+            (x[150:], y[150:]),
+            epochs=6,
+            lr=0.02,
+            batch_size=16,
+            metrics="accuracy",
+            callbacks=callbacks,
+            settings=settings,
+        )
     except KeyboardInterrupt:
         return
     if is_main():

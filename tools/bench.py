@@ -1,4 +1,5 @@
 """Run the side-by-side measurements of benchmarks/, one script per question, and write their table."""
+
 import os
 import subprocess
 import sys
@@ -36,8 +37,10 @@ def main(names: list) -> int:
             failed.append(script.stem)
     if len(failed) < len(chosen) and subprocess.call([sys.executable, str(FOLDER / "_table.py")], cwd=ROOT, env=env):
         failed.append("the table")
-    print(f"bench: {len(chosen)} scripts in {(time.perf_counter() - start) / 60:.1f} minutes"
-          + (f"; failed: {', '.join(failed)}" if failed else ", table in benchmarks/README.md"))
+    print(
+        f"bench: {len(chosen)} scripts in {(time.perf_counter() - start) / 60:.1f} minutes"
+        + (f"; failed: {', '.join(failed)}" if failed else ", table in benchmarks/README.md")
+    )
     return bool(failed)
 
 

@@ -1,4 +1,5 @@
 """Build the site from the stored outputs: `book.py [--builder auto|sphinx|quarto] [--out FOLDER]`."""
+
 import argparse
 import hashlib
 import os
@@ -10,7 +11,16 @@ from pathlib import Path
 
 from .settings import ROOT
 
-INPUTS = "_quarto.yml", "index.qmd", "README.md", "settings.ini", "nbs/*.ipynb", "site/**/*", "tools/*.py", "requirements/book.lock"
+INPUTS = (
+    "_quarto.yml",
+    "index.qmd",
+    "README.md",
+    "settings.ini",
+    "nbs/*.ipynb",
+    "site/**/*",
+    "tools/*.py",
+    "requirements/book.lock",
+)
 BUILD = ROOT / "build" / "book"
 
 
@@ -34,8 +44,26 @@ def sphinx(out: Path) -> int:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
     code = subprocess.call(
-        [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-j", "auto", "-c", str(ROOT / "site"),
-         "-d", str(BUILD / "doctrees"), str(STAGE), str(out)], env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
+        [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-b",
+            "html",
+            "-W",
+            "--keep-going",
+            "-q",
+            "-j",
+            "auto",
+            "-c",
+            str(ROOT / "site"),
+            "-d",
+            str(BUILD / "doctrees"),
+            str(STAGE),
+            str(out),
+        ],
+        env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"},
+    )
     (out / "objects.inv").unlink(missing_ok=True)
     if code:
         shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
@@ -76,8 +104,10 @@ def main() -> int:
     (out / ".builder").write_text(builder)
     stamp.write_text(now)
     pages = len(list(out.glob("nbs/*.html"))) + 1
-    print(f"book: {pages} pages in {shown}/ after {time.perf_counter() - start:.0f} s; "
-          f"serve them: python3 -m http.server --bind 127.0.0.1 -d {shown} 8000")
+    print(
+        f"book: {pages} pages in {shown}/ after {time.perf_counter() - start:.0f} s; "
+        f"serve them: python3 -m http.server --bind 127.0.0.1 -d {shown} 8000"
+    )
     return 0
 
 

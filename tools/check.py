@@ -1,4 +1,5 @@
 """The tests: `python -m tools.check` runs all of them as CI does, `--quick` what one runs while working, `--library` the modules alone."""
+
 import os
 import subprocess
 import sys
@@ -26,9 +27,10 @@ def library_files() -> list:
 def lint() -> None:
     """ruff and mypy; stops at the first that finds something."""
     for name, command, cure in (
-            ("ruff check", ["ruff", "check", "."], "`ruff check --fix .` mends some of it"),
-            ("ruff format", ["ruff", "format", "--check", "--quiet", "."], "`ruff format .` mends it"),
-            ("mypy", ["mypy"], "every method and argument of ftbook/ is checked")):
+        ("ruff check", ["ruff", "check", "."], "`ruff check --fix .` mends some of it"),
+        ("ruff format", ["ruff", "format", "--check", "--quiet", "."], "`ruff format .` mends it"),
+        ("mypy", ["mypy"], "every method and argument of ftbook/ is checked"),
+    ):
         if subprocess.call([sys.executable, "-m", *command], cwd=ROOT):
             raise SystemExit(f"test: {name} found the lines above; {cure}")
 
@@ -51,7 +53,10 @@ def quick() -> int:
 
 
 def everything(arguments: list) -> int:
-    print("test: ruff, mypy, then pytest on two workers (library, notebooks in the quick profile, wheel, site in Chromium)", flush=True)
+    print(
+        "test: ruff, mypy, then pytest on two workers (library, notebooks in the quick profile, wheel, site in Chromium)",
+        flush=True,
+    )
     lint()
     return pytest("--dist", "loadgroup", "--durations=15", "--cov=ftbook", "--cov-report=term", *arguments)
 
@@ -66,7 +71,10 @@ def main(arguments: list) -> int:
         code = quick()
     else:
         code = everything(rest)
-    print(f"test: {'passed' if code == 0 else 'FAILED'} after {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
+    print(
+        f"test: {'passed' if code == 0 else 'FAILED'} after {(time.perf_counter() - start) / 60:.1f} minutes",
+        flush=True,
+    )
     return code
 
 

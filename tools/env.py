@@ -2,6 +2,7 @@
 
 Written so that an old interpreter can still read it far enough to say that it is too old.
 """
+
 import os
 import subprocess
 import sys
@@ -25,14 +26,18 @@ def uv(*command):
 
 def main(folder, lock, editable):
     if not LOW <= sys.version_info[:2] <= HIGH:
-        stop("Python %d.%d cannot be used: ftbook needs 3.11 to 3.13. Name another one: make PYTHON=python3.12 ..."
-             % sys.version_info[:2])
+        stop(
+            "Python %d.%d cannot be used: ftbook needs 3.11 to 3.13. Name another one: make PYTHON=python3.12 ..."
+            % sys.version_info[:2]
+        )
     python = os.path.join(folder, "bin", "python")
     if not os.path.exists(python):
         print("environment: making %s/ with Python %d.%d" % ((folder,) + sys.version_info[:2]), flush=True)
         if subprocess.call([sys.executable, "-m", "venv", folder]):
-            stop("`%s -m venv` failed: this Python comes without venv (on Debian: apt-get install python3-venv)"
-                 % sys.executable)
+            stop(
+                "`%s -m venv` failed: this Python comes without venv (on Debian: apt-get install python3-venv)"
+                % sys.executable
+            )
     if subprocess.call([python, "-c", "import uv"], stderr=subprocess.DEVNULL):
         run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv")
     print("environment: installing %s into %s/ (first time: minutes)" % (lock, folder), flush=True)

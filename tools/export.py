@@ -5,6 +5,7 @@ nbdev itself would only append to such a module, a second time at the next expor
 The first exported cell may begin with the module's docstring (or set `__doc__`), and may set `__all__`. nbdev would leave
 the docstring below its own list of names, where Python does not see it; here it stands first, and there is one `__all__`.
 """
+
 import ast
 import sys
 from pathlib import Path
@@ -52,7 +53,9 @@ class Whole(ModuleMaker):
     def make(self, cells, all_cells=None, lib_path=None):
         super().make(cells, all_cells, lib_path)
         file = Path(self.fname)
-        (file.parent / "__init__.py").touch()  # nbdev's add_init would put a list of modules into the package's docstring
+        (
+            file.parent / "__init__.py"
+        ).touch()  # nbdev's add_init would put a list of modules into the package's docstring
         file.write_text(arranged(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 

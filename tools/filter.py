@@ -5,6 +5,7 @@ tools/stage.py calls `transform` with target="sphinx". Standard library only, be
 What it does: nbdev directives go, hidden cells go, `#| echo: false` and the like become what the builder understands, alerts
 (`> [!NOTE]`) become callouts, pictures become figures with their alt text, the file's number stands before the title.
 """
+
 import base64
 import html
 import json
@@ -86,8 +87,12 @@ def prose(lines: list, target: str) -> list:
     if target == "quarto":  # pandoc's MathML knows no \tag
         text = re.sub(r"\\tag\{([^{}]*)\}", r"\\qquad\\text{(\1)}", text)
     else:  # Sphinx would wrap a formula of several lines in `split`, which allows no \tag
-        text = re.sub(r"^\$\$((?:(?!\$\$).)*\\\\(?:(?!\$\$).)*)\$\$$",
-                      lambda m: "\\begin{equation*}\n" + m[1].strip() + "\n\\end{equation*}", text, flags=re.M | re.S)
+        text = re.sub(
+            r"^\$\$((?:(?!\$\$).)*\\\\(?:(?!\$\$).)*)\$\$$",
+            lambda m: "\\begin{equation*}\n" + m[1].strip() + "\n\\end{equation*}",
+            text,
+            flags=re.M | re.S,
+        )
     return text.split("\n")
 
 
@@ -104,7 +109,7 @@ def numbered(lines: list, name: str) -> list:
     number = match[1].lstrip("0") or "0"
     for i, line in enumerate(lines):
         if line.startswith("# "):
-            return [*lines[:i], f"# {number} · {line[2:]}", *lines[i + 1:]]
+            return [*lines[:i], f"# {number} · {line[2:]}", *lines[i + 1 :]]
     return lines
 
 
@@ -122,8 +127,10 @@ def figure(output: dict, mime: str, save=None) -> str:
     caption = meta.get("caption") or meta.get("ftbook", {}).get("caption") or meta.get(mime, {}).get("caption", "")
     size = "".join(f' {k}="{meta[mime][k]}"' for k in ("width", "height") if k in meta.get(mime, {}))
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return (f'<figure class="plot"><img src="{address}" alt="{html.escape(alt_of(output, mime), quote=True)}"'
-            f' loading="lazy"{size}>{text}</figure>')
+    return (
+        f'<figure class="plot"><img src="{address}" alt="{html.escape(alt_of(output, mime), quote=True)}"'
+        f' loading="lazy"{size}>{text}</figure>'
+    )
 
 
 def shown(output: dict, target: str, save=None):
@@ -160,16 +167,27 @@ def code_cell(cell: dict, target: str, save=None):
     if target == "quarto":
         lines = [f"#| {k}: {v}" for k, v in options.items() if k in QUARTO and v] + lines
     else:
-        tags += [tag for option, value, tag in (
-            ("echo", "false", "remove-input"), ("output", "false", "remove-output"), ("code-fold", "true", "hide-input"))
-            if options.get(option) == value]
+        tags += [
+            tag
+            for option, value, tag in (
+                ("echo", "false", "remove-input"),
+                ("output", "false", "remove-output"),
+                ("code-fold", "true", "hide-input"),
+            )
+            if options.get(option) == value
+        ]
         tags += ["export"] if options.keys() & {"export", "exports"} else []
         if "code-summary" in options:
             meta["mystnb"] = {"code_prompt_show": options["code-summary"], "code_prompt_hide": options["code-summary"]}
     outputs = [o for o in (shown(o, target, save) for o in cell.get("outputs", [])) if o]
     if not outputs and (not any(line.strip() for line in lines) or "remove-input" in tags):
         return None
-    return {**cell, "source": source_of(lines), "outputs": outputs, "metadata": {**meta, **({"tags": tags} if tags else {})}}
+    return {
+        **cell,
+        "source": source_of(lines),
+        "outputs": outputs,
+        "metadata": {**meta, **({"tags": tags} if tags else {})},
+    }
 
 
 def transform(nb: dict, target: str = "quarto", name: str = "", save=None) -> dict:

@@ -1,4 +1,5 @@
 """Which code do a notebook's outputs belong to? A hash of its code cells and of the definitions of ftbook they reach."""
+
 import ast
 import hashlib
 import json
@@ -130,5 +131,7 @@ def fingerprint(path: Path) -> dict:
     lines = []
     for module, name in sorted(reached([t for _, t in trees if t is not None])):
         lines += [f"{module}.{name}:{ast.dump(node)}" for node in _module(module)[0][name]]
-    return {"code": hashlib.sha256(own.encode()).hexdigest()[:16],
-            "library": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]}
+    return {
+        "code": hashlib.sha256(own.encode()).hexdigest()[:16],
+        "library": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
+    }

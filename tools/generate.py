@@ -2,6 +2,7 @@
 
 `generate.py [CHAPTER ...]` writes, `generate.py --check` names what differs and exits with 1.
 """
+
 import base64
 import hashlib
 import json
@@ -20,18 +21,24 @@ SUFFIX = {"image/svg+xml": "svg", "image/png": "png"}
 def button(name: str) -> str:
     cfg = settings()
     slug = cfg["repository"].removeprefix("https://github.com/")
-    return (f"<!-- {MARK} -->\n"
-            f"[Open in Colab](https://colab.research.google.com/github/{slug}/blob/{cfg['branch']}/nbs/{name}) · "
-            f"[Source on GitHub]({cfg['repository']}/blob/{cfg['branch']}/nbs/{name})")
+    return (
+        f"<!-- {MARK} -->\n"
+        f"[Open in Colab](https://colab.research.google.com/github/{slug}/blob/{cfg['branch']}/nbs/{name}) · "
+        f"[Source on GitHub]({cfg['repository']}/blob/{cfg['branch']}/nbs/{name})"
+    )
 
 
 def install() -> str:
     cfg = settings()
-    return (f"#| include: false\n# {MARK}: installs the library in Colab, does nothing elsewhere\n"
-            "import sys\n\n"
-            "if \"google.colab\" in sys.modules:\n"
-            "    get_ipython().run_line_magic(\n"
-            f"        \"pip\", \"install -q 'ftbook[notebook] @ git+{cfg['repository']}@{cfg['branch']}'\")")
+    return (
+        f"#| include: false\n# {MARK}: installs the library in Colab, does nothing elsewhere\n"
+        "import sys\n\n"
+        'if "google.colab" in sys.modules:\n'
+        "    get_ipython().run_line_magic(\n"
+        '        "pip",\n'
+        f"        \"install -q 'ftbook[notebook] @ git+{cfg['repository']}@{cfg['branch']}'\",\n"
+        "    )"
+    )
 
 
 def cell(kind: str, source: str, name: str) -> dict:
@@ -129,7 +136,10 @@ def main(args: list) -> int:
         print("generate: not as tools/generate.py writes it: " + ", ".join(stale) + " (make export)")
         return 1
     if not names:
-        print("generate: " + (f"wrote {', '.join(stale)}" if stale else "buttons, install cells and README.md are up to date"))
+        print(
+            "generate: "
+            + (f"wrote {', '.join(stale)}" if stale else "buttons, install cells and README.md are up to date")
+        )
     return 0
 
 

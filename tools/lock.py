@@ -2,6 +2,7 @@
 
 `lowest` is for one Python and this platform: the oldest versions that settings.ini allows.
 """
+
 import subprocess
 import sys
 
@@ -17,10 +18,31 @@ def main() -> None:
     for name, groups in ((n, g) for n, g in LOCKS.items() if not only or n in only):
         file = ROOT / "requirements" / f"{name}.lock"
         subprocess.run(
-            [sys.executable, "-m", "uv", "pip", "compile", "-", "--quiet", "--generate-hashes",
-             "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", *upgrade,
-             *OF.get(name, ["--universal"]), "--python-version", settings()["min_python"], "-o", str(file)],
-            input="\n".join(requirements(*groups)), text=True, check=True, stdout=subprocess.DEVNULL)
+            [
+                sys.executable,
+                "-m",
+                "uv",
+                "pip",
+                "compile",
+                "-",
+                "--quiet",
+                "--generate-hashes",
+                "--no-header",
+                "--no-annotate",
+                "--no-emit-index-url",
+                "--no-emit-find-links",
+                *upgrade,
+                *OF.get(name, ["--universal"]),
+                "--python-version",
+                settings()["min_python"],
+                "-o",
+                str(file),
+            ],
+            input="\n".join(requirements(*groups)),
+            text=True,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         print(f"wrote {file.relative_to(ROOT)}: {sum('==' in line for line in file.read_text().splitlines())} packages")
 
 

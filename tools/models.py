@@ -1,4 +1,5 @@
 """Fetch pretrained models into the cache folder: `models.py [NAME ...]`, by default the three of the cpu profile."""
+
 import sys
 import time
 

@@ -3,6 +3,7 @@
 Dead links and anchors, missing pictures, pictures without alt text, requests to other hosts, leftovers of the notebook's
 syntax, more or fewer than one title.
 """
+
 import re
 import sys
 from html.parser import HTMLParser
@@ -10,7 +11,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 SKIP = {"search.html", "genindex.html", "404.html"}
-LEFTOVER = re.compile(r"\?@\w|^:::|\{#[\w-]+ \.|^#\| |\[!(NOTE|TIP|WARNING|IMPORTANT|CAUTION)\]|: could not be found", re.M)
+LEFTOVER = re.compile(
+    r"\?@\w|^:::|\{#[\w-]+ \.|^#\| |\[!(NOTE|TIP|WARNING|IMPORTANT|CAUTION)\]|: could not be found", re.M
+)
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "object": "data"}
 
 
@@ -28,7 +31,13 @@ class Page(HTMLParser):
         self.titles += (tag == "h1") - (a.get("id") == "jb-print-docs-body")  # the theme repeats the title for printing
         if tag == "a" and a.get("href"):
             self.links.append(a["href"])
-        if tag == "link" and a.get("rel", "").lower() in {"stylesheet", "preload", "icon", "shortcut icon", "modulepreload"}:
+        if tag == "link" and a.get("rel", "").lower() in {
+            "stylesheet",
+            "preload",
+            "icon",
+            "shortcut icon",
+            "modulepreload",
+        }:
             self.loads.append(a.get("href", ""))
         if a.get(LOADS.get(tag, "")):
             self.loads.append(a[LOADS[tag]])
@@ -71,7 +80,7 @@ def problems(root: Path) -> list:
         if file.name not in SKIP and page.titles != 1:
             out.append(f"{name}: {page.titles} titles (h1), one is expected")
         text = "".join(page.text)
-        out += [f"{name}: left over on the page: {text[m.start():m.start() + 60]!r}" for m in LEFTOVER.finditer(text)]
+        out += [f"{name}: left over on the page: {text[m.start() : m.start() + 60]!r}" for m in LEFTOVER.finditer(text)]
         for address in page.loads:
             if external(address):
                 out.append(f"{name}: loads from another host: {address}")
@@ -89,7 +98,9 @@ def problems(root: Path) -> list:
             elif parts.fragment and target in found and unquote(parts.fragment) not in found[target].ids:
                 out.append(f"{name}: dead anchor: {address}")
     for css in root.rglob("*.css"):
-        for address in re.findall(r"""(?:url\(\s*|@import\s+)["']?([^"')\s]+)""", css.read_text(encoding="utf-8", errors="replace")):
+        for address in re.findall(
+            r"""(?:url\(\s*|@import\s+)["']?([^"')\s]+)""", css.read_text(encoding="utf-8", errors="replace")
+        ):
             if external(address):
                 out.append(f"{css.relative_to(root)}: loads from another host: {address}")
     return sorted(set(out))

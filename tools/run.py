@@ -5,6 +5,7 @@ replaced, in one step, only after all of its cells ran, and only if nothing stoo
 the code's fingerprint go into results/NN_name.json under "run", where the chapter's status table reads them. In the quick
 profile the cells run and nothing is stored.
 """
+
 import argparse
 import ast
 import json
@@ -57,8 +58,14 @@ def clean(nb) -> None:
         if cell["cell_type"] == "code":
             cell["outputs"] = [o for o in cell["outputs"] if not is_noise(o)]
     nb["metadata"].pop("widgets", None)
-    clean_nb(nb, False, cfg.get("allowed_metadata_keys"), cfg.get("allowed_cell_metadata_keys"), cfg.clean_ids,
-             cfg.get("allowed_out_metadata_keys"))
+    clean_nb(
+        nb,
+        False,
+        cfg.get("allowed_metadata_keys"),
+        cfg.get("allowed_cell_metadata_keys"),
+        cfg.clean_ids,
+        cfg.get("allowed_out_metadata_keys"),
+    )
 
 
 def write(nb, path: Path) -> None:
@@ -95,20 +102,31 @@ def execute(path: Path) -> dict:
     """Run one notebook and, outside the quick profile, put the result in its place. Returns minutes, peak_mb, versions."""
     import nbformat
     from nbclient import NotebookClient
+
     generate([path.stem])
     before = path.read_bytes()
     nb = nbformat.reads(before.decode(), as_version=4)
     nb.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
-    client = NotebookClient(nb, timeout=None, store_widget_state=True, resources={"metadata": {"path": str(NBS)}},
-                            on_cell_execute=Progress(path.stem, len(nb.cells)),
-                            extra_arguments=["--IPKernelApp.log_level=40"])
+    client = NotebookClient(
+        nb,
+        timeout=None,
+        store_widget_state=True,
+        resources={"metadata": {"path": str(NBS)}},
+        on_cell_execute=Progress(path.stem, len(nb.cells)),
+        extra_arguments=["--IPKernelApp.log_level=40"],
+    )
     start = time.perf_counter()
     with client.setup_kernel():
         for index, cell in enumerate(nb.cells):
             client.execute_cell(cell, index)
         seconds = time.perf_counter() - start
-        run = {"minutes": round(seconds / 60, 2), "peak_mb": round(peak(client)), **fingerprint(path),
-               "seconds": round(seconds, 1), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+        run = {
+            "minutes": round(seconds / 60, 2),
+            "peak_mb": round(peak(client)),
+            **fingerprint(path),
+            "seconds": round(seconds, 1),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        }
         if PROFILE == "quick":
             return run
         refuse_stand_ins(path, value(client, SUBSTITUTED))
@@ -133,8 +151,10 @@ def refuse_stand_ins(path: Path, found: dict) -> None:
     """The page would show numbers of something else under the name of the data that its text is about."""
     if found:
         told = "\n".join(f"{name}: {reason}" for name, reason in found.items())
-        raise RuntimeError(f"{path.name} ran with substitutes of {', '.join(found)}; its stored outputs and numbers stay as they "
-                           f"are. Get the data and run it again, or try it out with FTBOOK_PROFILE=quick\n{told}")
+        raise RuntimeError(
+            f"{path.name} ran with substitutes of {', '.join(found)}; its stored outputs and numbers stay as they "
+            f"are. Get the data and run it again, or try it out with FTBOOK_PROFILE=quick\n{told}"
+        )
 
 
 def value(client, expression: str):

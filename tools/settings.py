@@ -1,4 +1,5 @@
 """settings.ini and _quarto.yml, read once for all commands of this folder and for site/."""
+
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Lay out what Sphinx reads, from `_quarto.yml`, README.md and nbs/: only files whose content changed are written."""
+
 import hashlib
 import json
 import re

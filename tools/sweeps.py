@@ -1,4 +1,5 @@
 """Run the long sweeps of a chapter: results/sweeps/NN_name.py fills results/NN_name.json, and goes on where it stopped."""
+
 import os
 import subprocess
 import sys

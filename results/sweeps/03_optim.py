@@ -65,8 +65,10 @@ def task():
         short = short[: runtime.pick(quick=96, cpu=len(short))]
         rows = tokenizer([texts.texts[i] for i in short], **keys)
         ids, mask = rows["input_ids"], rows["attention_mask"]
-        lower = [through(model.bert.encoder.layer[:FROZEN], model.bert.embeddings(part), m)
-                 for part, m in zip(ids.split(64), mask.split(64), strict=True)]
+        lower = [
+            through(model.bert.encoder.layer[:FROZEN], model.bert.embeddings(part), m)
+            for part, m in zip(ids.split(64), mask.split(64), strict=True)
+        ]
         splits[split] = torch.cat(lower), mask, texts.y[short]
     return splits
 
@@ -103,8 +105,10 @@ def score(model, split):
     with torch.no_grad():
         logits = torch.cat([model(b["hidden"], b["mask"]) for b in batches(hidden, mask, y, order, 64)])
     y = y[order]
-    return {f"{split}_loss": F.cross_entropy(logits, y).item(),
-            f"{split}_accuracy": (logits.argmax(1) == y).float().mean().item()}
+    return {
+        f"{split}_loss": F.cross_entropy(logits, y).item(),
+        f"{split}_accuracy": (logits.argmax(1) == y).float().mean().item(),
+    }
 
 
 def run(seed, optimizer, lr, head=1.0, decay=None, final=False):
@@ -158,8 +162,9 @@ def optimizers_first():
 
 
 def best_rate(name="AdamW"):
-    search = results.sweep(told, {"optimizer": [name], "lr": RATES[name]}, [0], chapter=CHAPTER,
-                           name="optimizers.search", progress=False)
+    search = results.sweep(
+        told, {"optimizer": [name], "lr": RATES[name]}, [0], chapter=CHAPTER, name="optimizers.search", progress=False
+    )
     return min(search.rows, key=lambda r: r["valid_loss"])["lr"]
 
 
@@ -207,16 +212,26 @@ def vectors():
     model = Classifier(0).eval()
     found = {}
     for split, (hidden, mask, y) in task().items():
-        means = [(through(model.body, h, m) * m[..., None]).sum(1) / m.sum(1, keepdim=True)
-                 for h, m in zip(hidden.split(64), mask.split(64), strict=True)]
+        means = [
+            (through(model.body, h, m) * m[..., None]).sum(1) / m.sum(1, keepdim=True)
+            for h, m in zip(hidden.split(64), mask.split(64), strict=True)
+        ]
         found[split] = torch.cat(means), y
     return found
 
 
 def alone():
     """Erratum 18, second half: the rate of a head that is tuned alone."""
-    results.sweep(head_only, {"lr": HEAD_RATES}, SEEDS, chapter=CHAPTER, name="alone", n=len(task()["test"][2]),
-                  budget=BUDGET, progress=False)
+    results.sweep(
+        head_only,
+        {"lr": HEAD_RATES},
+        SEEDS,
+        chapter=CHAPTER,
+        name="alone",
+        n=len(task()["test"][2]),
+        budget=BUDGET,
+        progress=False,
+    )
 
 
 STUDIES = {f.__name__: f for f in (alone, optimizers_first, heads, decay, optimizers)}

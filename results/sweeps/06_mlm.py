@@ -123,11 +123,27 @@ def finish(name: str) -> None:
     levels = [losses.mean().item() for losses in mlm.ngram_losses(counts, now.previous, now.target)]
     test = mlm.score(model, mlm.Masked(packed("test"), vocab, 32, fixed=True, seed=5))
     unigram, bigram = (losses.mean().item() for losses in mlm.ngram_losses(counts, test.previous, test.target))
-    facts = {"loss": test.loss.mean().item(), "unigram": unigram, "bigram": bigram, "n": len(test.target),
-             "accuracy": (test.rank == 0).float().mean().item(), "top5": (test.rank < 5).float().mean().item()}
-    about = {"steps": rows[-1]["steps"], "pieces": rows[-1]["steps"] * BATCH * 128, "train_pieces": train.numel(),
-             "minutes": round(sum(row["seconds"] for row in rows) / 60, 1), "batch_size": BATCH, "length": 128,
-             "learning_rate": PEAK_LR, "rate": RATE, "seed": SEED, "unigram_rate": levels[0], "bigram_rate": levels[1]}
+    facts = {
+        "loss": test.loss.mean().item(),
+        "unigram": unigram,
+        "bigram": bigram,
+        "n": len(test.target),
+        "accuracy": (test.rank == 0).float().mean().item(),
+        "top5": (test.rank < 5).float().mean().item(),
+    }
+    about = {
+        "steps": rows[-1]["steps"],
+        "pieces": rows[-1]["steps"] * BATCH * 128,
+        "train_pieces": train.numel(),
+        "minutes": round(sum(row["seconds"] for row in rows) / 60, 1),
+        "batch_size": BATCH,
+        "length": 128,
+        "learning_rate": PEAK_LR,
+        "rate": RATE,
+        "seed": SEED,
+        "unigram_rate": levels[0],
+        "bigram_rate": levels[1],
+    }
     results.record("06_mlm", "bert_mini", {"rows": rows, **about})
     for key, value in facts.items():
         results.record("06_mlm", f"bert_mini_{key}", value)
@@ -176,9 +192,15 @@ def variants() -> None:
     from ftbook import results
 
     part = mlm.prepare(mlm.read_documents(data.load("wiki_excerpt")[:SLICE]))
-    results.sweep(lambda seed, variant: mlm.variant_run(part, variant, seed),
-                  {"variant": list(mlm.VARIANTS)}, range(3), chapter="06_mlm", name="variants",
-                  n=int(part.valid.numel()), budget="120 steps of 32 sequences of 64 pieces, 2 layers of width 128")
+    results.sweep(
+        lambda seed, variant: mlm.variant_run(part, variant, seed),
+        {"variant": list(mlm.VARIANTS)},
+        range(3),
+        chapter="06_mlm",
+        name="variants",
+        n=int(part.valid.numel()),
+        budget="120 steps of 32 sequences of 64 pieces, 2 layers of width 128",
+    )
 
 
 if __name__ == "__main__":

@@ -21,10 +21,13 @@ from ftbook.train import Settings, evaluate, fit
 
 CHAPTER = "09_vision"
 SEEDS = [1, 2, 3]
-PHOTOS = runtime.pick(cpu={"backbone": "mobilenet_v2", "size": 128, "epochs": 3, "batch_size": 32},
-                      gpu={"backbone": "resnet50", "size": 224, "epochs": 10, "batch_size": 32})
-CIFAR = runtime.pick(cpu={"train": 2_000, "old": 600, "labels": [10]},
-                     gpu={"train": 40_000, "old": 4_000, "labels": [10, 50, 250]})
+PHOTOS = runtime.pick(
+    cpu={"backbone": "mobilenet_v2", "size": 128, "epochs": 3, "batch_size": 32},
+    gpu={"backbone": "resnet50", "size": 224, "epochs": 10, "batch_size": 32},
+)
+CIFAR = runtime.pick(
+    cpu={"train": 2_000, "old": 600, "labels": [10]}, gpu={"train": 40_000, "old": 4_000, "labels": [10, 50, 250]}
+)
 RATES = [1e-4, 1e-3, 1e-2]
 STRENGTHS = [1e-3, 1e-2, 1e-1]
 
@@ -48,13 +51,23 @@ def bundled(epochs=24, lr=3e-3, seed=0):
         seed=seed,
         settings=Settings(schedule="cosine", warmup=0.1, weight_decay=0.05, transform=augment, progress=False),
     )
-    facts = {"epochs": epochs, "lr": lr, "seed": seed, "minutes": (time.process_time() - started) / 60,
-             "train_images": len(pool), "valid_accuracy": history["valid_accuracy"][-1],
-             "train_accuracy": history["train_accuracy"][-1]}
+    facts = {
+        "epochs": epochs,
+        "lr": lr,
+        "seed": seed,
+        "minutes": (time.process_time() - started) / 60,
+        "train_images": len(pool),
+        "valid_accuracy": history["valid_accuracy"][-1],
+        "train_accuracy": history["train_accuracy"][-1],
+    }
     folder = Path(vision.__file__).parent / "assets" / "cnn-small-cifar10"
     vision.save_cnn(model, folder, test.classes, torch.float16)
-    facts |= {"test_accuracy": evaluate(vision.load_cnn(folder), test, precision="fp32")["accuracy"], "n": len(test),
-              "parameters": sum(p.numel() for p in model.parameters()), "source": pool.source}
+    facts |= {
+        "test_accuracy": evaluate(vision.load_cnn(folder), test, precision="fp32")["accuracy"],
+        "n": len(test),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "source": pool.source,
+    }
     results.record(CHAPTER, "bundled", facts)
     (folder / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
     print(facts)
@@ -122,8 +135,18 @@ def classes():
 
     def run(seed, way, lr, labels, test=False):
         original, steps = pretrained(seed), labels * 5 // 25
-        model, metrics = vision.way_run(original, tasks["new"], tasks["valid"], tasks["test"] if test else None,
-                                        way=way, lr=lr, seed=seed, labels=labels, epochs=120 // steps, batch_size=25)
+        model, metrics = vision.way_run(
+            original,
+            tasks["new"],
+            tasks["valid"],
+            tasks["test"] if test else None,
+            way=way,
+            lr=lr,
+            seed=seed,
+            labels=labels,
+            epochs=120 // steps,
+            batch_size=25,
+        )
         if test and way != "scratch":
             metrics["old_accuracy"] = old_accuracy(model, original, tasks["old_test"])
         return metrics
@@ -135,11 +158,15 @@ def classes():
     for labels in CIFAR["labels"]:
         for way in ("scratch", "head", "full"):
             at = {"way": [way], "labels": [labels]}
-            found = results.sweep(run, {**at, "lr": [3e-4, 1e-3, 3e-3]}, [1], name="classes_search",
-                                  n=len(tasks["valid"]), **about)
+            found = results.sweep(
+                run, {**at, "lr": [3e-4, 1e-3, 3e-3]}, [1], name="classes_search", n=len(tasks["valid"]), **about
+            )
             best = min(found.summary("valid_loss", way=way, labels=labels), key=lambda r: r["mean"])["lr"]
-            show(results.sweep(run, {**at, "lr": [best], "test": [True]}, SEEDS, name="classes",
-                               n=len(tasks["test"]), **about))
+            show(
+                results.sweep(
+                    run, {**at, "lr": [best], "test": [True]}, SEEDS, name="classes", n=len(tasks["test"]), **about
+                )
+            )
 
 
 @functools.cache
@@ -172,8 +199,9 @@ def search_run(seed, way, lr):
 
 def final_run(seed, way, lr):
     train, test = photos()
-    return vision.way_run(original(), train, None, test, old_task(), way=way, lr=lr, seed=seed,
-                          shifted=way in SHIFTED, **LENGTH)[1]
+    return vision.way_run(
+        original(), train, None, test, old_task(), way=way, lr=lr, seed=seed, shifted=way in SHIFTED, **LENGTH
+    )[1]
 
 
 def chosen(way, folds=(0,)):
@@ -183,8 +211,16 @@ def chosen(way, folds=(0,)):
     if way == "head, moving statistics":
         return chosen("head", folds)
     rates = STRENGTHS if way == "linear probe" else RATES
-    found = results.sweep(search_run, {"way": [way], "lr": rates}, folds, chapter=CHAPTER, name="photo_search",
-                          n=len(vision.hold_out(photos()[0], 0)[1]), budget=BUDGET, progress=False)
+    found = results.sweep(
+        search_run,
+        {"way": [way], "lr": rates},
+        folds,
+        chapter=CHAPTER,
+        name="photo_search",
+        n=len(vision.hold_out(photos()[0], 0)[1]),
+        budget=BUDGET,
+        progress=False,
+    )
     return min(found.summary("valid_loss", way=way), key=lambda r: r["mean"])["lr"]
 
 
@@ -214,8 +250,17 @@ def peak_of(way):
 
 def memory():
     ways = [w for w in vision.WAYS if w != "full, augmented"]
-    show(results.sweep(memory_run, {"way": ways}, [0], chapter=CHAPTER, name="memory", progress=False,
-                       budget=f"4 steps of {PHOTOS['batch_size']} photos of {PHOTOS['size']} pixels"))
+    show(
+        results.sweep(
+            memory_run,
+            {"way": ways},
+            [0],
+            chapter=CHAPTER,
+            name="memory",
+            progress=False,
+            budget=f"4 steps of {PHOTOS['batch_size']} photos of {PHOTOS['size']} pixels",
+        )
+    )
 
 
 def show(found):
@@ -223,8 +268,7 @@ def show(found):
         print({k: v for k, v in row.items() if "loss_" not in k and "accuracy_" not in k}, flush=True)
 
 
-STUDIES = {"bundled": bundled, "photos": photo_sweep, "classes": classes, "source": source,
-           "memory": memory}
+STUDIES = {"bundled": bundled, "photos": photo_sweep, "classes": classes, "source": source, "memory": memory}
 
 if __name__ == "__main__":
     torch.set_num_threads(int(runtime.pick(cpu=1, gpu=8)))

@@ -55,8 +55,16 @@ def run(seed, init, trained, target, lr, final=False):
     body, tokenizer = body_and_tokenizer()
     options = {k: v for k, v in SETTINGS.items() if k != "sentences"}
     _, metrics = tagging_run(
-        seed, body=body if init == "pretrained" else body.config, tokenizer=tokenizer, train_set=train, valid=valid,
-        test=test if final else None, trained=trained, target=target, lr=lr, **options,
+        seed,
+        body=body if init == "pretrained" else body.config,
+        tokenizer=tokenizer,
+        train_set=train,
+        valid=valid,
+        test=test if final else None,
+        trained=trained,
+        target=target,
+        lr=lr,
+        **options,
     )
     return metrics
 

@@ -158,8 +158,12 @@ def labels():
 
 def ranks():
     "Rank, alpha and learning rate of LoRA."
-    choice = {"method": ["LoRA"], "r": runtime.pick(quick=[2], cpu=[1, 16]), "alpha": [4, 16],
-              "lr": list(RATES["LoRA"][:2])}
+    choice = {
+        "method": ["LoRA"],
+        "r": runtime.pick(quick=[2], cpu=[1, 16]),
+        "alpha": [4, 16],
+        "lr": list(RATES["LoRA"][:2]),
+    }
     results.sweep(run, choice, SEEDS, name="ranks", **about())
 
 

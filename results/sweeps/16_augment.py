@@ -22,9 +22,16 @@ TEXT_LABELS = runtime.pick(quick=[10], cpu=[50, 250])
 TEXT_METHODS = ["none", "dropout", "swap", "embedding mixup"]
 TEXT_RATES = [1e-4, 3e-4, 1e-3]
 TEXT_STEPS = runtime.pick(quick=5, cpu=150)
-KINDS = {"flip": [1.0], "upside down": [1.0], "crop": [0.125, 0.25, 0.375], "zoom": [0.25, 0.5, 0.75],
-         "color": [0.2, 0.4, 0.8], "erasing": [0.1, 0.33, 0.6], "noise": [0.05, 0.1, 0.2],
-         "randaugment": [0.1, 0.3, 0.6]}
+KINDS = {
+    "flip": [1.0],
+    "upside down": [1.0],
+    "crop": [0.125, 0.25, 0.375],
+    "zoom": [0.25, 0.5, 0.75],
+    "color": [0.2, 0.4, 0.8],
+    "erasing": [0.1, 0.33, 0.6],
+    "noise": [0.05, 0.1, 0.2],
+    "randaugment": [0.1, 0.3, 0.6],
+}
 TEXT_SCORED = runtime.pick(quick=(20, 20), cpu=(100, 200))  # validation and test sentences per class
 
 
@@ -48,21 +55,40 @@ def bert():
 
 def image_run(seed, method, labels, lr, test=False, steps=STEPS):
     train, valid, test_set = images()
-    return augment.few_label_run(seed, train=train, valid=valid, test=test_set if test else None, method=method,
-                                 labels=labels, lr=lr, steps=steps, batch_size=32)
+    return augment.few_label_run(
+        seed,
+        train=train,
+        valid=valid,
+        test=test_set if test else None,
+        method=method,
+        labels=labels,
+        lr=lr,
+        steps=steps,
+        batch_size=32,
+    )
 
 
 def text_run(seed, method, labels, lr, test=False):
     train, valid, test_set = texts()
     scored = {"test": test_set} if test else {"valid": valid}
-    return augment.text_run(seed, **bert(), train=train, **scored, method=method, labels=labels, lr=lr,
-                            steps=TEXT_STEPS)
+    return augment.text_run(
+        seed, **bert(), train=train, **scored, method=method, labels=labels, lr=lr, steps=TEXT_STEPS
+    )
 
 
 def rates(name, run, label_counts, tried):
     """The rate of each label count with the best validation accuracy of one run that does not augment."""
-    return {k: results.sweep(run, {"method": ["none"], "labels": [k], "lr": tried}, [100], chapter=CHAPTER,
-                             name=f"{name}_search", progress=False).best("valid_accuracy")["lr"] for k in label_counts}
+    return {
+        k: results.sweep(
+            run,
+            {"method": ["none"], "labels": [k], "lr": tried},
+            [100],
+            chapter=CHAPTER,
+            name=f"{name}_search",
+            progress=False,
+        ).best("valid_accuracy")["lr"]
+        for k in label_counts
+    }
 
 
 def study(name, run, methods, label_counts, tried, seeds, n, budget):
@@ -70,8 +96,9 @@ def study(name, run, methods, label_counts, tried, seeds, n, budget):
     lr = rates(name, run, label_counts, tried)
     for k in label_counts:
         choices = {"method": methods, "labels": [k], "lr": [lr[k]], "test": [True]}
-        found = results.sweep(run, choices, seeds, chapter=CHAPTER, name=f"{name}_runs", n=n, budget=budget,
-                              progress=False)
+        found = results.sweep(
+            run, choices, seeds, chapter=CHAPTER, name=f"{name}_runs", n=n, budget=budget, progress=False
+        )
         for row in found.summary("test_accuracy"):
             print(name, row["method"], row["labels"], row["lr"], format(row, ".1%"), flush=True)
     rows = results.load_sweep(CHAPTER, f"{name}_runs").summary("test_accuracy")
@@ -81,10 +108,23 @@ def study(name, run, methods, label_counts, tried, seeds, n, budget):
 def longer():
     """More steps at the middle label count."""
     lr = rates("images", image_run, LABELS, RATES)[LONG["labels"]]
-    choices = {"method": ["none", "crop + flip", "cutmix"], "labels": [LONG["labels"]], "lr": [lr], "test": [True],
-               "steps": [LONG["steps"]]}
-    rows = results.sweep(image_run, choices, range(3), chapter=CHAPTER, name="longer_runs", n=2_000,
-                         budget=f"{LONG['steps']} steps of 32 images", progress=False).summary("test_accuracy")
+    choices = {
+        "method": ["none", "crop + flip", "cutmix"],
+        "labels": [LONG["labels"]],
+        "lr": [lr],
+        "test": [True],
+        "steps": [LONG["steps"]],
+    }
+    rows = results.sweep(
+        image_run,
+        choices,
+        range(3),
+        chapter=CHAPTER,
+        name="longer_runs",
+        n=2_000,
+        budget=f"{LONG['steps']} steps of 32 images",
+        progress=False,
+    ).summary("test_accuracy")
     print([(r["method"], format(r, ".1%")) for r in rows], flush=True)
     results.record(CHAPTER, "longer", rows)
 
@@ -102,8 +142,16 @@ def judges():
     for method, strengths in KINDS.items():
         for s in strengths:
             pairs = [augment.changed_predictions(m, valid, augment.policy(method, strength=s)) for m in models]
-            rows.append(results.row("changed", [float((a != b).float().mean()) for a, b in pairs], n=len(valid),
-                                    data="CIFAR-10", method=method, strength=s))
+            rows.append(
+                results.row(
+                    "changed",
+                    [float((a != b).float().mean()) for a, b in pairs],
+                    n=len(valid),
+                    data="CIFAR-10",
+                    method=method,
+                    strength=s,
+                )
+            )
             print(method, s, format(rows[-1], ".1%"), flush=True)
     results.record(CHAPTER, "photo_judges", results.row("valid_accuracy", scores, n=len(valid)))
     results.record(CHAPTER, "photo_changes", rows)

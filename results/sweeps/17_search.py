@@ -10,8 +10,12 @@ from ftbook import data, results, runtime, search
 from ftbook.search import Range
 
 CHAPTER = "17_search"
-SPACE = {"lr": Range(1e-4, 1e-1, log=True), "weight_decay": Range(1e-4, 1.0, log=True),
-         "width": Range(16, 256, log=True, integer=True), "dropout": Range(0.0, 0.6)}
+SPACE = {
+    "lr": Range(1e-4, 1e-1, log=True),
+    "weight_decay": Range(1e-4, 1.0, log=True),
+    "width": Range(16, 256, log=True, integer=True),
+    "dropout": Range(0.0, 0.6),
+}
 STEPS = runtime.pick(quick=27, cpu=400)
 PARTS = runtime.pick(quick=[200, 200], cpu=[1_000, 1_000])  # training and validation images
 TRIALS = runtime.pick(quick=3, cpu=81)
@@ -33,14 +37,26 @@ def run(seed, steps=STEPS, **setting):
 def halving(repeat):
     """One search by successive halving over 27 fresh settings."""
     schedule = search.halving_schedule(27, STEPS)
-    found = search.successive_halving(run, search.draw(SPACE, 27, seed=1_000 + repeat), resource="steps",
-                                      schedule=schedule, metric="valid_1000_accuracy", name="halving_runs",
-                                      **{k: v for k, v in ABOUT.items() if k != "progress"})
+    found = search.successive_halving(
+        run,
+        search.draw(SPACE, 27, seed=1_000 + repeat),
+        resource="steps",
+        schedule=schedule,
+        metric="valid_1000_accuracy",
+        name="halving_runs",
+        **{k: v for k, v in ABOUT.items() if k != "progress"},
+    )
     winner = found.rungs[-1][0]
     first = {str({k: r[k] for k in SPACE}): i for i, r in enumerate(found.rungs[0])}
     rank = first[str({k: winner[k] for k in SPACE})] + 1
-    return {"repeat": repeat, "cost": found.cost, "valid": winner["valid_1000_accuracy"],
-            "test": winner["test_accuracy"], "rank in rung 0": rank, **found.best}
+    return {
+        "repeat": repeat,
+        "cost": found.cost,
+        "valid": winner["valid_1000_accuracy"],
+        "test": winner["test_accuracy"],
+        "rank in rung 0": rank,
+        **found.best,
+    }
 
 
 def main():

@@ -1,4 +1,5 @@
 """On the PYTHONPATH of the tests' kernels: a connection to anything but this machine is refused, and says so."""
+
 import ipaddress
 import socket
 
