@@ -433,6 +433,11 @@ def l2_sp(
     return term
 
 # %% ../nbs/15_regularize.ipynb #5421e855
+def _check_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p is {p}; it is a probability, 0 <= p <= 1")
+
+
 def drop(x: Tensor, p: float, shared: Sequence[int] = ()) -> Tensor:
     """Set entries to zero with probability p and divide the rest by 1 - p,
     equation (15.7).
@@ -504,11 +509,6 @@ class Attached:
 
     def __exit__(self, *error) -> None:
         self.remove()
-
-
-def _check_probability(p: float) -> None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"p is {p}; it is a probability, 0 <= p <= 1")
 
 # %% ../nbs/15_regularize.ipynb #bc5d1676
 def set_dropout(model: nn.Module, p: float) -> Attached:
