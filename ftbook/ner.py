@@ -62,7 +62,8 @@ from ftbook.tags import (
 # %% ../nbs/10_ner.ipynb #f2d2a130
 @dataclass
 class Sentence:
-    """One sentence: its words, one IOB2 tag per word, and the number of its document.
+    """One sentence: its words, one IOB2 tag per word, and the number of its
+    document.
 
     Examples
     --------
@@ -604,9 +605,14 @@ def split_words(text: str) -> list[tuple[str, int, int]]:
     return [(text[start:end], start, end) for start, end in spans]
 
 # %% ../nbs/10_ner.ipynb #e0ff970b
-def parse_brackets(text: str, types: Sequence[str] = ("PER", "ORG", "LOC", "MISC"), doc: int = 0,
-                   place: str = "text") -> Sentence:
-    """Turn one line of bracket notation, ``[PER Ada Lovelace] met [PER Babbage] .``, into a Sentence.
+def parse_brackets(
+    text: str,
+    types: Sequence[str] = ("PER", "ORG", "LOC", "MISC"),
+    doc: int = 0,
+    place: str = "text",
+) -> Sentence:
+    """Turn one line of bracket notation, ``[PER Ada Lovelace] met [PER Babbage]
+    .``, into a Sentence.
 
     Examples
     --------
@@ -618,47 +624,74 @@ def parse_brackets(text: str, types: Sequence[str] = ("PER", "ORG", "LOC", "MISC
         if part.startswith("["):
             kind, _, name = part[1:-1].partition(" ")
             if kind not in types or not name.strip() or not part.endswith("]"):
-                raise ValueError(f"{place}: {part!r} is not [TYPE words] with TYPE in {', '.join(types)}.")
+                raise ValueError(
+                    f"{place}: {part!r} is not [TYPE words] with TYPE in "
+                    f"{', '.join(types)}."
+                )
             found.append((kind, len(plain), len(plain) + len(name)))
             part = name
         elif "[" in part or "]" in part:
-            raise ValueError(f"{place}: a bracket is not closed or not opened near {part[:40]!r}.")
+            raise ValueError(
+                f"{place}: a bracket is not closed or not opened near "
+                f"{part[:40]!r}."
+            )
         plain += part
     words = split_words(plain)
     tags = ["O"] * len(words)
     for kind, start, end in found:
-        inside = [i for i, (_, a, b) in enumerate(words) if a < end and b > start]
+        inside = [
+            i for i, (_, a, b) in enumerate(words) if a < end and b > start
+        ]
         if words[inside[0]][1] != start or words[inside[-1]][2] != end:
-            raise ValueError(f"{place}: the entity {plain[start:end]!r} does not begin and end at a word boundary.")
-        tags[inside[0]:inside[-1] + 1] = [f"B-{kind}"] + [f"I-{kind}"] * (len(inside) - 1)
+            raise ValueError(
+                f"{place}: the entity {plain[start:end]!r} does not begin and "
+                "end at a word boundary."
+            )
+        tags[inside[0] : inside[-1] + 1] = [f"B-{kind}"] + [f"I-{kind}"] * (
+            len(inside) - 1
+        )
     return Sentence([w for w, _, _ in words], tags, doc)
 
 # %% ../nbs/10_ner.ipynb #a6b820b2
 def read_brackets(path, split: str | None = None) -> Corpus:
-    """Read a file of bracket notation: one sentence a line, ``# name split`` before each document.
+    """Read a file of bracket notation: one sentence a line, ``# name split``
+    before each document.
 
-    With `split`, only documents whose header ends in that word; documents are numbered from 0.
+    With `split`, only documents whose header ends in that word; documents are
+    numbered from 0.
     """
     path, doc, wanted, corpus = Path(path), -1, split is None, Corpus(path=path)
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").split("\n"), 1
+    ):
         if line.startswith("# "):
             wanted = split is None or line.split()[-1] == split
             doc += wanted
         elif line.strip() and wanted:
-            corpus.append(parse_brackets(line, doc=max(doc, 0), place=f"{path}, line {number}"))
+            corpus.append(
+                parse_brackets(
+                    line, doc=max(doc, 0), place=f"{path}, line {number}"
+                )
+            )
     return corpus
 
 # %% ../nbs/10_ner.ipynb #5f6cfe08
 def bundled_corpus(split: str = "train") -> Corpus:
-    """The corpus written for this book (PER, ORG, LOC, MISC): ``"train"``, ``"dev"`` or ``"test"``."""
+    """The corpus written for this book (PER, ORG, LOC, MISC): ``"train"``,
+    ``"dev"`` or ``"test"``.
+    """
     if split not in ("train", "dev", "test"):
-        raise ValueError(f"split={split!r}; allowed are 'train', 'dev', 'test'.")
+        raise ValueError(
+            f"split={split!r}; allowed are 'train', 'dev', 'test'."
+        )
     return read_conll(data.asset("ner_corpus") / f"{split}.conll")
 
 # %% ../nbs/10_ner.ipynb #9cf47fe9
 @dataclass(frozen=True)
 class Entity:
-    """An entity found in a text: ``text[start:end]``, its type, and the mean probability of its words' labels."""
+    """An entity found in a text: ``text[start:end]``, its type, and the mean
+    probability of its words' labels.
+    """
 
     text: str
     type: str
@@ -667,12 +700,23 @@ class Entity:
     score: float
 
 # %% ../nbs/10_ner.ipynb #1a79c9ff
-_HUES = {"PER": 210, "ORG": 30, "LOC": 140, "MISC": 290, "person": 210, "corporation": 30, "location": 140,
-         "group": 60, "product": 0, "creative-work": 290}
+_HUES = {
+    "PER": 210,
+    "ORG": 30,
+    "LOC": 140,
+    "MISC": 290,
+    "person": 210,
+    "corporation": 30,
+    "location": 140,
+    "group": 60,
+    "product": 0,
+    "creative-work": 290,
+}
 
 
 def entities_html(text: str, entities: Iterable[Entity]) -> str:
-    """HTML of a text with its entities underlined and tinted by type; readable on light and dark pages, no script.
+    """HTML of a text with its entities underlined and tinted by type; readable
+    on light and dark pages, no script.
 
     Examples
     --------
@@ -682,19 +726,27 @@ def entities_html(text: str, entities: Iterable[Entity]) -> str:
     out, at = [], 0
     for e in sorted(entities, key=lambda e: e.start):
         hue = _HUES.get(e.type, sum(map(ord, e.type)) * 47 % 360)
-        out.append(html.escape(text[at:e.start]))
-        style = f"background:hsla({hue},70%,50%,.22);border-bottom:2px solid hsl({hue},65%,50%)"
-        out.append(f'<mark title="{html.escape(e.type)} {e.score:.2f}" '
-                   f'style="color:inherit;border-radius:3px;padding:0 3px;{style}">'
-                   f'{html.escape(text[e.start:e.end])}<small style="opacity:.75;padding-left:4px">'
-                   f"{html.escape(e.type)}</small></mark>")
+        out.append(html.escape(text[at : e.start]))
+        style = (
+            f"background:hsla({hue},70%,50%,.22);border-bottom:2px solid"
+            f" hsl({hue},65%,50%)"
+        )
+        out.append(
+            f'<mark title="{html.escape(e.type)} {e.score:.2f}" '
+            f'style="color:inherit;border-radius:3px;padding:0 3px;{style}">'
+            f"{html.escape(text[e.start : e.end])}<small "
+            'style="opacity:.75;padding-left:4px">'
+            f"{html.escape(e.type)}</small></mark>"
+        )
         at = e.end
     body = "".join(out) + html.escape(text[at:])
     return f'<div style="line-height:2;white-space:pre-wrap">{body}</div>'
 
 # %% ../nbs/10_ner.ipynb #2428d8bd
 class Shown:
-    """A text with its entities: colored HTML in a notebook, bracket notation in a terminal."""
+    """A text with its entities: colored HTML in a notebook, bracket notation in
+    a terminal.
+    """
 
     def __init__(self, text: str, entities: Iterable[Entity]):
         self.text, self.entities = text, sorted(entities, key=lambda e: e.start)
@@ -705,19 +757,37 @@ class Shown:
     def __repr__(self) -> str:
         out, at = "", 0
         for e in self.entities:
-            out, at = out + self.text[at:e.start] + f"[{e.type} {self.text[e.start:e.end]}]", e.end
+            out, at = (
+                out
+                + self.text[at : e.start]
+                + f"[{e.type} {self.text[e.start : e.end]}]",
+                e.end,
+            )
         return out + self.text[at:]
 
 # %% ../nbs/10_ner.ipynb #5b20bebc
-def show_sentence(sentence: Sentence, tags: Sequence[str] | None = None) -> Shown:
+def show_sentence(
+    sentence: Sentence, tags: Sequence[str] | None = None
+) -> Shown:
     """A tagged sentence (or other tags for its words) as a displayable text."""
     text, places = "", []
     for word in sentence.words:
         places.append((len(text), len(text) + len(word)))
         text += word + " "
     found = spans(sentence.tags if tags is None else tags)
-    return Shown(text.rstrip(), [Entity(text[places[a][0]:places[b - 1][1]], k, places[a][0], places[b - 1][1], 1.0)
-                                 for k, a, b in found])
+    return Shown(
+        text.rstrip(),
+        [
+            Entity(
+                text[places[a][0] : places[b - 1][1]],
+                k,
+                places[a][0],
+                places[b - 1][1],
+                1.0,
+            )
+            for k, a, b in found
+        ],
+    )
 
 # %% ../nbs/10_ner.ipynb #7a95c019
 def align(
@@ -858,11 +928,15 @@ def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.arange(total) + np.repeat(starts - (ends - counts), counts)
 
 # %% ../nbs/10_ner.ipynb #64adb1a0
-def window_starts(pieces: np.ndarray, room: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut sequences of `pieces` pieces into windows of `room` that overlap by `stride`.
+def window_starts(
+    pieces: np.ndarray, room: int, stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut sequences of `pieces` pieces into windows of `room` that overlap by
+    `stride`.
 
-    Returns the number of windows of each sequence and the start of each window in its sequence; the last window
-    ends where the sequence ends, as with ``return_overflowing_tokens`` in tokenizers.
+    Returns the number of windows of each sequence and the start of each window
+    in its sequence; the last window ends where the sequence ends, as with
+    ``return_overflowing_tokens`` in tokenizers.
 
     Examples
     --------
@@ -936,8 +1010,17 @@ class Encoded:
         }
 
 # %% ../nbs/10_ner.ipynb #26bef7bd
-def encode(sentences: Sequence[Sequence[str]], pieces, tags=None, labels: Sequence[str] | None = None, *,
-           max_length: int = 128, stride: int = 32, label_pieces: str = "first", windows: bool = True) -> Encoded:
+def encode(
+    sentences: Sequence[Sequence[str]],
+    pieces,
+    tags=None,
+    labels: Sequence[str] | None = None,
+    *,
+    max_length: int = 128,
+    stride: int = 32,
+    label_pieces: str = "first",
+    windows: bool = True,
+) -> Encoded:
     """Encode a whole corpus at once: pieces, windows and aligned labels.
 
     Parameters
@@ -946,31 +1029,56 @@ def encode(sentences: Sequence[Sequence[str]], pieces, tags=None, labels: Sequen
     pieces : WordPieces, or a fast tokenizer
         Pass the same WordPieces again to reuse the words it knows.
     tags, labels
-        IOB2 tags per sentence (taken from a Corpus) and the label names that number them; none for prediction.
+        IOB2 tags per sentence (taken from a Corpus) and the label names that
+        number them; none for prediction.
     max_length, stride : int
         Pieces per row including special pieces; overlap of neighboring windows.
     label_pieces : {"first", "all"}
-        Label the first piece of a word, or every piece (later pieces of a B- word get I-).
+        Label the first piece of a word, or every piece (later pieces of a B-
+        word get I-).
     windows : bool
-        ``False`` keeps only the first window, as truncation does, and counts the labels lost in ``dropped``.
+        ``False`` keeps only the first window, as truncation does, and counts
+        the labels lost in ``dropped``.
     """
     if isinstance(sentences, Corpus):
         corpus = sentences
         sentences, labels = corpus.words, labels or corpus.labels
         tags = corpus.tags if tags is None else tags
     pieces = pieces if isinstance(pieces, WordPieces) else WordPieces(pieces)
-    room, stride = max_length - len(pieces.prefix) - len(pieces.suffix), stride if windows else 0
-    if label_pieces not in ("first", "all") or room < 1 or not 0 <= stride < room:
-        raise ValueError(f"max_length={max_length}, stride={stride}, label_pieces={label_pieces!r}: need room for one "
-                         f"piece beside the special ones, 0 <= stride < {room}, label_pieces 'first' or 'all'.")
+    room, stride = (
+        max_length - len(pieces.prefix) - len(pieces.suffix),
+        stride if windows else 0,
+    )
+    if (
+        label_pieces not in ("first", "all")
+        or room < 1
+        or not 0 <= stride < room
+    ):
+        raise ValueError(
+            f"max_length={max_length}, stride={stride}, "
+            f"label_pieces={label_pieces!r}: need room for one "
+            f"piece beside the special ones, 0 <= stride < {room}, "
+            "label_pieces 'first' or 'all'."
+        )
     numbers, lengths = pieces.numbers(sentences)
     wanted = _word_labels(sentences, tags, labels, lengths)
     first, blocks = np.concatenate([[0], np.cumsum(lengths)]), []
     for s in range(0, max(1, len(lengths)), _BLOCK):
         part = slice(first[s], first[min(s + _BLOCK, len(lengths))])
         own = None if wanted is None else wanted[part]
-        blocks.append(_assemble(pieces, numbers[part], lengths[s:s + _BLOCK], own, labels, room, stride,
-                                label_pieces == "all", windows))
+        blocks.append(
+            _assemble(
+                pieces,
+                numbers[part],
+                lengths[s : s + _BLOCK],
+                own,
+                labels,
+                room,
+                stride,
+                label_pieces == "all",
+                windows,
+            )
+        )
     return _joined(blocks, first[::_BLOCK])
 
 # %% ../nbs/10_ner.ipynb #7ebd2992
@@ -978,34 +1086,79 @@ _BLOCK = 1_000  # sentences assembled at a time: their arrays stay in the proces
 
 
 def _joined(blocks: Sequence[Encoded], first: np.ndarray) -> Encoded:
-    """One corpus out of blocks of sentences, given the number of each block's first word."""
+    """One corpus out of blocks of sentences, given the number of each block's
+    first word.
+    """
     ends = np.cumsum([0] + [b.starts[-1] for b in blocks])
     for b, shift in zip(blocks, first, strict=False):
         b.word[b.word >= 0] += shift
-    whole = {f: np.concatenate([getattr(b, f) for b in blocks]) for f in ("ids", "labels", "word", "read", "lengths")}
-    starts = np.concatenate([[0], *(b.starts[1:] + end for b, end in zip(blocks, ends, strict=False))])
-    sentence = np.concatenate([b.sentence + i * _BLOCK for i, b in enumerate(blocks)])
-    return Encoded(**whole, starts=starts, sentence=sentence, dropped=sum(b.dropped for b in blocks), pad=blocks[0].pad)
+    whole = {
+        f: np.concatenate([getattr(b, f) for b in blocks])
+        for f in ("ids", "labels", "word", "read", "lengths")
+    }
+    starts = np.concatenate(
+        [
+            [0],
+            *(b.starts[1:] + end for b, end in zip(blocks, ends, strict=False)),
+        ]
+    )
+    sentence = np.concatenate(
+        [b.sentence + i * _BLOCK for i, b in enumerate(blocks)]
+    )
+    return Encoded(
+        **whole,
+        starts=starts,
+        sentence=sentence,
+        dropped=sum(b.dropped for b in blocks),
+        pad=blocks[0].pad,
+    )
 
 # %% ../nbs/10_ner.ipynb #4d439eaf
-def _word_labels(sentences, tags, labels, lengths: np.ndarray) -> np.ndarray | None:
+def _word_labels(
+    sentences, tags, labels, lengths: np.ndarray
+) -> np.ndarray | None:
     """Label number of every word, (N,), or None when there are no tags."""
     if tags is None:
         return None
     table = {t: i for i, t in enumerate(labels or ())}
-    if len(tags) != len(sentences) or (np.fromiter(map(len, tags), np.int64, len(tags)) != lengths).any():
-        raise ValueError("every sentence needs one tag per word; check that words and tags have the same lengths.")
+    if (
+        len(tags) != len(sentences)
+        or (np.fromiter(map(len, tags), np.int64, len(tags)) != lengths).any()
+    ):
+        raise ValueError(
+            "every sentence needs one tag per word; check that words and tags "
+            "have the same lengths."
+        )
     try:
-        return np.fromiter(map(table.__getitem__, chain.from_iterable(tags)), np.int64, int(lengths.sum()))
+        return np.fromiter(
+            map(table.__getitem__, chain.from_iterable(tags)),
+            np.int64,
+            int(lengths.sum()),
+        )
     except KeyError as error:
-        raise ValueError(f"tag {error.args[0]!r} is not among the labels {list(table)}. Pass labels=label_list(types) "
-                         f"with every type of the corpus.") from None
+        raise ValueError(
+            f"tag {error.args[0]!r} is not among the labels {list(table)}. "
+            "Pass labels=label_list(types) "
+            "with every type of the corpus."
+        ) from None
 
 # %% ../nbs/10_ner.ipynb #d93b2eca
-def _assemble(pieces: WordPieces, numbers, lengths, wanted, names, room, stride, all_pieces, windows) -> Encoded:
+def _assemble(
+    pieces: WordPieces,
+    numbers,
+    lengths,
+    wanted,
+    names,
+    room,
+    stride,
+    all_pieces,
+    windows,
+) -> Encoded:
     """Gather the pieces and labels of all words, and cut them into rows."""
-    size = np.diff(pieces.starts)[numbers]                         # pieces of every word
-    flat = pieces.ids[_ranges(pieces.starts[numbers], size)]       # pieces of the corpus, without special ones
+    size = np.diff(pieces.starts)[numbers]  # pieces of every word
+    flat = pieces.ids[
+        _ranges(pieces.starts[numbers], size)
+    ]  # pieces of the corpus, without special ones
     word = np.repeat(np.arange(len(numbers)), size)
     first = np.ones(len(word), bool)
     first[1:] = word[1:] != word[:-1]
@@ -1013,9 +1166,16 @@ def _assemble(pieces: WordPieces, numbers, lengths, wanted, names, room, stride,
     if wanted is not None:
         label[first] = wanted[size > 0]
         if all_pieces:
-            to_inside = np.array([names.index("I" + t[1:]) if t[0] == "B" else i for i, t in enumerate(names)])
+            to_inside = np.array(
+                [
+                    names.index("I" + t[1:]) if t[0] == "B" else i
+                    for i, t in enumerate(names)
+                ]
+            )
             label[~first] = to_inside[wanted][word[~first]]
-    ends = np.concatenate([[0], np.cumsum(size)])[np.concatenate([[0], np.cumsum(lengths)])]
+    ends = np.concatenate([[0], np.cumsum(size)])[
+        np.concatenate([[0], np.cumsum(lengths)])
+    ]
     count, offset = window_starts(np.diff(ends), room, stride)
     sentence = np.repeat(np.arange(len(lengths)), count)
     if not windows:
@@ -1023,10 +1183,22 @@ def _assemble(pieces: WordPieces, numbers, lengths, wanted, names, room, stride,
         sentence, offset = sentence[keep], offset[keep]
     begin = ends[:-1][sentence] + offset
     content = np.minimum(room, ends[1:][sentence] - begin)
-    return _rows(pieces, flat, word, first, label, begin, content, sentence, lengths)
+    return _rows(
+        pieces, flat, word, first, label, begin, content, sentence, lengths
+    )
 
 # %% ../nbs/10_ner.ipynb #5fe6cd92
-def _rows(pieces: WordPieces, flat, word, first, label, begin, content, sentence, lengths) -> Encoded:
+def _rows(
+    pieces: WordPieces,
+    flat,
+    word,
+    first,
+    label,
+    begin,
+    content,
+    sentence,
+    lengths,
+) -> Encoded:
     before, after = len(pieces.prefix), len(pieces.suffix)
     starts = np.concatenate([[0], np.cumsum(content + before + after)])
     to, source = _ranges(starts[:-1] + before, content), _ranges(begin, content)
@@ -1035,35 +1207,50 @@ def _rows(pieces: WordPieces, flat, word, first, label, begin, content, sentence
         ids[starts[:-1] + j] = piece
     for j, piece in enumerate(pieces.suffix):
         ids[starts[1:] - after + j] = piece
-    labels, where = np.full(len(ids), -100, np.int64), np.full(len(ids), -1, np.int64)
+    labels, where = (
+        np.full(len(ids), -100, np.int64),
+        np.full(len(ids), -1, np.int64),
+    )
     ids[to], labels[to], where[to] = flat[source], label[source], word[source]
     read = np.zeros(len(ids), bool)
     read[to] = first[source]
     if len(sentence) > len(lengths):
         read = _best_window(read, where, starts)
     dropped = int(lengths.sum()) - int(read.sum())
-    return Encoded(ids, labels, where, read, starts, sentence, lengths, dropped, pieces.pad)
+    return Encoded(
+        ids, labels, where, read, starts, sentence, lengths, dropped, pieces.pad
+    )
 
 # %% ../nbs/10_ner.ipynb #38752ec1
-def _best_window(read: np.ndarray, word: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Of the first pieces of a word that stands in several windows keep the one with most context."""
+def _best_window(
+    read: np.ndarray, word: np.ndarray, starts: np.ndarray
+) -> np.ndarray:
+    """Of the first pieces of a word that stands in several windows keep the one
+    with most context.
+    """
     at = np.flatnonzero(read)
     row = np.searchsorted(starts, at, side="right") - 1
     context = np.minimum(at - starts[row], starts[row + 1] - 1 - at)
     order = np.lexsort((-at, context, word[at]))
-    last = np.append(word[at][order][1:] != word[at][order][:-1], True) if len(at) else order
+    last = (
+        np.append(word[at][order][1:] != word[at][order][:-1], True)
+        if len(at)
+        else order
+    )
     best = np.zeros(len(read), bool)
     best[at[order][last]] = True
     return best
 
 # %% ../nbs/10_ner.ipynb #23b56278
 def relabel(encoded: Encoded, how: str) -> Encoded:
-    """The same rows with deliberately wrong labels, to measure what a mistake costs.
+    """The same rows with deliberately wrong labels, to measure what a mistake
+    costs.
 
     Parameters
     ----------
     how : {"right", "zipped"}
-        "zipped" lays the tags of a row's words along its pieces from position 0, erratum 4.
+        "zipped" lays the tags of a row's words along its pieces from position
+        0, erratum 4.
     """
     if how not in ("right", "zipped"):
         raise ValueError(f"how={how!r}; allowed are 'right' and 'zipped'.")
@@ -1071,7 +1258,9 @@ def relabel(encoded: Encoded, how: str) -> Encoded:
         return encoded
     at = np.flatnonzero(encoded.labels != -100)
     row = np.searchsorted(encoded.starts, at, side="right") - 1
-    place = np.arange(len(at)) - np.searchsorted(row, row)       # number of the word within its row
+    place = np.arange(len(at)) - np.searchsorted(
+        row, row
+    )  # number of the word within its row
     labels = np.full_like(encoded.labels, -100)
     labels[encoded.starts[row] + place] = encoded.labels[at]
     return replace(encoded, labels=labels)
@@ -1080,8 +1269,9 @@ def relabel(encoded: Encoded, how: str) -> Encoded:
 class BucketBatches:
     """Batches of rows of similar length, so that little padding is computed.
 
-    Rows are sorted by length with ties in random order, cut into batches, and the batches shuffled; a new epoch
-    (``set_epoch``) gives new ties and a new order. ``shuffle=False`` gives long batches first.
+    Rows are sorted by length with ties in random order, cut into batches, and
+    the batches shuffled; a new epoch (``set_epoch``) gives new ties and a new
+    order. ``shuffle=False`` gives long batches first.
 
     Parameters
     ----------
@@ -1090,10 +1280,25 @@ class BucketBatches:
         Rows per batch.
     """
 
-    def __init__(self, encoded: Encoded, batch_size: int = 32, shuffle: bool = True, seed: int = 0):
+    def __init__(
+        self,
+        encoded: Encoded,
+        batch_size: int = 32,
+        shuffle: bool = True,
+        seed: int = 0,
+    ):
         if batch_size < 1 or not len(encoded):
-            raise ValueError(f"batch_size={batch_size} and {len(encoded)} rows: both must be at least 1.")
-        self.encoded, self.batch_size, self.shuffle, self.seed, self.epoch = encoded, batch_size, shuffle, seed, 0
+            raise ValueError(
+                f"batch_size={batch_size} and {len(encoded)} rows: both must "
+                "be at least 1."
+            )
+        self.encoded, self.batch_size, self.shuffle, self.seed, self.epoch = (
+            encoded,
+            batch_size,
+            shuffle,
+            seed,
+            0,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, which chooses the order."""
@@ -1107,24 +1312,45 @@ class BucketBatches:
         rng = np.random.default_rng((self.seed, self.epoch))
         noise = rng.random(len(self.encoded)) if self.shuffle else 0
         order = np.argsort(-(self.encoded.sizes + noise), kind="stable")
-        batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+        batches = [
+            order[i : i + self.batch_size]
+            for i in range(0, len(order), self.batch_size)
+        ]
+        return (
+            [batches[i] for i in rng.permutation(len(batches))]
+            if self.shuffle
+            else batches
+        )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return (self.encoded.batch(rows) for rows in self.rows())
 
 # %% ../nbs/10_ner.ipynb #ac49db0a
 class PaddedBatches(BucketBatches):
-    """Random batches padded to one length; with ``label=0`` the padding is labeled O, erratum 5."""
+    """Random batches padded to one length; with ``label=0`` the padding is
+    labeled O, erratum 5.
+    """
 
-    def __init__(self, encoded: Encoded, batch_size: int = 32, seed: int = 0, length: int = 128, label: int = -100):
+    def __init__(
+        self,
+        encoded: Encoded,
+        batch_size: int = 32,
+        seed: int = 0,
+        length: int = 128,
+        label: int = -100,
+    ):
         super().__init__(encoded, batch_size, seed=seed)
         self.length, self.label = length, label
 
     def rows(self) -> list[np.ndarray]:
         """Row numbers of every batch, in random order."""
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.encoded))
-        return [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(
+            len(self.encoded)
+        )
+        return [
+            order[i : i + self.batch_size]
+            for i in range(0, len(order), self.batch_size)
+        ]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for rows in self.rows():
@@ -1133,13 +1359,17 @@ class PaddedBatches(BucketBatches):
             yield batch
 
 # %% ../nbs/10_ner.ipynb #0ee7ee67
-def token_classifier(body, labels: Sequence[str], dropout: float | None = None) -> nn.Module:
-    """A transformers token classifier with a fresh head on the body of any transformers model.
+def token_classifier(
+    body, labels: Sequence[str], dropout: float | None = None
+) -> nn.Module:
+    """A transformers token classifier with a fresh head on the body of any
+    transformers model.
 
     Parameters
     ----------
     body : transformers model, or config for random weights
-        For example a BertForMaskedLM: its encoder's weights are copied, its own head is left behind.
+        For example a BertForMaskedLM: its encoder's weights are copied, its own
+        head is left behind.
     labels : list of str
         Label names, stored in the configuration.
     dropout : float, optional
@@ -1147,16 +1377,32 @@ def token_classifier(body, labels: Sequence[str], dropout: float | None = None) 
     """
     from transformers import AutoModelForTokenClassification
 
-    config = type(getattr(body, "config", body)).from_dict(getattr(body, "config", body).to_dict())
-    config.id2label, config.label2id = dict(enumerate(labels)), {t: i for i, t in enumerate(labels)}
+    config = type(getattr(body, "config", body)).from_dict(
+        getattr(body, "config", body).to_dict()
+    )
+    config.id2label, config.label2id = (
+        dict(enumerate(labels)),
+        {t: i for i, t in enumerate(labels)},
+    )
     if dropout is not None:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = config.classifier_dropout = dropout
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = (
+            config.classifier_dropout
+        ) = dropout
     model = AutoModelForTokenClassification.from_config(config)
     if isinstance(body, nn.Module):
-        weights = {k: v.float() for k, v in body.base_model.state_dict().items() if not k.startswith("pooler.")}
-        missing, unexpected = model.base_model.load_state_dict(weights, strict=False)
+        weights = {
+            k: v.float()
+            for k, v in body.base_model.state_dict().items()
+            if not k.startswith("pooler.")
+        }
+        missing, unexpected = model.base_model.load_state_dict(
+            weights, strict=False
+        )
         if missing or unexpected:
-            raise ValueError(f"the body does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}.")
+            raise ValueError(
+                f"the body does not fit: missing {missing[:3]}, unexpected "
+                f"{unexpected[:3]}."
+            )
     return model
 
 # %% ../nbs/10_ner.ipynb #e3737f61
@@ -1167,21 +1413,28 @@ BERT_BASE = {
 
 
 def bert_base_cased() -> tuple:
-    """Google's BERT-base for cased text and its tokenizer, 436 MB from the hub, pinned (Devlin et al., 2019).
+    """Google's BERT-base for cased text and its tokenizer, 436 MB from the hub,
+    pinned (Devlin et al., 2019).
 
-    For the gpu profile; on a CPU the bundled model of chapter 6 takes its place.
+    For the gpu profile; on a CPU the bundled model of chapter 6 takes its
+    place.
     """
     from transformers import AutoModel, AutoTokenizer
 
-    body = AutoModel.from_pretrained(**BERT_BASE, dtype=torch.float32, use_safetensors=True)
+    body = AutoModel.from_pretrained(
+        **BERT_BASE, dtype=torch.float32, use_safetensors=True
+    )
     return body, AutoTokenizer.from_pretrained(**BERT_BASE)
 
 # %% ../nbs/10_ner.ipynb #7efa098f
-def class_weights(label_ids: np.ndarray, n_labels: int, power: float = 0.5) -> torch.Tensor:
-    """Weights (K,) ∝ frequency ** -power with mean 1 over the labeled pieces; ignored positions (-100) do not count.
+def class_weights(
+    label_ids: np.ndarray, n_labels: int, power: float = 0.5
+) -> torch.Tensor:
+    """Weights (K,) ∝ frequency ** -power with mean 1 over the labeled pieces;
+    ignored positions (-100) do not count.
 
-    ``power=0`` changes nothing, ``power=1`` gives every label the same total weight. Labels never seen get the weight
-    of a label seen once.
+    ``power=0`` changes nothing, ``power=1`` gives every label the same total
+    weight. Labels never seen get the weight of a label seen once.
 
     Examples
     --------
@@ -1189,9 +1442,13 @@ def class_weights(label_ids: np.ndarray, n_labels: int, power: float = 0.5) -> t
     tensor([0.6250, 2.5000])
     """
     ids = np.asarray(label_ids)
-    counts = np.maximum(np.bincount(ids[ids >= 0], minlength=n_labels), 1).astype(float)
-    weights = counts ** -power
-    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
+    counts = np.maximum(
+        np.bincount(ids[ids >= 0], minlength=n_labels), 1
+    ).astype(float)
+    weights = counts**-power
+    return torch.tensor(
+        weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32
+    )
 
 # %% ../nbs/10_ner.ipynb #09b4ad2e
 class TagLoss(nn.Module):
@@ -1227,12 +1484,20 @@ class TagLoss(nn.Module):
 
 # %% ../nbs/10_ner.ipynb #0b1e5c05
 def train_only(model: nn.Module, part: str) -> int:
-    """Train the "head", the "top" (head and upper half of the layers) or the "full" model; count the weights."""
+    """Train the "head", the "top" (head and upper half of the layers) or the
+    "full" model; count the weights.
+    """
     layers: Any = model.base_model.encoder.layer
     head: Any = model.classifier
-    chosen = {"head": [], "top": list(layers[len(layers) // 2:]), "full": [model]}
+    chosen = {
+        "head": [],
+        "top": list(layers[len(layers) // 2 :]),
+        "full": [model],
+    }
     if part not in chosen:
-        raise ValueError(f"part={part!r}; allowed are {', '.join(map(repr, chosen))}.")
+        raise ValueError(
+            f"part={part!r}; allowed are {', '.join(map(repr, chosen))}."
+        )
     finetune.freeze(model)
     finetune.unfreeze(model, *chosen[part], head)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -1260,22 +1525,40 @@ def iob2_transitions(labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return step, np.where(inside, -np.inf, 0.0)
 
 # %% ../nbs/10_ner.ipynb #4f28e871
-def learn_transitions(tags: Sequence[Sequence[str]], labels: Sequence[str],
-                      smoothing: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Transition and start log-probabilities counted in training tags; what IOB2 forbids stays -inf."""
+def learn_transitions(
+    tags: Sequence[Sequence[str]], labels: Sequence[str], smoothing: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Transition and start log-probabilities counted in training tags; what
+    IOB2 forbids stays -inf.
+    """
     step, start = iob2_transitions(labels)
     table = {t: i for i, t in enumerate(labels)}
     ids = [[table[t] for t in s] for s in tags if s]
-    counts, first = np.full(step.shape, smoothing), np.full(start.shape, smoothing)
+    counts, first = (
+        np.full(step.shape, smoothing),
+        np.full(start.shape, smoothing),
+    )
     np.add.at(first, [s[0] for s in ids], 1)
-    np.add.at(counts, ([a for s in ids for a in s[:-1]], [b for s in ids for b in s[1:]]), 1)
-    counts, first = np.where(np.isinf(step), 0, counts), np.where(np.isinf(start), 0, first)
+    np.add.at(
+        counts,
+        ([a for s in ids for a in s[:-1]], [b for s in ids for b in s[1:]]),
+        1,
+    )
+    counts, first = (
+        np.where(np.isinf(step), 0, counts),
+        np.where(np.isinf(start), 0, first),
+    )
     with np.errstate(divide="ignore"):
-        return np.log(counts / counts.sum(1, keepdims=True)), np.log(first / first.sum())
+        return np.log(counts / counts.sum(1, keepdims=True)), np.log(
+            first / first.sum()
+        )
 
 # %% ../nbs/10_ner.ipynb #7fb9b390
-def viterbi(scores: np.ndarray, step: np.ndarray, start: np.ndarray, lengths=None) -> np.ndarray:
-    """The best label sequence of every row of a batch under scores + transitions, equation (10.5).
+def viterbi(
+    scores: np.ndarray, step: np.ndarray, start: np.ndarray, lengths=None
+) -> np.ndarray:
+    """The best label sequence of every row of a batch under scores +
+    transitions, equation (10.5).
 
     Parameters
     ----------
@@ -1305,19 +1588,25 @@ def viterbi(scores: np.ndarray, step: np.ndarray, start: np.ndarray, lengths=Non
     return path
 
 # %% ../nbs/10_ner.ipynb #65698e17
-def decode(scores: np.ndarray, lengths: np.ndarray, transitions=None, batch: int = 256) -> np.ndarray:
-    """Labels (N,) from word scores (N, K) of sentences one after another: arg max, or Viterbi with `transitions`."""
+def decode(
+    scores: np.ndarray, lengths: np.ndarray, transitions=None, batch: int = 256
+) -> np.ndarray:
+    """Labels (N,) from word scores (N, K) of sentences one after another: arg
+    max, or Viterbi with `transitions`.
+    """
     if transitions is None or not len(scores):
         return scores.argmax(1)
     out, first = np.empty(len(scores), np.int64), np.cumsum(lengths) - lengths
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
     for i in range(0, len(order), batch):
-        rows = order[i:i + batch]
+        rows = order[i : i + batch]
         steps = np.arange(lengths[rows].max())
         mask = steps < lengths[rows][:, None]
         place = np.where(mask, first[rows][:, None] + steps, 0)
-        out[place[mask]] = viterbi(scores[place], *transitions, lengths=lengths[rows])[mask]
+        out[place[mask]] = viterbi(
+            scores[place], *transitions, lengths=lengths[rows]
+        )[mask]
     return out
 
 # %% ../nbs/10_ner.ipynb #313fdeee
@@ -1666,7 +1955,9 @@ class EntityF1:
 
 # %% ../nbs/10_ner.ipynb #d5a71e78
 def shuffle_types(corpus: Corpus, share: float, seed: int = 0) -> Corpus:
-    """A copy in which `share` of the entities carry another type, drawn at random: label noise as in erratum 8."""
+    """A copy in which `share` of the entities carry another type, drawn at
+    random: label noise as in erratum 8.
+    """
     rng, types, out = np.random.default_rng(seed), corpus.types, []
     for s in corpus:
         tags = list(s.tags)
@@ -1678,33 +1969,60 @@ def shuffle_types(corpus: Corpus, share: float, seed: int = 0) -> Corpus:
     return Corpus(out, corpus.path)
 
 # %% ../nbs/10_ner.ipynb #2dc9d5ff
-def tagging_run(seed: int, *, body, tokenizer, train_set: Corpus, valid: Corpus, test: Corpus | None = None,
-                trained: str = "full", target: str = "right", lr: float = 5e-4, epochs: int = 4, batch_size: int = 8,
-                max_length: int = 64, dropout: float | None = 0.0,
-                progress: bool = False) -> tuple[NERTagger, dict[str, float]]:
-    """One run of this chapter's experiment: fine-tune `body` (a model or a config) and score it.
+def tagging_run(
+    seed: int,
+    *,
+    body,
+    tokenizer,
+    train_set: Corpus,
+    valid: Corpus,
+    test: Corpus | None = None,
+    trained: str = "full",
+    target: str = "right",
+    lr: float = 5e-4,
+    epochs: int = 4,
+    batch_size: int = 8,
+    max_length: int = 64,
+    dropout: float | None = 0.0,
+    progress: bool = False,
+) -> tuple[NERTagger, dict[str, float]]:
+    """One run of this chapter's experiment: fine-tune `body` (a model or a
+    config) and score it.
 
     Parameters
     ----------
     trained : {"head", "top", "full"}
     target : {"right", "zipped", "padded", "all pieces", "noisy types"}
-        How the training labels are laid on the pieces; scoring always reads first pieces.
+        How the training labels are laid on the pieces; scoring always reads
+        first pieces.
 
     Returns
     -------
     (NERTagger, dict)
-        ``valid_f1`` and, when `test` is given, the test metrics of :func:`scores_of`.
+        ``valid_f1`` and, when `test` is given, the test metrics of
+        :func:`scores_of`.
     """
     seed_everything(seed)
     labels = train_set.labels
-    train_set = shuffle_types(train_set, 0.2, seed) if target == "noisy types" else train_set
+    train_set = (
+        shuffle_types(train_set, 0.2, seed)
+        if target == "noisy types"
+        else train_set
+    )
     model = token_classifier(body, labels, dropout)
-    tagger = NERTagger(model, tokenizer, max_length=max_length, stride=max_length // 4)
+    tagger = NERTagger(
+        model, tokenizer, max_length=max_length, stride=max_length // 4
+    )
     train_only(tagger.model, trained)
-    encoded = tagger.encode(train_set, label_pieces="all" if target == "all pieces" else "first")
+    encoded = tagger.encode(
+        train_set, label_pieces="all" if target == "all pieces" else "first"
+    )
     encoded = relabel(encoded, "zipped" if target == "zipped" else "right")
-    batches = PaddedBatches(encoded, batch_size, seed, max_length, 0) if target == "padded" else \
-        BucketBatches(encoded, batch_size, seed=seed)
+    batches = (
+        PaddedBatches(encoded, batch_size, seed, max_length, 0)
+        if target == "padded"
+        else BucketBatches(encoded, batch_size, seed=seed)
+    )
     train.fit(
         TagLoss(tagger.model),
         batches,
@@ -1717,27 +2035,47 @@ def tagging_run(seed: int, *, body, tokenizer, train_set: Corpus, valid: Corpus,
         ),
     )
     found = {"valid_f1": tagger.evaluate(valid).f1}
-    return tagger, {**found, **(scores_of(tagger, test) if test is not None else {})}
+    return tagger, {
+        **found,
+        **(scores_of(tagger, test) if test is not None else {}),
+    }
 
 # %% ../nbs/10_ner.ipynb #52e68a0d
 def scores_of(tagger: NERTagger, corpus: Corpus) -> dict[str, float]:
-    """Test metrics of one run: F1 with constrained decoding and with arg max, word accuracy, broken sequences."""
+    """Test metrics of one run: F1 with constrained decoding and with arg max,
+    word accuracy, broken sequences.
+    """
     encoded = tagger.encode(corpus.words)
     scores = tagger.word_scores(encoded)
     gold = np.array([tagger.labels.index(t) for s in corpus for t in s.tags])
     lengths, labels = encoded.lengths, tagger.labels
-    free, kept = decode(scores, lengths), decode(scores, lengths, iob2_transitions(labels))
+    free, kept = (
+        decode(scores, lengths),
+        decode(scores, lengths, iob2_transitions(labels)),
+    )
     best = entity_f1(gold, kept, labels=labels, lengths=lengths)
     tags, ends = np.array(labels, object)[free], np.cumsum(lengths)
-    broken = sum(bool(to_iob2(list(tags[e - n:e]), "IOB2")[1]) for e, n in zip(ends, lengths, strict=True))
-    return {"test_f1": best.f1, "test_precision": best.precision, "test_recall": best.recall,
-            "test_f1_argmax": entity_f1(gold, free, labels=labels, lengths=lengths).f1,
-            "test_word_accuracy": float((free == gold).mean()), "broken_sentences": broken / max(1, len(lengths))}
+    broken = sum(
+        bool(to_iob2(list(tags[e - n : e]), "IOB2")[1])
+        for e, n in zip(ends, lengths, strict=True)
+    )
+    return {
+        "test_f1": best.f1,
+        "test_precision": best.precision,
+        "test_recall": best.recall,
+        "test_f1_argmax": (
+            entity_f1(gold, free, labels=labels, lengths=lengths).f1
+        ),
+        "test_word_accuracy": float((free == gold).mean()),
+        "broken_sentences": broken / max(1, len(lengths)),
+    }
 
 # %% ../nbs/10_ner.ipynb #6818e770
 @dataclass(frozen=True)
 class Mistake:
-    """One disagreement: kind, sentence number, and the true and predicted (type, first, last + 1), or None."""
+    """One disagreement: kind, sentence number, and the true and predicted
+    (type, first, last + 1), or None.
+    """
 
     kind: str
     sentence: int
@@ -1784,39 +2122,62 @@ def _place(name: tuple) -> int:
     return name[1]
 
 # %% ../nbs/10_ner.ipynb #b7d5bdc5
-def _sort_mistakes(i: int, lost: list[tuple], extra: list[tuple]) -> list[Mistake]:
+def _sort_mistakes(
+    i: int, lost: list[tuple], extra: list[tuple]
+) -> list[Mistake]:
     out, left = [], list(extra)
     for x in lost:
-        y = max(left, key=lambda e: (_overlap(x, e), e[0] == x[0]), default=None)
+        y = max(
+            left, key=lambda e: (_overlap(x, e), e[0] == x[0]), default=None
+        )
         if y is None or not _overlap(x, y):
             out.append(Mistake("missed", i, x, None))
             continue
         left.remove(y)
-        kind = "type" if x[1:] == y[1:] else "boundary" if x[0] == y[0] else "boundary and type"
+        kind = (
+            "type"
+            if x[1:] == y[1:]
+            else "boundary"
+            if x[0] == y[0]
+            else "boundary and type"
+        )
         out.append(Mistake(kind, i, x, y))
     return out + [Mistake("spurious", i, None, y) for y in left]
 
 # %% ../nbs/10_ner.ipynb #40c11a20
-def recall_by(corpus: Corpus, pred: Sequence[Sequence[str]], key: Callable) -> dict:
-    """Recall of the true entities grouped by ``key(words, type)``: {group: {"recall", "found", "n"}}."""
+def recall_by(
+    corpus: Corpus, pred: Sequence[Sequence[str]], key: Callable
+) -> dict:
+    """Recall of the true entities grouped by ``key(words, type)``: {group:
+    {"recall", "found", "n"}}.
+    """
     groups: dict = {}
     for s, p in zip(corpus, pred, strict=True):
         found = set(spans(p))
         for e in s.entities:
-            g = groups.setdefault(key(s.words[e[1]:e[2]], e[0]), {"recall": 0.0, "found": 0, "n": 0})
+            g = groups.setdefault(
+                key(s.words[e[1] : e[2]], e[0]),
+                {"recall": 0.0, "found": 0, "n": 0},
+            )
             g["found"], g["n"] = g["found"] + (e in found), g["n"] + 1
             g["recall"] = g["found"] / g["n"]
     return dict(sorted(groups.items(), key=str))
 
 # %% ../nbs/10_ner.ipynb #31d2994c
-def by_length(corpus: Corpus, pred: Sequence[Sequence[str]], longest: int = 4) -> dict:
-    """Recall by the number of words of the entity; `longest` stands for that many or more."""
+def by_length(
+    corpus: Corpus, pred: Sequence[Sequence[str]], longest: int = 4
+) -> dict:
+    """Recall by the number of words of the entity; `longest` stands for that
+    many or more.
+    """
     return recall_by(corpus, pred, lambda words, _: min(len(words), longest))
 
 # %% ../nbs/10_ner.ipynb #01eadee9
-def by_novelty(corpus: Corpus, pred: Sequence[Sequence[str]], training: Corpus) -> dict:
-    """Recall of entities whose words occur as an entity in the training corpus: "seen" (same type),
-    "other type", or "unseen"."""
+def by_novelty(
+    corpus: Corpus, pred: Sequence[Sequence[str]], training: Corpus
+) -> dict:
+    """Recall of entities whose words occur as an entity in the training corpus:
+    "seen" (same type), "other type", or "unseen"."""
     known: dict = {}
     for s in training:
         for kind, a, b in s.entities:
@@ -1824,6 +2185,12 @@ def by_novelty(corpus: Corpus, pred: Sequence[Sequence[str]], training: Corpus) 
 
     def key(words: list[str], kind: str) -> str:
         kinds = known.get(" ".join(words).lower())
-        return "unseen" if kinds is None else "seen" if kind in kinds else "other type"
+        return (
+            "unseen"
+            if kinds is None
+            else "seen"
+            if kind in kinds
+            else "other type"
+        )
 
     return recall_by(corpus, pred, key)

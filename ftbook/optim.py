@@ -895,7 +895,9 @@ def optimizer(name: str, params, **options) -> Foreach:
 
 # %% ../nbs/03_optim.ipynb #3204e9d4
 class Surface(NamedTuple):
-    """A function of two coordinates to walk on: `f(x, y)`, a start, its lowest point, and a window to draw."""
+    """A function of two coordinates to walk on: `f(x, y)`, a start, its lowest
+    point, and a window to draw.
+    """
 
     f: Callable[[Any, Any], Any]
     start: tuple[float, float]
@@ -912,13 +914,18 @@ SURFACES = {
 }  # fmt: skip
 
 # %% ../nbs/03_optim.ipynb #750194bc
-def path(surface: Surface, make: Callable[[list[Tensor]], torch.optim.Optimizer], steps: int = 100) -> Tensor:
+def path(
+    surface: Surface,
+    make: Callable[[list[Tensor]], torch.optim.Optimizer],
+    steps: int = 100,
+) -> Tensor:
     """Where an optimizer goes on a surface.
 
     Parameters
     ----------
     make : callable (params) -> Optimizer
-        The parameter is one matrix (1, 2) in float64, so that rules for matrices apply as well.
+        The parameter is one matrix (1, 2) in float64, so that rules for
+        matrices apply as well.
 
     Returns
     -------
@@ -930,7 +937,9 @@ def path(surface: Surface, make: Callable[[list[Tensor]], torch.optim.Optimizer]
     >>> path(SURFACES["valley"], lambda p: SGD(p, lr=0.02), steps=200)[-1].abs().max().item() < 0.1
     True
     """
-    point = torch.tensor([surface.start], dtype=torch.float64, requires_grad=True)
+    point = torch.tensor(
+        [surface.start], dtype=torch.float64, requires_grad=True
+    )
     rule, points = make([point]), [point.detach().clone()]
     for _ in range(steps):
         rule.zero_grad()
@@ -963,14 +972,17 @@ def linear(step: int, total_steps: int, end: float = 0.0) -> float:
 
 
 def cosine(step: float, total_steps: float, end: float = 0.0) -> float:
-    """From 1 to `end` along half a cosine (Loshchilov, Hutter 2017, arXiv:1608.03983).
+    """From 1 to `end` along half a cosine (Loshchilov, Hutter 2017,
+    arXiv:1608.03983).
 
     Examples
     --------
     >>> [round(cosine(t, 4), 3) for t in range(5)]
     [1.0, 0.854, 0.5, 0.146, 0.0]
     """
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * _share(step, total_steps)))
+    return end + (1 - end) * 0.5 * (
+        1 + math.cos(math.pi * _share(step, total_steps))
+    )
 
 # %% ../nbs/03_optim.ipynb #1ed9f31c
 def exponential(step: int, total_steps: int, end: float = 0.01) -> float:
@@ -984,7 +996,9 @@ def exponential(step: int, total_steps: int, end: float = 0.01) -> float:
     return end ** _share(step, total_steps)
 
 
-def staircase(step: int, total_steps: int, parts: int = 3, gamma: float = 0.1) -> float:
+def staircase(
+    step: int, total_steps: int, parts: int = 3, gamma: float = 0.1
+) -> float:
     """`parts` stretches of equal length, each `gamma` times the one before.
 
     Examples
@@ -995,13 +1009,21 @@ def staircase(step: int, total_steps: int, parts: int = 3, gamma: float = 0.1) -
     return float(gamma ** min(parts - 1, step * parts // max(1, total_steps)))
 
 # %% ../nbs/03_optim.ipynb #b277c62f
-def one_cycle(step: int, total_steps: int, rise: float = 0.3, start: float = 0.04, end: float = 4e-6) -> float:
-    """Up from `start` to 1 in a share `rise` of the steps, then down to `end`, both along half a cosine.
+def one_cycle(
+    step: int,
+    total_steps: int,
+    rise: float = 0.3,
+    start: float = 0.04,
+    end: float = 4e-6,
+) -> float:
+    """Up from `start` to 1 in a share `rise` of the steps, then down to `end`,
+    both along half a cosine.
 
     Parameters
     ----------
     start, end : float
-        Factors of the first and the last step; the defaults are those of `torch.optim.lr_scheduler.OneCycleLR`.
+        Factors of the first and the last step; the defaults are those of
+        `torch.optim.lr_scheduler.OneCycleLR`.
 
     References
     ----------
@@ -1018,18 +1040,25 @@ def one_cycle(step: int, total_steps: int, rise: float = 0.3, start: float = 0.0
     return cosine(step - peak, last - peak, end) if last > peak else end
 
 # %% ../nbs/03_optim.ipynb #471a00c7
-SCHEDULES = {f.__name__: f for f in (constant, linear, cosine, exponential, staircase, one_cycle)}
+SCHEDULES = {
+    f.__name__: f
+    for f in (constant, linear, cosine, exponential, staircase, one_cycle)
+}
 
 
-def schedule(name: str | Callable = "constant", warmup: float = 0.0, **options) -> Callable[[int, int], float]:
-    """A function (step, total_steps) -> factor of the learning rate, for `Settings(schedule=...)`.
+def schedule(
+    name: str | Callable = "constant", warmup: float = 0.0, **options
+) -> Callable[[int, int], float]:
+    """A function (step, total_steps) -> factor of the learning rate, for
+    `Settings(schedule=...)`.
 
     Parameters
     ----------
     name : str or callable
         A key of `SCHEDULES`, or a function of (step, total_steps).
     warmup : float
-        Share of the steps, 0 to 1, in which the factor first rises in a straight line to 1; the rest follows `name`.
+        Share of the steps, 0 to 1, in which the factor first rises in a
+        straight line to 1; the rest follows `name`.
     **options
         What the named function takes besides.
 
@@ -1040,15 +1069,26 @@ def schedule(name: str | Callable = "constant", warmup: float = 0.0, **options) 
     [0.5, 1.0, 1.0, 0.5]
     """
     if isinstance(name, str) and name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}; use one of {', '.join(SCHEDULES)}, or a function of "
-                         "(step, total_steps)")
+        raise ValueError(
+            f"unknown schedule {name!r}; use one of {', '.join(SCHEDULES)}, "
+            "or a function of "
+            "(step, total_steps)"
+        )
     if not 0 <= warmup < 1:
-        raise ValueError(f"warmup is {warmup}; it is a share of all steps, 0 <= warmup < 1")
-    base = partial(SCHEDULES[name] if isinstance(name, str) else name, **options)
+        raise ValueError(
+            f"warmup is {warmup}; it is a share of all steps, 0 <= warmup < 1"
+        )
+    base = partial(
+        SCHEDULES[name] if isinstance(name, str) else name, **options
+    )
 
     def factor(step: int, total_steps: int) -> float:
         first = math.ceil(warmup * total_steps)
-        return (step + 1) / first if step < first else base(step - first, total_steps - first)
+        return (
+            (step + 1) / first
+            if step < first
+            else base(step - first, total_steps - first)
+        )
 
     factor.__qualname__ = f"{name if isinstance(name, str) else getattr(name, '__qualname__', 'schedule')}"
     return factor
@@ -1074,11 +1114,19 @@ class RangeTest(NamedTuple):
     lowest: float
 
     def plot(self, ax=None):
-        """The curve over the logarithm of the rate, with the suggestion marked; returns Axes."""
+        """The curve over the logarithm of the rate, with the suggestion marked;
+        returns Axes.
+        """
         from ftbook import plot  # matplotlib only where something is drawn
 
-        ax = plot.curves({"smoothed": self.smooth, "loss": self.losses}, x=self.rates, xlabel="learning rate",
-                         ylabel="training loss", logx=True, ax=ax)
+        ax = plot.curves(
+            {"smoothed": self.smooth, "loss": self.losses},
+            x=self.rates,
+            xlabel="learning rate",
+            ylabel="training loss",
+            logx=True,
+            ax=ax,
+        )
         ax.axvline(self.suggestion, color="0.5", linestyle=":")
         return ax
 
@@ -1098,8 +1146,11 @@ def _running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
     return out
 
 
-def _steepest(rates: Sequence[float], smooth: Sequence[float], skip: int = 5) -> float:
-    """Rate at which the curve falls fastest per decade, between its first steps and its lowest point.
+def _steepest(
+    rates: Sequence[float], smooth: Sequence[float], skip: int = 5
+) -> float:
+    """Rate at which the curve falls fastest per decade, between its first steps
+    and its lowest point.
 
     Examples
     --------
@@ -1108,21 +1159,33 @@ def _steepest(rates: Sequence[float], smooth: Sequence[float], skip: int = 5) ->
     """
     low = min(range(len(smooth)), key=smooth.__getitem__)
     first = min(skip, max(0, low - 1))
-    falls = {i: (smooth[i + 1] - smooth[i]) / math.log(rates[i + 1] / rates[i]) for i in range(first, low)}
+    falls = {
+        i: (smooth[i + 1] - smooth[i]) / math.log(rates[i + 1] / rates[i])
+        for i in range(first, low)
+    }
     best = min(falls, key=falls.__getitem__, default=0)
     return math.sqrt(rates[best] * rates[min(best + 1, len(rates) - 1)])
 
 # %% ../nbs/03_optim.ipynb #78f6a47a
-def range_test(step: Callable[[float], float], low: float = 1e-6, high: float = 1.0, steps: int = 100,
-               stop: float = 4.0, keep: float = 0.9) -> RangeTest:
-    """Train with a rate that grows from `low` to `high` by the same factor per step, and record the loss.
+def range_test(
+    step: Callable[[float], float],
+    low: float = 1e-6,
+    high: float = 1.0,
+    steps: int = 100,
+    stop: float = 4.0,
+    keep: float = 0.9,
+) -> RangeTest:
+    """Train with a rate that grows from `low` to `high` by the same factor per
+    step, and record the loss.
 
     Parameters
     ----------
     step : callable (rate) -> float
-        Takes one training step at that rate and returns the loss before it; `model_range_test` makes one.
+        Takes one training step at that rate and returns the loss before it;
+        `model_range_test` makes one.
     stop : float
-        Ends the test when the smoothed loss exceeds `stop` times its lowest value, or is not finite.
+        Ends the test when the smoothed loss exceeds `stop` times its lowest
+        value, or is not finite.
     keep : float
         Share kept by the running mean.
 
@@ -1136,7 +1199,10 @@ def range_test(step: Callable[[float], float], low: float = 1e-6, high: float = 
     Smith 2017, arXiv:1506.01186.
     """
     if not (0 < low < high and steps >= 2 and math.isfinite(high)):
-        raise ValueError(f"range test from {low} to {high} in {steps} steps; needs 0 < low < high and steps >= 2")
+        raise ValueError(
+            f"range test from {low} to {high} in {steps} steps; needs 0 < low "
+            "< high and steps >= 2"
+        )
     rates, losses = [], []
     for i in range(steps):
         rate = low * (high / low) ** (i / (steps - 1))
@@ -1147,26 +1213,50 @@ def range_test(step: Callable[[float], float], low: float = 1e-6, high: float = 
         rates.append(rate)
         losses.append(loss)
     if len(rates) < 2:
-        raise ValueError(f"the loss was {loss} after {len(rates) + 1} steps at rate {rate:g}; start lower")
+        raise ValueError(
+            f"the loss was {loss} after {len(rates) + 1} steps at rate "
+            f"{rate:g}; start lower"
+        )
     smooth = _running_mean(losses, keep)
-    return RangeTest(rates, losses, smooth, _steepest(rates, smooth), rates[smooth.index(min(smooth))])
+    return RangeTest(
+        rates,
+        losses,
+        smooth,
+        _steepest(rates, smooth),
+        rates[smooth.index(min(smooth))],
+    )
 
 # %% ../nbs/03_optim.ipynb #cbd73246
 class _kept:
-    """Context in which a model may be trained: on leaving, everything is as it was, to the bit.
+    """Context in which a model may be trained: on leaving, everything is as it
+    was, to the bit.
 
-    Restores parameters, buffers, gradients, train or eval mode of each module, and PyTorch's random state.
+    Restores parameters, buffers, gradients, train or eval mode of each module,
+    and PyTorch's random state.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __enter__(self):
-        self.tensors = {id(t): (t, t.detach().clone()) for t in (*self.model.parameters(), *self.model.buffers())}
-        self.grads = [(p, None if p.grad is None else p.grad.clone()) for p in self.model.parameters()]
+        self.tensors = {
+            id(t): (t, t.detach().clone())
+            for t in (*self.model.parameters(), *self.model.buffers())
+        }
+        self.grads = [
+            (p, None if p.grad is None else p.grad.clone())
+            for p in self.model.parameters()
+        ]
         self.modes = [(m, m.training) for m in self.model.modules()]
-        devices = {t.device for t, _ in self.tensors.values() if t.device.type == "cuda"}
-        self.rng = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
+        devices = {
+            t.device
+            for t, _ in self.tensors.values()
+            if t.device.type == "cuda"
+        }
+        self.rng = (
+            torch.get_rng_state(),
+            {d: torch.cuda.get_rng_state(d) for d in devices},
+        )
         return self.model
 
     @torch.no_grad()
@@ -1190,12 +1280,21 @@ def _endless(batches: Iterable) -> Iterator:
             empty = False
             yield batch
         if empty:
-            raise ValueError("batches is empty or ran out; pass a list, or data.Batches, which start anew each time")
+            raise ValueError(
+                "batches is empty or ran out; pass a list, or data.Batches, "
+                "which start anew each time"
+            )
 
 # %% ../nbs/03_optim.ipynb #f8fc648a
-def model_range_test(model: nn.Module, batches: Iterable, loss: Callable | None = None, optimizer: Callable = AdamW,
-                     **options) -> RangeTest:
-    """Learning-rate range test of a model; the model comes back exactly as it was.
+def model_range_test(
+    model: nn.Module,
+    batches: Iterable,
+    loss: Callable | None = None,
+    optimizer: Callable = AdamW,
+    **options,
+) -> RangeTest:
+    """Learning-rate range test of a model; the model comes back exactly as it
+    was.
 
     Parameters
     ----------
@@ -1225,7 +1324,11 @@ def model_range_test(model: nn.Module, batches: Iterable, loss: Callable | None 
                 group["lr"] = rate
             batch = next(stream)
             rule.zero_grad()
-            value = model(**batch).loss if loss is None else loss(model(*batch[:-1]), batch[-1])
+            value = (
+                model(**batch).loss
+                if loss is None
+                else loss(model(*batch[:-1]), batch[-1])
+            )
             value.backward()
             rule.step()
             return value.item()

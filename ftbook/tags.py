@@ -147,9 +147,10 @@ def _strict_tables(
     follows = np.isin(letter[:, None], ["B", "I"])
     inside = follows & np.isin(letter[None, :], ["I", "E"])
     inside &= kind[:, None] == kind[None, :]
-    return ~inside & (letter != "O")[None, :], ~inside & (letter != "O")[
-        :, None
-    ]
+    return (
+        ~inside & (letter != "O")[None, :],
+        ~inside & (letter != "O")[:, None],
+    )
 
 # %% ../nbs/10_ner.ipynb #1982a9b8
 def find_entities(
