@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from tools.export import arranged
 from tools.fingerprint import fingerprint
 from tools.generate import main as generate
-from tools.run import stored_run
+from tools.run import stored_run, stored_texts
 from tools.settings import EXTRAS, NBS, ROOT, chapters, requirements, settings
 
 NOTEBOOKS = sorted(NBS.glob("[!.]*.ipynb"))
@@ -187,10 +187,8 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_stored_sentences_and_tables_equal_the_results(path):
     from ftbook.results import render
 
-    for output in outputs(path):
-        payload = output.get("metadata", {}).get("ftbook", {})
-        if "text/markdown" in output.get("data", {}) and payload and "alt" not in payload:
-            assert render(payload) == "".join(output["data"]["text/markdown"])
+    for output in stored_texts(load(path)):
+        assert render(output["metadata"]["ftbook"]) == "".join(output["data"]["text/markdown"])
 
 
 @each_notebook

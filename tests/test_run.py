@@ -88,3 +88,23 @@ def test_the_sweeps_say_where_their_rows_go(tmp_path, monkeypatch, capfd):
         assert f"in the {profile} profile, rows into {place}" in capfd.readouterr().out
     with pytest.raises(SystemExit, match="no sweep for 98; chapters with sweeps: 99_demo"):
         sweeps.main(["98"])
+
+
+EARLY = "from ftbook import results\nresults.record('99_demo', 'loss', {old})\nresults.say('loss {{x}}', x=('99_demo', 'loss'))"
+LATE = "results.record('99_demo', 'loss', 2.5)"
+
+
+@pytest.mark.slow
+def test_a_sentence_shown_before_its_number_was_stored_says_the_stored_one(notebook):
+    path = notebook(EARLY.format(old=1.5), LATE)
+    run.execute(path)
+    [output] = run.stored_texts(nbformat.read(path, 4))
+    assert output["data"]["text/markdown"] == "loss 2.5"
+
+
+@pytest.mark.slow
+def test_the_status_table_shows_this_very_run(notebook):
+    path = notebook("from ftbook import data\ndata.status('99_demo')")
+    run.execute(path)
+    [output] = run.stored_texts(nbformat.read(path, 4))
+    assert "not measured yet" not in output["data"]["text/markdown"].split("gpu profile")[0]

@@ -53,9 +53,8 @@ class Whole(ModuleMaker):
     def make(self, cells, all_cells=None, lib_path=None):
         super().make(cells, all_cells, lib_path)
         file = Path(self.fname)
-        (
-            file.parent / "__init__.py"
-        ).touch()  # nbdev's add_init would put a list of modules into the package's docstring
+        # nbdev's add_init would put a list of modules into the package's docstring
+        (file.parent / "__init__.py").touch()
         file.write_text(arranged(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from .fingerprint import fingerprint
@@ -103,6 +104,8 @@ def execute(path: Path) -> dict:
     import nbformat
     from nbclient import NotebookClient
 
+    from ftbook.results import render
+
     generate([path.stem])
     before = path.read_bytes()
     nb = nbformat.reads(before.decode(), as_version=4)
@@ -132,14 +135,24 @@ def execute(path: Path) -> dict:
         refuse_stand_ins(path, value(client, SUBSTITUTED))
         refuse_edited(path, before)
         keep(path, run)
-        for index, cell in enumerate(nb.cells):  # the status table shows this very run
-            if cell.cell_type == "code" and re.search(r"^(data\.)?status\(", cell.source, flags=re.M):
-                cell.outputs = []
-                client.execute_cell(cell, index)
+    for output in stored_texts(nb):
+        output["data"]["text/markdown"] = render(output["metadata"]["ftbook"])
     clean(nb)
     refuse_edited(path, before)
     write(nb, path)
     return run
+
+
+def stored_texts(nb) -> Iterator[dict]:
+    """The outputs whose text is made of stored numbers: sentences, tables, the status table.
+
+    Some are shown before the cell that stores their numbers, the minutes of this very run among them.
+    """
+    for cell in nb["cells"]:
+        for output in cell.get("outputs", []):
+            payload = output.get("metadata", {}).get("ftbook", {})
+            if "text/markdown" in output.get("data", {}) and payload and "alt" not in payload:
+                yield output
 
 
 def refuse_edited(path: Path, before: bytes) -> None:
