@@ -1,10 +1,13 @@
 """What every test shares: the quick profile, an empty cache, a scratch folder for results, and no network."""
 
+import contextlib
 import dataclasses
 import hashlib
+import http.server
 import os
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -84,3 +87,41 @@ def fake(cache, monkeypatch):
         monkeypatch.setitem(data.CARDS, name, dataclasses.replace(card, variants=variants))
 
     return make
+
+
+@pytest.fixture
+def server():
+    """Serves answers[path]: (status, content, announced length), a function of the handler, or a list of these.
+
+    Of a list the last one is repeated. What was asked for stands in `requests`.
+    """
+    answers, requests = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            queue = answers.get(self.path, (404, b"<html>not found</html>", None))
+            queue = queue if isinstance(queue, list) else [queue]
+            answer = queue.pop(0) if len(queue) > 1 else queue[0]
+            if callable(answer):
+                with contextlib.suppress(OSError):  # until the other side hangs up
+                    answer(self)
+                return
+            status, content, length = answer
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html" if self.path.endswith("/") else "application/octet-stream")
+            self.send_header("Content-Length", str(len(content) if length is None else length))
+            self.end_headers()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    httpd.answers, httpd.requests = answers, requests
+    httpd.base = f"http://127.0.0.1:{httpd.server_address[1]}"
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
-import http.server
 import io
 import json
 import lzma
@@ -30,39 +29,6 @@ CONTENT = b"the right bytes " * 400
 
 def sha(raw):
     return hashlib.sha256(raw).hexdigest()
-
-
-@pytest.fixture
-def server():
-    """Serves answers[path], a list of (status, content, announced length) or of functions; the last one is repeated."""
-    answers, requests = {}, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            queue = answers.get(self.path, [(404, b"<html>not found</html>", None)])
-            answer = queue.pop(0) if len(queue) > 1 else queue[0]
-            if callable(answer):
-                with contextlib.suppress(OSError):  # until the other side hangs up
-                    answer(self)
-                return
-            status, content, length = answer
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content) if length is None else length))
-            self.end_headers()
-            with contextlib.suppress(BrokenPipeError):
-                self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    httpd.answers, httpd.requests = answers, requests
-    httpd.base = f"http://127.0.0.1:{httpd.server_address[1]}"
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
 
 
 @pytest.fixture

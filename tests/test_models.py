@@ -3,14 +3,12 @@
 import contextlib
 import dataclasses
 import hashlib
-import http.server
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -37,34 +35,6 @@ def sha(raw):
 def files_under(folder):
     """What lies below a folder, without lock files."""
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock")
-
-
-@pytest.fixture
-def server():
-    """Serves answers[path], (status, content, announced length); a folder of wheels at /simple/toy-weights/."""
-    answers, requests = {}, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            status, content, length = answers.get(self.path, (404, b"<html>not found</html>", None))
-            self.send_response(status)
-            self.send_header("Content-Type", "text/html" if self.path.endswith("/") else "application/octet-stream")
-            self.send_header("Content-Length", str(len(content) if length is None else length))
-            self.end_headers()
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    httpd.answers, httpd.requests = answers, requests
-    httpd.base = f"http://127.0.0.1:{httpd.server_address[1]}"
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
 
 
 def wheel_of(folder, members, name="toy-weights", version="1.0", damage=None):
