@@ -15,10 +15,11 @@ import sys, pathlib
 import ftbook
 assert "torch" not in sys.modules
 assert "{env}" in ftbook.__file__, ftbook.__file__
-from ftbook import data, fit, ner, runtime
+from ftbook import data, ner, train
 import torch
 x, y = torch.randn(64, 8), torch.randint(0, 2, (64,))
-history = fit(torch.nn.Linear(8, 2), (x, y), epochs=1, progress=False)
+quiet = train.Settings(progress=False)
+history = train.fit(torch.nn.Linear(8, 2), (x, y), epochs=1, settings=quiet)
 sentences = ner.read_conll(data.asset("ner_corpus/test.conll"))
 print(len(history), len(sentences) > 50, ftbook.__version__)
 """
