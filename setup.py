@@ -28,6 +28,9 @@ def readme() -> str:
 
 extras = {name: requirements(f"{name}_requirements") for name in EXTRAS}
 extras["all"] = sorted({r for group in extras.values() for r in group})
+addresses = {"Source": url, "Changelog": f"{url}/blob/{branch}/CHANGELOG.md"}
+if cfg["site"]:
+    addresses["Documentation"] = cfg["site"]
 low, high = (int(cfg[key].split(".")[1]) for key in ("min_python", "max_python"))
 
 setup(
@@ -35,15 +38,16 @@ setup(
     description=cfg["description"],
     author=cfg["author"],
     license=cfg["license"],
-    url=url,
-    project_urls={"Source": url, "Changelog": f"{url}/blob/{branch}/CHANGELOG.md"},
+    author_email=cfg["contact"] or None,
+    url=cfg["site"] or url,
+    project_urls=addresses,
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",
     install_requires=requirements("requirements"),
     extras_require=extras,
     long_description=readme(),
     long_description_content_type="text/markdown",
-    packages=["ftbook", "ftbook.exercises"],
+    packages=["ftbook", "ftbook.exercises", "ftbook.studies"],
     package_data={"ftbook": ["assets/*", "assets/**/*"]},
     include_package_data=False,
     classifiers=[

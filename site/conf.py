@@ -43,6 +43,7 @@ html_static_path = [str(SITE / "static")]
 html_css_files = ["book.css"]
 html_extra_path = [str(EXTRA)]
 html_favicon = str(SITE / "static" / "favicon.svg")
+html_baseurl = cfg["site"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False

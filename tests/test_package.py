@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools import env
+from tools.settings import settings
 
 PROGRAM = """
 import sys, pathlib
@@ -52,6 +53,9 @@ def test_the_wheel_holds_the_library_its_assets_and_nothing_else(wheel):
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert "Requires-Dist: torch>=" in metadata and "Provides-Extra: notebook" in metadata
     assert "License-Expression: Apache-2.0" in metadata or "License: Apache-2.0" in metadata
+    for key, line in (("contact", "Author-email: "), ("site", "Project-URL: Documentation, ")):
+        value = settings()[key]
+        assert (line + value in metadata) if value else (line not in metadata)
 
 
 @pytest.mark.slow

@@ -3,11 +3,12 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
 
-from tools import run, sweeps
+from tools import run, studies
 
 
 @pytest.fixture
@@ -78,16 +79,19 @@ def test_leftovers_are_removed_when_they_are_surely_dead(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted(kept)
 
 
-def test_the_sweeps_say_where_their_rows_go(tmp_path, monkeypatch, capfd):
-    (tmp_path / "sweeps").mkdir()
-    (tmp_path / "sweeps" / "99_demo.py").write_text("print('ran')\nraise SystemExit(3)\n")
-    monkeypatch.setattr(sweeps, "RESULTS", tmp_path)
+def test_the_studies_say_where_their_rows_go(tmp_path, monkeypatch, capfd):
+    (tmp_path / "demo.py").write_text("")
+    monkeypatch.setattr(studies, "STUDIES", tmp_path)
+    monkeypatch.setattr(studies, "RUN", "import sys; print('ran {name}', *sys.argv[1:]); raise SystemExit(3)")
+    monkeypatch.setattr(studies, "chapters", lambda: [Path("nbs/98_other.ipynb"), Path("nbs/99_demo.ipynb")])
+    monkeypatch.setattr(studies, "find", lambda name: {"98": Path("98_other.ipynb"), "99": Path("99_demo.ipynb")}[name])
     for profile, place in (("cpu", "results/99_demo.json"), ("quick", "a temporary folder")):
         monkeypatch.setenv("FTBOOK_PROFILE", profile)
-        assert sweeps.main(["99"]) == 3
-        assert f"in the {profile} profile, rows into {place}" in capfd.readouterr().out
-    with pytest.raises(SystemExit, match="no sweep for 98; chapters with sweeps: 99_demo"):
-        sweeps.main(["98"])
+        assert studies.main(["99", "rates", "costs"]) == 3
+        said = capfd.readouterr().out
+        assert f"in the {profile} profile, rows into {place}" in said and "ran demo rates costs" in said
+    with pytest.raises(SystemExit, match="98_other has no study; chapters with studies: 99_demo"):
+        studies.main(["98"])
 
 
 EARLY = "from ftbook import results\nresults.record('99_demo', 'loss', {old})\nresults.say('loss {{x}}', x=('99_demo', 'loss'))"

@@ -29,8 +29,8 @@ def _imports(tree) -> dict:
     """local name -> (module, name or None) for what a piece of code imports from ftbook."""
     found = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ftbook" and not node.level:
-            _, _, module = node.module.partition(".")
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "ftbook"):
+            module = (node.module or "") if node.level else node.module.partition(".")[2]
             for a in node.names:
                 found[a.asname or a.name] = (module, a.name) if module else (a.name, None)
         elif isinstance(node, ast.Import):
