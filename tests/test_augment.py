@@ -1,5 +1,8 @@
 """Chapter 16's library: parity with torchvision, one draw per image, labels that follow, runs through fit."""
 
+import copy
+import json
+import math
 import random
 
 import pytest
@@ -11,8 +14,10 @@ from torchvision.transforms import v2
 
 from ftbook import augment as au
 from ftbook import data, mlm
-from ftbook.finetune import SmallCNN, TextClassifier, encode_texts
+from ftbook.finetune import SmallCNN
+from ftbook.studies import augment as study
 from ftbook.tags import spans, to_iob2
+from ftbook.texts import TextClassifier, encode_texts
 from ftbook.train import Settings, accuracy, fit
 
 X = torch.rand(16, 3, 12, 10, generator=torch.Generator().manual_seed(0))
@@ -34,9 +39,9 @@ def test_mixing_equals_torchvision(kind, seed):
     drawn = reference.make_params([X])
     previous = torch.arange(16).roll(1)
     if kind == "MixUp":
-        x, y = au.mixup(X, Y, drawn["lam"], previous, 5)
+        x, y = au.MixUp(5).mix(X, Y, drawn["lam"], previous)
     else:
-        x, y = au.cutmix(X, Y, torch.tensor(drawn["box"]), previous, 5)
+        x, y = au.CutMix(5).paste(X, Y, torch.tensor(drawn["box"]), previous)
     torch.testing.assert_close(x, want_x, atol=1e-6, rtol=0)
     torch.testing.assert_close(y, want_y, atol=1e-6, rtol=0)
 
@@ -100,7 +105,7 @@ def test_boxes_share_and_bounds():
 
 def test_soft_labels_and_accuracy():
     soft = torch.eye(5)[Y]
-    x, y = au.mixup(X, soft, torch.full((16,), 0.5), torch.arange(16), 5)
+    x, y = au.MixUp(5).mix(X, soft, torch.full((16,), 0.5), torch.arange(16))
     torch.testing.assert_close(x, X)
     torch.testing.assert_close(y, soft)
     assert accuracy(soft, Y) == accuracy(soft, soft) == 1.0
@@ -129,7 +134,7 @@ def test_pipeline_and_groups():
         lambda: au.Grouped(abs, 0),
         lambda: au.policy("sharpen"),
         lambda: au.text_policy("synonyms", None, None),
-        lambda: au.WordSwap(None, 2),
+        lambda: au._WordSwap(None, 2),
         lambda: au._mix_labels(torch.tensor([3]), torch.tensor([0]), torch.tensor(1.0), 3),
         lambda: au.augment_tagged(["a"], ["O"], "shuffle"),
         lambda: au.augment_tagged(["a"], [], "swap"),
@@ -140,14 +145,8 @@ def test_bad_input_is_refused(call):
         call()
 
 
-def test_fit_takes_soft_targets_and_runs_repeat():
-    digits = data.load("digits", "train")
-    few, rest = digits.split([200, 200], seed=0)[:2]
-    out = [
-        au.few_label_run(3, train=few, valid=rest, test=rest, method=m, labels=8, steps=30, channels=(8, 16))
-        for m in ("cutmix", "cutmix", "none")
-    ]
-    assert out[0] == out[1] != out[2] and set(out[0]) == {"valid_accuracy", "train_accuracy", "test_accuracy"}
+def test_fit_takes_soft_targets():
+    few = data.load("digits", "train").split([200, 200], seed=0)[0]
     model = SmallCNN(10, (1, 8))
     history = fit(
         model,
@@ -217,16 +216,16 @@ def test_word_changes(bert):
     number = au._word_numbers(batch, bert["vocab"])
     assert (number.max(1).values + 1).tolist() == [len(t.split()) for t in TEXTS]
     plain = words(batch, bert["tokenizer"])
-    swap = words(au.WordSwap(bert["vocab"], 1.0)(batch), bert["tokenizer"])
+    swap = words(au._WordSwap(bert["vocab"], 1.0)(batch), bert["tokenizer"])
     assert all(sorted(a) == sorted(b) for a, b in zip(plain, swap, strict=True)) and swap[2] != plain[2]
     for a, b in zip(plain, swap, strict=True):
         assert all(abs(a.index(w) - i) <= 1 for i, w in enumerate(b) if a.count(w) == 1)
-    dropped = words(au.WordDropout(bert["vocab"], 0.5)(batch), bert["tokenizer"])
+    dropped = words(au._WordDropout(bert["vocab"], 0.5)(batch), bert["tokenizer"])
     assert all(set(b) <= set(a) and b for a, b in zip(plain, dropped, strict=True))
-    assert words(au.WordDropout(bert["vocab"], 1.0)(batch), bert["tokenizer"]) == plain
-    hidden = au.WordMasking(bert["vocab"], 1.0)(batch)["input_ids"]
+    assert words(au._WordDropout(bert["vocab"], 1.0)(batch), bert["tokenizer"]) == plain
+    hidden = au._WordMasking(bert["vocab"], 1.0)(batch)["input_ids"]
     assert ((hidden == bert["vocab"].mask_id) == (number >= 0)).all()
-    for change in (au.WordSwap, au.WordDropout, au.WordMasking):
+    for change in (au._WordSwap, au._WordDropout, au._WordMasking):
         same = change(bert["vocab"], 0.0)(batch)
         assert torch.equal(same["input_ids"], batch["input_ids"])
 
@@ -234,7 +233,7 @@ def test_word_changes(bert):
 def test_pieces_of_a_word_stay_together(bert):
     batch = encode_texts(TEXTS * 20, bert["tokenizer"])
     vocab = bert["vocab"]
-    for change in (au.WordSwap(vocab, 0.5), au.WordDropout(vocab, 0.5)):
+    for change in (au._WordSwap(vocab, 0.5), au._WordDropout(vocab, 0.5)):
         out = change(batch)
         number = au._word_numbers(out, vocab)
         pieces = [
@@ -248,11 +247,12 @@ def test_pieces_of_a_word_stay_together(bert):
 
 
 @pytest.mark.parametrize("method", au._TEXT_STRENGTHS)
-def test_text_run(bert, method):
-    texts = data.load("sst2", bundled=True)
-    small = texts.per_class(12, seed=0)
-    out = au.text_run(0, **bert, train=small, valid=small, test=small, method=method, labels=6, steps=3, batch_size=4)
-    assert set(out) == {"valid_accuracy", "test_accuracy"} and all(0 <= v <= 1 for v in out.values())
+def test_fit_takes_every_change_of_sentences(bert, method):
+    model = TextClassifier(copy.deepcopy(bert["body"]), 2)
+    batch = {**encode_texts(TEXTS, bert["tokenizer"]), "labels": torch.tensor([1, 0, 1])}
+    change = au.text_policy(method, bert["vocab"], model)
+    history = fit(model, batch, epochs=2, batch_size=3, settings=Settings(transform=change, progress=False))
+    assert all(math.isfinite(v) for v in history["train_loss"])
 
 
 def test_classifier_ignores_what_is_hidden(bert):
@@ -303,3 +303,48 @@ def test_replacing_mentions():
         assert [k for k, *_ in spans(tags, strict=True)] == ["LOC", "PER"] and orphans(tags) == 0
         assert len(new) == len(tags) and new[0] == "in" and new[-1] == "Ann"
     assert au.replace_mentions(*sentences[0], {}, 1.0) == tuple(map(list, sentences[0]))
+
+
+def test_a_run_of_the_study_repeats_and_scores_test_images_only_when_asked():
+    found = [study.run(3, split, "cutmix", 5, 3e-3, steps=3) for split in ("valid", "test", "test")]
+    assert set(found[0]) == {"train_accuracy", "valid_accuracy"}
+    assert found[1] == found[2] and found[1] == {**found[0], "test_accuracy": found[1]["test_accuracy"]}
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_run_with_sentences_scores_one_split(split):
+    found = study.run_text(0, split, "swap", labels=6, lr=1e-3)
+    assert list(found) == [f"{split}_accuracy"] and 0 <= found[f"{split}_accuracy"] <= 1
+
+
+def test_methods_take_the_rate_that_the_plain_run_chose(tmp_path, monkeypatch):
+    def run(seed, split, method, labels, lr, steps=0):
+        assert method == "none" or split == "test", "only the plain run chooses"
+        return {f"{split}_accuracy": 0.5 - abs(lr - 1e-3) + 0.01 * seed, "train_accuracy": 1.0}
+
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "run_text", run)
+    study.main("images", "texts", "longer")
+    stored = json.loads((tmp_path / "16_augment.json").read_text())["quick"]
+    for name, methods in (("images", study.METHODS), ("texts", study.TEXT_METHODS)):
+        rows = stored[name]["value"]["test_accuracy"]
+        assert [r["method"] for r in rows] == methods and {r["lr"] for r in rows} == {1e-3}
+        assert all(r["seeds"] == study.SEEDS for r in rows) and [r["tried"] for r in rows] == [3] + [1] * (
+            len(rows) - 1
+        )
+        assert {r["seed"] for r in stored[f"{name}.search"]["value"]["runs"]} == {100}
+    assert {r["steps"] for r in stored["longer"]["value"]["test_accuracy"]} == {study.MORE_STEPS}
+    with pytest.raises(ValueError, match="no study 'sounds'; use images, texts, longer, judges"):
+        study.main("sounds")
+
+
+def test_judges_say_which_changes_keep_a_label(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    pool, valid, test = study.photos()
+    monkeypatch.setattr(study, "photos", lambda: (pool[:500], valid[:100], test))
+    monkeypatch.setattr(study, "PHOTO_KINDS", {"flip": [1.0], "noise": [0.05]})
+    study.main("judges")
+    stored = json.loads((tmp_path / "16_augment.json").read_text())["quick"]
+    assert [r["method"] for r in stored["photo_changes"]["value"]] == ["flip", "noise"]
+    assert all(0 <= v <= 1 for r in stored["photo_changes"]["value"] for v in r["values"])
