@@ -2,6 +2,7 @@
 
 import builtins
 import itertools
+import json
 import math
 import tempfile
 import warnings
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
+from sklearn.model_selection import ParameterGrid, ParameterSampler
 
-from ftbook import data, search
+from ftbook import search
 from ftbook.search import Options, Range
+from ftbook.studies import search as study
 
 SPACE = {"x": Range(1.0, 100.0, log=True), "k": Range(2, 9, integer=True), "kind": Options("a", "b")}
 
@@ -30,6 +34,22 @@ def test_draws_keep_to_the_space_and_extend():
     assert {s["kind"] for s in some} == {"a", "b"} and Options("a", "b").at(1.0) == "b"
     assert search.grid_choices(SPACE, 3) == {"x": [1.0, 10.0, 100.0], "k": [2, 6, 9], "kind": ["a", "b"]}
     assert Range(0, 2).grid(1) == [1.0]
+
+
+@pytest.mark.parametrize("points", [1, 2, 3])
+def test_a_grid_is_that_of_scikit_learn(points):
+    choices = search.grid_choices(SPACE, points)
+    ours = [dict(zip(choices, c, strict=True)) for c in itertools.product(*choices.values())]
+    theirs = list(ParameterGrid(choices))
+    assert len(ours) == len(theirs) and all(s in theirs for s in ours)
+
+
+def test_random_settings_have_the_distribution_of_scikit_learn():
+    space = {"lr": Range(1e-4, 1e-1, log=True), "dropout": Range(0.0, 0.6), "width": Range(16, 64, integer=True)}
+    twins = {"lr": stats.loguniform(1e-4, 1e-1), "dropout": stats.uniform(0, 0.6), "width": stats.randint(16, 65)}
+    ours, theirs = search.draw(space, 4000), list(ParameterSampler(twins, 4000, random_state=0))
+    for name in space:
+        assert stats.ks_2samp([s[name] for s in ours], [s[name] for s in theirs]).pvalue > 0.01
 
 
 @given(low=st.integers(-9, 9), size=st.integers(1, 9))
@@ -243,15 +263,26 @@ def test_run_settings_keeps_what_ran(capsys):
     assert [(r["x"], r["seed"], r["y"]) for r in rows] == [(1, 0, 1.0), (1, 1, 2.0)]
 
 
-def test_mlp_run_repeats_and_scores():
-    train, valid = data.load("digits", "train").split([150, 150], seed=0)[:2]
-    one, two = (
-        search.mlp_run(0, train=train, valid=valid, test=valid, lr=1e-2, steps=60, valid_sizes=(50, 150))
-        for _ in range(2)
-    )
-    assert one == two and one["test_accuracy"] > 0.5
-    assert one["valid_150_accuracy"] == pytest.approx(one["test_accuracy"])
-    assert set(one) == {"valid_50_accuracy", "valid_150_accuracy", "test_accuracy"}
+def test_a_run_of_the_study_repeats_and_scores_the_test_images_only_when_asked():
+    setting = {"lr": 1e-2, "weight_decay": 0.01, "width": 32, "dropout": 0.1}
+    found = [study.run(0, steps=20, split=s, **setting) for s in ("valid", "test", "test")]
+    assert found[1] == found[2] == {**found[0], "test_accuracy": found[1]["test_accuracy"]}
+    assert set(found[0]) == {"valid_100_accuracy", "valid_1000_accuracy"}
+
+
+def test_the_study_stores_its_trials_grid_and_halvings(tmp_path, monkeypatch):
+    def run(seed, steps=0, **setting):
+        score = -abs(math.log10(setting["lr"]) + 2)
+        return {"valid_100_accuracy": score, "valid_1000_accuracy": score, "test_accuracy": score}
+
+    monkeypatch.setattr(study, "run", run)
+    study.main()
+    stored = json.loads((tmp_path / "17_search.json").read_text())["quick"]
+    assert len(stored["random"]["value"]["runs"]) == study.TRIALS and len(stored["grid"]["value"]["runs"]) == 1
+    (one,) = stored["halving"]["value"]
+    assert one["rank in rung 0"] == 1 and one["cost"] == 27 * 4 and set(study.SPACE) < set(one)
+    with pytest.raises(ValueError, match="no study 'tpe'; use random, grid, halving"):
+        study.main("tpe")
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
