@@ -57,6 +57,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .corpus import Corpus, read_conll
 from ftbook.images import (
     ImageSet,
     Labeled,
@@ -142,7 +143,9 @@ class Card:
 
     def _repr_markdown_(self) -> str:
         """The card as Markdown, for a notebook."""
-        from ftbook.results import cell
+        from ftbook.results import Markdown
+
+        cell = Markdown.cell
 
         rows = [
             ("task", cell(self.task)),
@@ -834,17 +837,19 @@ def _read_wiki_excerpt(
     )
 
 
-def _read_wnut17(files: dict[str, Path], split: str, **options: Any) -> Path:
+def _read_wnut17(files: dict[str, Path], split: str, **options: Any) -> Corpus:
     place = {
         "train": "wnut17train.conll",
         "valid": "emerging.dev.conll",
         "test": "emerging.test.annotated",
     }
-    return files[place[split]]
+    return read_conll(files[place[split]])
 
 
-def _read_conll2003(files: dict[str, Path], split: str, **options: Any) -> Path:
-    return files[f"{split}.txt"]
+def _read_conll2003(
+    files: dict[str, Path], split: str, **options: Any
+) -> Corpus:
+    return read_conll(files[f"{split}.txt"])
 
 # %% ../nbs/A1_data.ipynb #d7090c1c
 READERS: dict[str, Callable[..., Any]] = {
@@ -921,21 +926,17 @@ def _substitute_images(
     )
 
 
-def _corpus(split: str) -> Path:
-    """The bundled annotated corpus of this split, in CoNLL format."""
-    return asset(f"ner_corpus/{'dev' if split == 'valid' else split}.conll")
+def _corpus(split: str, name: str = "", source: str = "") -> Corpus:
+    """The bundled annotated corpus of this split."""
+    part = "dev" if split == "valid" else split
+    corpus = read_conll(asset(f"ner_corpus/{part}.conll"))
+    corpus.name, corpus.source = name, source
+    return corpus
 
 
 def _corpus_text(split: str) -> str:
     """The corpus' sentences as running text, one a line."""
-    sentences, words = [], []
-    for line in [*_corpus(split).read_text(encoding="utf-8").splitlines(), ""]:
-        if line.strip() and not line.startswith("-DOCSTART-"):
-            words.append(line.split()[0])
-        elif words:
-            sentences.append(" ".join(words))
-            words = []
-    return "\n".join(sentences) + "\n"
+    return "".join(" ".join(words) + "\n" for words in _corpus(split).words)
 
 # %% ../nbs/A1_data.ipynb #6501ed12
 def _template_reviews(split: str) -> tuple[list[str], Tensor]:
@@ -972,7 +973,7 @@ def _template_reviews(split: str) -> tuple[list[str], Tensor]:
 # %% ../nbs/A1_data.ipynb #acba59eb
 def _substitute(
     name: str, split: str, size: int | None = None
-) -> "ImageSet | TextSet | Text | Path":
+) -> "ImageSet | TextSet | Text | Corpus":
     """The bundled substitute of a data set, in the type that `load` gives; one
     printed line says what it is.
     """
@@ -982,7 +983,7 @@ def _substitute(
     )
     source = f"substitute: {card(name).substitute}"
     if name in ("wnut17", "conll2003"):
-        return _corpus(split)
+        return _corpus(split, name, source)
     if name in ("wikitext2", "wiki_excerpt"):
         return Text(_corpus_text(split), name, source)
     if name == "sst2":
@@ -1012,13 +1013,11 @@ def _split_name(name: str, split: str) -> str:
 
 def _wrap(
     name: str, content: Any, source: str, size: int | None
-) -> "ImageSet | TextSet | Text | Path":
+) -> "ImageSet | TextSet | Text | Corpus":
     """Put what a reader returned into the type that the book works with."""
-    if isinstance(content, Path):
-        return content
     if isinstance(content, str):
         return Text(content, name, source)
-    if isinstance(content, ImageSet):
+    if isinstance(content, (ImageSet, Corpus)):
         content.name, content.source = name, source
         return content
     if isinstance(content[0], list):
@@ -1038,9 +1037,9 @@ def load(
     variant: str | None = None,
     skip_corrupt: bool = False,
     progress: bool = True,
-) -> "ImageSet | TextSet | Text | Path":
-    """A data set, ready to use: ImageSet, TextSet, Text, or the path of a file
-    in CoNLL format.
+) -> "ImageSet | TextSet | Text | Corpus":
+    """A data set, ready to use: ImageSet, TextSet, Text, or, for tagged
+    sentences, a Corpus.
 
     Parameters
     ----------
@@ -1263,7 +1262,9 @@ def _download_size(name: str) -> int:
 
 def cards_table() -> Any:
     """All data sets in one Markdown table."""
-    from ftbook.results import cell
+    from ftbook.results import Markdown
+
+    cell = Markdown.cell
 
     lines = [
         "| name | data set | size | download | license |",
@@ -1282,7 +1283,9 @@ def counts_table(**sets: Labeled) -> Any:
     """Examples per class of several sets, one column per set, as a Markdown
     table.
     """
-    from ftbook.results import cell
+    from ftbook.results import Markdown
+
+    cell = Markdown.cell
 
     first = next(iter(sets.values()))
     counts = {name: part.counts() for name, part in sets.items()}
@@ -1378,7 +1381,7 @@ def status(
     Returns
     -------
     ftbook.results.Markdown
-        `results.render` of its payload gives the table as of now.
+        `Markdown` of its payload gives the table as of now.
 
     Raises
     ------

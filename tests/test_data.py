@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftbook import data, results
+from ftbook.corpus import Sentence
 
 CONTENT = b"the right bytes " * 400
 
@@ -463,7 +464,7 @@ def test_sst2(fake):
             data.load("sst2")
 
 
-def test_texts_and_paths(fake):
+def test_texts(fake):
     fake("wikitext2", "files", {"wiki.valid.tokens": "\n = Title = \n ünder \n".encode()})
     text = data.load("wikitext2", "valid")
     assert text == "\n = Title = \n ünder \n" and text.source == "files (cache)" and text.name == "wikitext2"
@@ -474,10 +475,16 @@ def test_texts_and_paths(fake):
     assert data.load("wikitext2", "val") == "from the zip"
     fake("wiki_excerpt", "excerpt", {"enwiki-excerpt.txt.xz": lzma.compress("= Ä =\n".encode())})
     assert data.load("wiki_excerpt") == "= Ä =\n"
+
+
+def test_tagged_text_is_a_corpus(fake):
     fake("wnut17", "official", {"emerging.test.annotated": b"Rome\tB-location\n"})
-    assert data.load("wnut17", "test").name == "emerging.test.annotated"
-    fake("conll2003", "bio", {"valid.txt": b"-DOCSTART- -X- O O\n"})
-    assert data.load("conll2003", "valid").name == "valid.txt"
+    corpus = data.load("wnut17", "test")
+    assert list(corpus) == [Sentence(["Rome"], ["B-location"])] and corpus.path.name == "emerging.test.annotated"
+    assert (corpus.name, corpus.source) == ("wnut17", "official (cache)")
+    fake("conll2003", "bio", {"valid.txt": b"-DOCSTART- -X- O O\n\nEU NNP I-NP I-ORG\n"})
+    corpus = data.load("conll2003", "valid")
+    assert corpus.scheme == "IOB1" and corpus.tags == [["B-ORG"]] and corpus.source == "bio (cache)"
 
 
 def test_digits():
@@ -510,8 +517,9 @@ def test_quick_profile_uses_substitutes_without_cache_or_network(cache, monkeypa
 
 def test_bundled_corpus_serves_tags_and_text(cache, monkeypatch):
     monkeypatch.setenv("FTBOOK_PROFILE", "quick")
-    path = data.load("wnut17", "valid", bundled=True)
-    assert path.name == "dev.conll" and path == data.load("conll2003", "dev", bundled=True)
+    corpus = data.load("wnut17", "valid", bundled=True)
+    assert corpus.path.name == "dev.conll" and corpus == data.load("conll2003", "dev", bundled=True)
+    assert corpus.name == "wnut17" and corpus.source == "substitute: the book's own small annotated corpus"
     text = data.load("wikitext2", "train", bundled=True)
     assert len(text.split()) > 300 and "\n" in text and "B-" not in text and text.source.startswith("substitute")
 
@@ -651,7 +659,7 @@ def test_status_before_and_after_a_run(tmp_path, monkeypatch):
     assert "31 MB" in text and "[Fashion-MNIST](A1_data.ipynb) (MIT (Zalando SE))" in text
     results.record("99_demo", "run", {"minutes": 3.14159, "peak_mb": 1234.5, "date": "2026-02-03", "versions": {}})
     payload = json.loads(json.dumps(shown._repr_mimebundle_()[1]["ftbook"]))
-    after = results.render(payload)
+    after = results.Markdown(payload).text
     assert "| cpu profile | 3.1 minutes, peak memory 1,234 MB |" in after and "| last verified | 2026-02-03 |" in after
     assert "| gpu profile | not measured yet |" in after
     with pytest.raises(ValueError, match="unknown data set 'mnits'"):
@@ -663,7 +671,7 @@ def test_status_before_and_after_a_run(tmp_path, monkeypatch):
 def test_only_functions_of_the_book_are_rendered():
     for function in ("os.system", "ftbook.data._in_cache", "ftbooks.x"):
         with pytest.raises(ValueError, match="no public function of ftbook"):
-            results.render({"call": {"function": function, "arguments": {}}})
+            results.Markdown({"call": {"function": function, "arguments": {}}})
 
 
 def test_no_class_name_or_card_brings_html_or_breaks_a_table():

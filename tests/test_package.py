@@ -16,12 +16,12 @@ import sys, pathlib
 import ftbook
 assert "torch" not in sys.modules
 assert "{env}" in ftbook.__file__, ftbook.__file__
-from ftbook import data, ner, train
+from ftbook import corpus, data, train
 import torch
 x, y = torch.randn(64, 8), torch.randint(0, 2, (64,))
 quiet = train.Settings(progress=False)
 history = train.fit(torch.nn.Linear(8, 2), (x, y), epochs=1, settings=quiet)
-sentences = ner.read_conll(data.asset("ner_corpus/test.conll"))
+sentences = corpus.read_conll(data.asset("ner_corpus/test.conll"))
 print(len(history), len(sentences) > 50, ftbook.__version__)
 """
 

@@ -24,9 +24,15 @@ FLOORS = [
     ["plot"],
     ["results"],
     ["images"],
+    ["tags"],
+    ["corpus"],
     ["data"],
     ["models"],
-    ["losses", "optim", "tags"],
+    ["losses", "optim", "texts"],
+    ["batches"],
+    ["compute"],
+    ["scoring"],
+    ["checkpoint"],
     ["train"],
     ["finetune"],
     ["autoencoder", "mlm", "vision", "ner", "peft", "regularize", "augment", "search"],
@@ -194,10 +200,10 @@ def test_importing_the_package_loads_nothing_heavy():
 
 @each_notebook
 def test_stored_sentences_and_tables_equal_the_results(path):
-    from ftbook.results import render
+    from ftbook.results import Markdown
 
     for output in stored_texts(load(path)):
-        assert render(output["metadata"]["ftbook"]) == "".join(output["data"]["text/markdown"])
+        assert Markdown(output["metadata"]["ftbook"]).text == "".join(output["data"]["text/markdown"])
 
 
 @each_notebook

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from ftbook import ner
+from ftbook.corpus import read_conll
 
 
 def sweep(root, name):
@@ -48,7 +49,7 @@ def base(tmp_path, monkeypatch):
 
 
 def test_named_entities_on_conll_2003_in_the_gpu_profile(root, fake, base, tmp_path, monkeypatch):
-    corpus = list(ner.read_conll(root / "ftbook" / "assets" / "ner_corpus" / "train.conll"))
+    corpus = list(read_conll(root / "ftbook" / "assets" / "ner_corpus" / "train.conll"))
     fake(
         "conll2003",
         "bio",

@@ -8,7 +8,7 @@ import sys
 from functools import cache
 
 from ftbook import data, mlm, results, runtime
-from ftbook.ner import Corpus, bert_base_cased, read_conll, tagging_run
+from ftbook.ner import Corpus, bert_base_cased, tagging_run
 
 CHAPTER = "10_ner"
 SEEDS = [1, 2, 3]
@@ -39,7 +39,7 @@ METHODS = [
 @cache
 def corpora():
     name = runtime.pick(quick="wnut17", cpu="wnut17", gpu="conll2003")
-    train, valid, test = (read_conll(data.load(name, split, bundled=True)) for split in ("train", "valid", "test"))
+    train, valid, test = (data.load(name, split, bundled=True) for split in ("train", "valid", "test"))
     if SETTINGS["sentences"]:
         train = Corpus([s for s in train if s.entities][: SETTINGS["sentences"]], train.path)
     return train, valid, test

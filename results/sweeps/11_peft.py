@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from ftbook import data, mlm, peft, results, runtime
-from ftbook.ner import BucketBatches, Corpus, NERTagger, read_conll, token_classifier
+from ftbook.ner import BucketBatches, Corpus, NERTagger, token_classifier
 
 CHAPTER = "11_peft"
 SEEDS = [1, 2, 3]
@@ -43,7 +43,7 @@ BUDGET = f"{SIZE} sentences with an entity, {EPOCHS} epochs of batches of 16, {l
 
 @cache
 def corpora():
-    train, valid, test = (read_conll(data.load("wnut17", s, bundled=True)) for s in ("train", "valid", "test"))
+    train, valid, test = (data.load("wnut17", s, bundled=True) for s in ("train", "valid", "test"))
     rich = [s for s in train if s.entities]  # two sentences in three have no entity: at few steps they teach little
     return Corpus(rich[:SIZE], train.path), Corpus(valid[:SCORED], valid.path), Corpus(test[:SCORED], test.path)
 
