@@ -28,12 +28,15 @@ __all__ = [
     "atomic_write",
     "cache_dir",
     "versions",
+    "check_value",
 ]
 
 # %% ../nbs/A3_runtime.ipynb #367c4ff6
 import functools
 import importlib.metadata
 import importlib.util
+import math
+import numbers
 import os
 import platform
 import random
@@ -676,3 +679,43 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             pass
     return found
+
+# %% ../nbs/A3_runtime.ipynb #eb8d9bbe
+def check_value(name: str, value, allowed, optional: bool = False) -> None:
+    """Refuse a setting that is not allowed; the error says what is.
+
+    Parameters
+    ----------
+    allowed : {"count", "positive", "at least 0"} or tuple
+        "count": a whole number from 1 on; "positive", "at least 0": a finite
+        number; a tuple: one of these very values.
+    optional : bool
+        None is allowed, too.
+
+    Raises
+    ------
+    ValueError
+
+    Examples
+    --------
+    >>> check_value("epochs", 0, "count")
+    Traceback (most recent call last):
+    ValueError: epochs must be an integer >= 1, got 0
+    """
+    if optional and value is None:
+        return
+    flag = isinstance(value, bool)
+    if isinstance(allowed, tuple):
+        same = (v for v in allowed if v is value or v == value)
+        fine = any(v is value or type(v) is type(value) for v in same)
+        told = f"one of {', '.join(map(repr, allowed))}"
+    elif allowed == "count":
+        fine = isinstance(value, numbers.Integral) and not flag and value >= 1
+        told = "an integer >= 1"
+    else:
+        real = isinstance(value, numbers.Real) and not flag
+        fine = real and math.isfinite(value) and value >= 0
+        fine = fine and not (allowed == "positive" and value == 0)
+        told = f"{allowed} and finite"
+    if not fine:
+        raise ValueError(f"{name} must be {told}, got {value!r}")

@@ -15,10 +15,11 @@ from torchvision.transforms import v2
 from ftbook import augment as au
 from ftbook import data, mlm
 from ftbook.finetune import SmallCNN
+from ftbook.scoring import accuracy
 from ftbook.studies import augment as study
 from ftbook.tags import spans, to_iob2
 from ftbook.texts import TextClassifier, encode_texts
-from ftbook.train import Settings, accuracy, fit
+from ftbook.train import Settings, fit
 
 X = torch.rand(16, 3, 12, 10, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 5

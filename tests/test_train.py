@@ -23,7 +23,7 @@ from hypothesis import settings as example_budget
 from hypothesis import strategies as st
 from torch import nn
 
-from ftbook import losses
+from ftbook import batches, checkpoint, compute, losses, scoring
 from ftbook import train as T
 from ftbook.data import Batches, ImageSet
 from ftbook.train import Checkpoint, EarlyStopping, History, Run, Settings, evaluate, fit, predict
@@ -102,7 +102,7 @@ def test_learns_and_records():
 
 def test_train_metrics_are_means_over_examples():
     data, model = toy(100), net()
-    metrics = {"right": T.accuracy, "one": lambda output, target: 1.0}
+    metrics = {"right": scoring.accuracy, "one": lambda output, target: 1.0}
     history = quiet(model, data, lr=0.0, weight_decay=0.0, batch_size=32, metrics=metrics)
     score = evaluate(model, data)
     assert history["train_loss"][0] == pytest.approx(score["loss"], rel=1e-5)
@@ -248,7 +248,7 @@ def test_micro_batches_equal_the_joint_batch_whatever_counts_how_much(n, batch, 
 
 
 def test_ignored_targets_of_one_dimension_do_not_count():
-    assert T.accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, -100])) == 1.0
+    assert scoring.accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, -100])) == 1.0
     x, y = labeled(24, 0.0)
     y[4:16] = -100
     whole = F.cross_entropy(net().double()(x), y).item()
@@ -316,8 +316,8 @@ def test_losses_that_are_no_mean_are_refused():
 
 def test_soft_targets_are_right_where_the_largest_class_is():
     output = torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
-    assert T.accuracy(output, torch.tensor([[0.6, 0.4, 0.0], [0.5, 0.2, 0.3]])) == 0.5
-    assert T.accuracy(output, torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])) == pytest.approx(5 / 6)
+    assert scoring.accuracy(output, torch.tensor([[0.6, 0.4, 0.0], [0.5, 0.2, 0.3]])) == 0.5
+    assert scoring.accuracy(output, torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])) == pytest.approx(5 / 6)
     x = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0))
     y = torch.arange(4000) % 10
 
@@ -350,25 +350,25 @@ def test_loss_and_accuracy_read_the_classes_from_the_same_dimension(shape, dim):
     wanted = {(2, 4, 5): (2, 5), (2, 3, 5, 4): (2, 3, 5)}.get(shape, shape[:dim] + shape[dim + 1 :])
     target = torch.randint(0, 4, wanted, generator=generator)
     target.view(-1)[0] = -100
-    assert T._class_dim(output, target) == dim
+    assert scoring.class_dim(output, target) == dim
     moved = output.movedim(dim, 1)
-    assert T._LOSSES["cross_entropy"](output, target) == pytest.approx(F.cross_entropy(moved, target).item())
+    assert scoring._LOSSES["cross_entropy"](output, target) == pytest.approx(F.cross_entropy(moved, target).item())
     for name in ("focal", "label_smoothing"):
         theirs = getattr(losses, name)(moved, target)
-        assert T._LOSSES[name](output, target).item() == pytest.approx(theirs.item())
+        assert scoring._LOSSES[name](output, target).item() == pytest.approx(theirs.item())
     hit = (output.argmax(dim) == target).sum().item()
-    assert T.accuracy(output, target) == pytest.approx(hit / (target.numel() - 1))
+    assert scoring.accuracy(output, target) == pytest.approx(hit / (target.numel() - 1))
     soft = torch.softmax(torch.randn(shape, generator=generator, dtype=torch.float64), dim)
     theirs = F.cross_entropy(moved, soft.movedim(dim, 1))
     if dim == (len(shape) - 1 if len(shape) < 4 else 1):
-        assert T._LOSSES["cross_entropy"](output, soft).item() == pytest.approx(theirs.item())
+        assert scoring._LOSSES["cross_entropy"](output, soft).item() == pytest.approx(theirs.item())
 
 
 def test_results_do_not_lose_a_metric_by_its_name():
     for name in ("loss", "n"):
         for call in (lambda m: quiet(net(), toy(), metrics=m), lambda m: evaluate(net(), toy(), metrics=m)):
             with pytest.raises(ValueError, match=f"cannot be named '{name}'"):
-                call({name: T.accuracy})
+                call({name: scoring.accuracy})
 
 
 # ---------------------------------------------------------------- optimizers and schedules
@@ -531,8 +531,8 @@ def test_images_are_scaled_and_laid_out():
     with pytest.raises(RuntimeError, match="shape|channels"):
         quiet(nn.Sequential(nn.Conv2d(5, 2, 3), nn.Flatten()), pictures)
     flat = nn.Sequential(nn.Flatten(), nn.Conv1d(1, 1, 1))
-    assert T._wants_channels_last("auto", flat, (torch.ones(2, 3), 0)) is False
-    assert T._wants_channels_last("auto", small_conv(), (torch.ones(2, 3), 0)) is False
+    assert compute.wants_channels_last("auto", flat, (torch.ones(2, 3), 0)) is False
+    assert compute.wants_channels_last("auto", small_conv(), (torch.ones(2, 3), 0)) is False
 
 
 def test_optimizer_state_follows_the_layout():
@@ -566,7 +566,7 @@ def test_transform_in_training_only():
     quiet(b, (x, (y + 1) % 3))
     assert same(a, b)
     quiet(nn.Linear(6, 6), x, loss="mse", transform=lambda x: x + 1)
-    assert T.prepare_batch({"x": x}, torch.device("cpu"), transform=lambda b: {"y": b["x"]}).keys() == {"y"}
+    assert batches.prepare_batch({"x": x}, torch.device("cpu"), transform=lambda b: {"y": b["x"]}).keys() == {"y"}
 
 
 class Output(dict):
@@ -641,8 +641,8 @@ def test_batches_keep_their_kinds_of_containers():
 
     pair, cpu = namedtuple("pair", "x y"), torch.device("cpu")
     packed = nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
-    assert T._to_device(packed, cpu) is packed and isinstance(T._to_device(pair(*toy()), cpu), pair)
-    assert isinstance(T._to_device([torch.ones(1)], cpu), list)
+    assert batches.to_device(packed, cpu) is packed and isinstance(batches.to_device(pair(*toy()), cpu), pair)
+    assert isinstance(batches.to_device([torch.ones(1)], cpu), list)
 
     class Last(nn.Module):
         def __init__(self):
@@ -655,7 +655,7 @@ def test_batches_keep_their_kinds_of_containers():
 
     assert quiet(Last(), [(packed, torch.tensor([0, 1]))] * 2, epochs=2).rows
     with pytest.raises(TypeError, match="DistributedSampler"):
-        T._shard((packed, torch.tensor([0, 1])), 0, 2)
+        batches.shard((packed, torch.tensor([0, 1])), 0, 2)
 
 
 def test_outputs_may_be_dicts_with_logits():
@@ -764,14 +764,14 @@ def test_evaluate_values():
     assert evaluate(nn.Linear(6, 6), (x, x), loss="mse").keys() == {"loss", "n"}
     assert evaluate(model, (x, y), loss=lambda o, t: o.sum() * 0, metrics=["accuracy"])["accuracy"] == score["accuracy"]
     torch.testing.assert_close(predict(model, x, batch_size=9), model.eval()(x), rtol=1e-5, atol=1e-6)
-    assert T._place(nn.Flatten(), None).type == "cpu"
+    assert compute.device_of(nn.Flatten(), None).type == "cpu"
 
 
 def test_accuracy_forms():
     logits = torch.tensor([2.0, -1.0, 3.0])
-    assert T.accuracy(logits, torch.tensor([1.0, 1.0, 1.0])) == pytest.approx(2 / 3)
-    assert T.accuracy(torch.eye(3)[None], torch.tensor([[0, 2, -100]])) == 0.5
-    assert T.accuracy(torch.eye(3)[None], torch.full((1, 3), -100)) == 0.0
+    assert scoring.accuracy(logits, torch.tensor([1.0, 1.0, 1.0])) == pytest.approx(2 / 3)
+    assert scoring.accuracy(torch.eye(3)[None], torch.tensor([[0, 2, -100]])) == 0.5
+    assert scoring.accuracy(torch.eye(3)[None], torch.full((1, 3), -100)) == 0.0
 
 
 # ---------------------------------------------------------------- early stopping and callbacks
@@ -1082,15 +1082,15 @@ def test_progress_bar_and_plot(capsys):
 
 def test_precision_rule(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(T, "native_bf16", lambda device: True)
-    assert T._choose_precision("auto", nn.Linear(512, 512), cpu)[0] == "bf16"
-    assert T._choose_precision("auto", nn.Conv2d(64, 64, 3), cpu) == ("bf16", "native bf16 and convolution")
-    assert "attention" in T._choose_precision("auto", nn.TransformerEncoderLayer(8, 2, 8), cpu)[1]
-    monkeypatch.setattr(T, "native_bf16", lambda device: False)
-    assert T._choose_precision("auto", nn.Linear(512, 512), cpu) == ("fp32", "cpu without native bf16")
-    assert T._choose_precision("bf16", nn.Linear(2, 2), cpu) == ("bf16", "asked for")
+    monkeypatch.setattr(compute, "native_bf16", lambda device: True)
+    assert compute.choose_precision("auto", nn.Linear(512, 512), cpu)[0] == "bf16"
+    assert compute.choose_precision("auto", nn.Conv2d(64, 64, 3), cpu) == ("bf16", "native bf16 and convolution")
+    assert "attention" in compute.choose_precision("auto", nn.TransformerEncoderLayer(8, 2, 8), cpu)[1]
+    monkeypatch.setattr(compute, "native_bf16", lambda device: False)
+    assert compute.choose_precision("auto", nn.Linear(512, 512), cpu) == ("fp32", "cpu without native bf16")
+    assert compute.choose_precision("bf16", nn.Linear(2, 2), cpu) == ("bf16", "asked for")
     with pytest.raises(ValueError, match="'fp64'"):
-        T._choose_precision("fp64", nn.Linear(2, 2), cpu)
+        compute.choose_precision("fp64", nn.Linear(2, 2), cpu)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -1328,7 +1328,7 @@ def test_what_is_frozen_and_every_callback_go_on_too(tmp_path, step, again):
         "batch_size": 34,
         "lr": 0.05,
         "schedule": "cosine",
-        "metrics": {"right": lambda output, target: np.float32(T.accuracy(output, target))},
+        "metrics": {"right": lambda output, target: np.float32(scoring.accuracy(output, target))},
     }
     whole, broken, file = turning(), turning(), Checkpoint(tmp_path / "run.pt", every=1)
     a = quiet(whole, toy(), toy(40, 1), callbacks=[Turns(), Average(), EarlyStopping(), Bomb(-1)], **options)
@@ -1393,7 +1393,7 @@ def test_numbers_of_numpy_do_not_make_a_checkpoint_unreadable(tmp_path):
         def load_state_dict(self, state):
             self.loaded = state
 
-    metrics = {"right": lambda output, target: np.float64(T.accuracy(output, target))}
+    metrics = {"right": lambda output, target: np.float64(scoring.accuracy(output, target))}
     file, counts = Checkpoint(tmp_path / "run.pt"), Counts()
     quiet(net(), toy(), epochs=2, seed=np.int64(3), lr=np.float32(0.01), metrics=metrics, callbacks=[counts, file])
     again = Counts()
@@ -1467,12 +1467,12 @@ def test_only_leftovers_of_this_checkpoint_are_cleared(tmp_path):
         cleared = [f".lr0.{gone.pid}-deadbeef.pt"]
         for name in kept + cleared:
             (tmp_path / name).write_bytes(b"x")
-        T._clear_leftovers(tmp_path / "lr0.pt")
+        checkpoint.clear_leftovers(tmp_path / "lr0.pt")
         assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
         (tmp_path / f".run[1].{gone.pid}-deadbeef.pt").write_bytes(b"x")
-        T._clear_leftovers(tmp_path / "run1.pt")
+        checkpoint.clear_leftovers(tmp_path / "run1.pt")
         assert (tmp_path / f".run[1].{gone.pid}-deadbeef.pt").exists()
-        T._clear_leftovers(tmp_path / "run[1].pt")
+        checkpoint.clear_leftovers(tmp_path / "run[1].pt")
         assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
     finally:
         alive.communicate(b"\n")
@@ -1620,11 +1620,11 @@ def test_a_process_without_anything_to_score_waits_for_the_others(tmp_path):
 def test_the_sums_of_two_processes_go_to_one(tmp_path):
     run = a_run()
     run._generators, run.batch, run.device = [], 3, torch.device("cpu")
-    streams = [T._rng_state(run.device)] * 2
-    T._restore_process(run, [[streams, {"loss": 2.0}, 3, 4], [streams, {"loss": 5.0}, 1, 2]])
+    streams = [compute.rng_state(run.device)] * 2
+    checkpoint._restore_process(run, [[streams, {"loss": 2.0}, 3, 4], [streams, {"loss": 5.0}, 1, 2]])
     assert (run._sums, run._count, run._weight) == ({"loss": 7.0}, 4, 6)
     run._rank, run._size = 1, 3
-    T._restore_process(run, [[streams, {"loss": 2.0}, 3, 4], [streams, {"loss": 5.0}, 1, 2]])
+    checkpoint._restore_process(run, [[streams, {"loss": 2.0}, 3, 4], [streams, {"loss": 5.0}, 1, 2]])
     assert (run._sums, run._count, run._weight) == ({"loss": 0.0}, 0, 0)
 
 
@@ -1652,7 +1652,7 @@ def test_process_group_of_one(monkeypatch):
 def test_shards_are_a_partition(n, size):
     x = torch.arange(n)
     for batch in ((x, x), {"x": x, "n": 3}, x):
-        parts = [T._shard(batch, rank, size) for rank in range(size)]
+        parts = [batches.shard(batch, rank, size) for rank in range(size)]
         rows = [p["x"] if isinstance(p, dict) else p if torch.is_tensor(p) else p[0] for p, _ in parts]
         if n < size:
             assert all(torch.equal(r, x) for r in rows) and sum(share for _, share in parts) == pytest.approx(1)
