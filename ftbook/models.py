@@ -174,9 +174,10 @@ def _size(card: Card) -> str:
 # %% ../nbs/A2_models.ipynb #9703fee8
 def _text(words: str) -> str:
     """Text for a cell of a table: its addresses are links, and no HTML."""
-    from ftbook.results import cell
+    from ftbook.results import Markdown
 
-    return re.sub(r"https?://[^\s;,)]*[^\s;,.:)]", r"<\g<0>>", cell(words))
+    text = Markdown.cell(words)
+    return re.sub(r"https?://[^\s;,)]*[^\s;,.:)]", r"<\g<0>>", text)
 
 
 def _card_text(card: Card) -> str:

@@ -35,27 +35,28 @@ def folder(tmp_path, monkeypatch):
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
 def test_interval_equals_scipy(values, level):
-    mean, low, high = results.mean_interval(values, level)
+    mean, low, high = results._mean_interval(values, level)
     error = stats.sem(values)
     expected = stats.t.interval(level, len(values) - 1, np.mean(values), error) if error > 0 else (mean, mean)
     assert np.allclose([mean, low, high], [np.mean(values), *expected], rtol=1e-9, atol=1e-9)
 
 
 def test_interval_edges():
-    assert np.isnan(results.mean_interval([1.0])[1])
+    assert np.isnan(results._mean_interval([1.0])[1])
     with pytest.raises(ValueError):
-        results.mean_interval([])
+        results._mean_interval([])
     with pytest.raises(ValueError):
-        results.mean_interval([1, 2], level=1.5)
+        results._mean_interval([1, 2], level=1.5)
 
 
 def test_prediction_interval_covers_a_new_run_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    hits = [results.inside(v[-1], list(v[:-1])) for v in rng.normal(size=(2000, 6))]
+    hits = [results.row("x", v[:-1]).agrees(v[-1]) for v in rng.normal(size=(2000, 6))]
     assert 0.93 < np.mean(hits) < 0.97
-    assert results.inside(1.05, [1.0], tolerance=0.1) and not results.inside(1.2, [1.0], tolerance=0.1)
+    once = results.row("x", [1.0])
+    assert once.agrees(1.05, tolerance=0.1) and not once.agrees(1.2, tolerance=0.1)
     with pytest.raises(ValueError, match="tolerance"):
-        results.inside(1.0, [1.0])
+        once.agrees(1.0)
 
 
 def test_row_formats_and_refuses():
@@ -116,10 +117,10 @@ def test_where_results_go(monkeypatch, tmp_path):
     (tmp_path / "nbs" / "deep").mkdir(parents=True)
     (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
     monkeypatch.chdir(tmp_path / "nbs" / "deep")
-    assert results.checkout() == tmp_path and results.results_dir() == tmp_path / "results"
-    assert results.results_dir("quick") != tmp_path / "results"
+    assert results._checkout() == tmp_path and results._results_dir() == tmp_path / "results"
+    assert results._results_dir("quick") != tmp_path / "results"
     monkeypatch.chdir("/")
-    assert results.checkout() is None
+    assert results._checkout() is None
 
 
 def test_broken_file_and_bad_names_are_explained(folder):
@@ -158,9 +159,9 @@ def test_say_renders_again_from_the_file():
     )
     assert str(said) == repr(said) == "87.0 % [84.5, 89.5], 0.87, 3 runs, 25 %, {}"
     data, metadata = said._repr_mimebundle_()
-    assert data["text/markdown"] == results.render(metadata["ftbook"])
+    assert data["text/markdown"] == str(results.Markdown(metadata["ftbook"]))
     results.record("05_demo", "acc", results.row("accuracy", [0.5, 0.6, 0.7]))
-    assert results.render(metadata["ftbook"]).startswith("60.0 %"), "a changed result shows"
+    assert str(results.Markdown(metadata["ftbook"])).startswith("60.0 %"), "a changed result shows"
 
 
 def test_table_merges_metrics_and_escapes():
@@ -181,9 +182,9 @@ def test_table_merges_metrics_and_escapes():
 
 def test_call_payload_only_calls_public_functions():
     with pytest.raises(ValueError, match="no public function"):
-        results.render({"call": {"function": "os.system", "arguments": {"command": "true"}}})
+        str(results.Markdown({"call": {"function": "os.system", "arguments": {"command": "true"}}}))
     payload = {"call": {"function": "ftbook.data.status_text", "arguments": {"chapter": "99_none"}}}
-    assert "not measured yet" in results.render(payload)
+    assert "not measured yet" in str(results.Markdown(payload))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,11 @@ def test_call_payload_only_calls_public_functions():
 )
 def test_render_calls_nothing_but_what_is_made_for_it(function, folder):
     with pytest.raises(ValueError, match="no public function of ftbook that gives a page's text"):
-        results.render({"call": {"function": function, "arguments": {"chapter": "05_demo", "key": "x", "value": 1}}})
+        str(
+            results.Markdown(
+                {"call": {"function": function, "arguments": {"chapter": "05_demo", "key": "x", "value": 1}}}
+            )
+        )
     assert list(folder.iterdir()) == []
 
 
@@ -535,7 +540,7 @@ def test_sweep_keeps_each_run_resumes_and_chooses():
     stored = results.load_sweep("05_demo", "s")
     assert len(stored.rows) == 6 and stored.row("valid", lr=0.3)["n"] == 50
     said = results.say("{best:.2f}", best=stored.row("test", lr=0.3))
-    assert results.render(said.payload) == "3.00 [3.00, 3.00]"
+    assert str(results.Markdown(said.payload)) == "3.00 [3.00, 3.00]"
     assert "lr" in str(stored.table("valid")) and len(stored.plot("valid").get_yticklabels()) == 3
 
 
@@ -558,7 +563,7 @@ def test_sweep_reports_failures_and_refuses_wrong_questions():
         results.load_sweep("05_demo", "number")
     with pytest.raises(KeyError, match="no run of"):
         source = {**done.row("valid").source, "seeds": [7]}
-        results.render({"template": "{x}", "values": {"x": {"source": source}}})
+        str(results.Markdown({"template": "{x}", "values": {"x": {"source": source}}}))
 
 
 def test_settings_grid_random_and_errors():
@@ -757,7 +762,7 @@ def test_a_study_chooses_on_validation_data_and_scores_the_test_data_once():
     again = results.load_study("10_demo", "study")
     assert again.rows("score") == found.rows("score") and again.metrics == ["loss", "score", "steps"]
     said = results.say("{x:.2f} at {r:.4f}", x=again.row("score", method="b"), r=again.row("score", method="b")["lr"])
-    assert results.render(said.payload).endswith("at 0.3333") and "study" in repr(found) and not found.failed
+    assert str(results.Markdown(said.payload)).endswith("at 0.3333") and "study" in repr(found) and not found.failed
     assert "| a | 0.2 |" in str(found.table("score", "loss", columns=["method", "lr", "score"]))
     assert len(found.plot("score").get_yticklabels()) == 4
     ASKED.clear()
@@ -983,3 +988,214 @@ def test_a_widened_grid_runs_only_what_is_new_and_the_rows_follow():
     assert [a[:3] for a in ASKED] == [("valid", "a", 0.2), ("valid", "a", 0.3)] + [("test", "a", 0.2)] * 3
     assert row["lr"] == 0.2 and row["edge"] == [] and row["tried"] == 4
     assert len(results.load_study("10_demo", "study").final.rows) == 3, "final runs of the former choice do not count"
+
+
+# ---------------------------------------------------------------- seeds and examples
+
+
+def outcomes(seed, split, method="a", lr=0.0, n=300):
+    """What a made-up method gets right: hard examples are hard for all, and method b is a little better."""
+    hard = np.random.default_rng(len(split)).normal(size=n)
+    noise = np.random.default_rng([seed, len(method), ord(method[0])]).normal(size=n)
+    right = {"a": 0.5, "b": 1.2, "c": 0.5}.get(method, 0.0) + hard + 0.7 * noise > 0
+    there, found = np.arange(n) % 3, np.arange(n) % 3 + (~right).astype(int)
+    return {"score": right, "f1": (2 * np.minimum(there, found), there + found), "loss": 1.0 - right.mean()}
+
+
+def test_a_final_run_keeps_what_it_scored_and_a_search_run_its_score(folder):
+    found = compare([{"method": "a", "lr": [0.1, 0.2, 0.3]}, {"method": "b", "lr": [0.1, 0.2, 0.3]}], outcomes)
+    stored = json.loads((folder / "10_demo.json").read_text())["cpu"]
+    assert not any("outcomes" in r for r in stored["study.search"]["value"]["runs"])
+    run = stored["study.final"]["value"]["runs"][0]
+    made = outcomes(run["seed"], "test", run["choice"]["method"])
+    up, down = made["f1"]
+    assert run["metrics"]["score"] == pytest.approx(made["score"].mean(), abs=1e-6)
+    assert run["metrics"]["f1"] == pytest.approx(up.sum() / down.sum(), abs=1e-6)
+    kept = run["outcomes"]
+    assert set(kept) == {"score", "f1"} and np.array_equal(results._unpack(kept["score"][0]), made["score"])
+    assert np.array_equal([results._unpack(t) for t in kept["f1"]], [up, down])
+    row = found.row("score", method="a")
+    assert row["n"] == 300 and row.over == "seeds and examples" and row.varied == {"method": "a", "lr": row["lr"]}
+    assert found.row("loss", method="a").over == "seeds" and "over" not in found.row("loss", method="a")
+    assert found.final.row("score", method="a")["interval"] == row["interval"]
+    narrow = results.row("score", row["values"])
+    assert row.high - row.low >= (narrow.high - narrow.low) * 0.2 and row.mean == pytest.approx(narrow.mean, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array([True, False, True]),
+        np.array([0.0, 1.0]),
+        np.array([-3, 127, 0]),
+        np.array([300, -32_767]),
+        np.array([1e6, 2.0]),
+        np.array([0.1, np.nan, np.inf], dtype=np.float32),
+        np.arange(1000) % 2 == 0,
+    ],
+)
+def test_outcomes_come_back_as_they_were(value):
+    assert np.array_equal(results._unpack(results._pack(value)), value.astype(float), equal_nan=True)
+
+
+def test_scores_may_be_tensors_and_wrong_ones_are_told():
+    import torch
+
+    assert results._measured("x", torch.tensor([True, False]))[0] == 0.5
+    assert results._measured("x", torch.tensor(0.25, dtype=torch.bfloat16)) == (0.25, [])
+    assert results._measured("x", (torch.tensor([2, 0]), torch.tensor([3, 1])))[0] == 0.5
+    assert np.isnan(results._measured("x", (np.zeros(2), np.zeros(2)))[0])
+    for wrong in (np.zeros((2, 2)), np.zeros(0), (np.zeros(2), np.zeros(3)), (1, 2, 3), np.array(["a", "b"])):
+        with pytest.raises(ValueError, match="the score 'x' is .* give a number, a 1-D array"):
+            results._measured("x", wrong)
+
+
+def test_rows_and_seeds_score_the_same_examples():
+    def run(seed, split, method):
+        return {"score": np.ones(9 if seed == 2 and method == "b" else 10)}
+
+    with pytest.raises(ValueError, match="'score' has 9 examples for {'method': 'b'}, seed 2, 10 for {'method': 'a'}"):
+        compare([{"method": "a"}, {"method": "b"}], run)
+
+
+def test_a_study_with_outcomes_stays_small(folder):
+    rng = np.random.default_rng(0)
+    rows = [{"method": f"method {i}"} for i in range(3)]
+    compare(rows, lambda seed, split, method: {"score": rng.random(1_821) < 0.8}, seeds=range(30))
+    assert (folder / "10_demo.json").stat().st_size * 4 < 400_000, "a quarter of 12 rows"
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 6), st.integers(2, 40), st.integers(0, 10_000))
+def test_the_interval_is_never_narrower_than_over_seeds_or_examples_alone(seeds, examples, draw):
+    z = np.random.default_rng(draw).normal(size=(seeds, examples))
+    error = results._spread(z)[1]
+    alone = [results._spread(x)[1] for x in (z.mean(1, keepdims=True), z.mean(0, keepdims=True))]
+    assert error >= max(alone) - 1e-12
+    assert alone == pytest.approx([stats.sem(z.mean(1)), stats.sem(z.mean(0))])
+
+
+def test_the_variance_is_that_of_the_pigeonhole_bootstrap():
+    rng = np.random.default_rng(0)
+    z = 0.2 * rng.normal(size=(20, 1)) + rng.normal(size=(1, 400)) + 0.3 * rng.normal(size=(20, 400))
+    means = [z[np.ix_(rng.integers(20, size=20), rng.integers(400, size=400))].mean() for _ in range(1_000)]
+    assert np.std(means) == pytest.approx(results._spread(z)[1], rel=0.1)
+
+
+def test_the_linear_shares_of_a_ratio_have_the_spread_of_its_bootstrap():
+    rng = np.random.default_rng(1)
+    down = rng.poisson(3, 500) + 1.0
+    up = rng.binomial(down.astype(int), 0.6).astype(float)
+    z = results._shares([results._pack(up), results._pack(down)])
+    picks = rng.integers(500, size=(2_000, 500))
+    assert z.mean() == pytest.approx(up.sum() / down.sum())
+    assert results._spread(z[None])[1] == pytest.approx(np.std(up[picks].sum(1) / down[picks].sum(1)), rel=0.1)
+
+
+THREE = [{"method": "a", "lr": 0.1}, {"method": "b", "lr": 0.1}, {"method": "c", "lr": 0.1}]
+
+
+def test_a_study_compares_its_rows_with_one_of_them():
+    found = compare([results.Baseline(method="words"), *THREE], outcomes)
+    gaps = found.compare("score", method="a")
+    assert [g["method"] for g in gaps] == ["words", "b", "c"] and [g["verdict"] for g in gaps] == [
+        "worse",
+        "better",
+        "unclear",
+    ]
+    assert [g["better"] for g in gaps] == [False, True, False] and gaps[1].low > 0 > gaps[0].high
+    assert gaps[1].mean == pytest.approx(
+        found.row("score", method="b").mean - found.row("score", method="a").mean, abs=1e-5
+    )
+    assert [g["p_holm"] for g in gaps] == results._holm([g["p"] for g in gaps]) and gaps[0]["p_holm"] >= gaps[0]["p"]
+    assert found.row("score", method="words")["seeds"] == [1] and found.row("score", method="words").over == "examples"
+    both = [outcomes(s, "test", "b")["score"].astype(float) - outcomes(1, "test", "words")["score"] for s in (1, 2, 3)]
+    against = found.compare("score", method="words")[1]
+    assert against["interval"] == pytest.approx(list(results._limits(np.stack(both)))) and against["seeds"] == [1, 2, 3]
+    with pytest.raises(ValueError, match="rows match"):
+        found.compare("score", method="nothing")
+
+
+def test_holm_is_the_step_down_correction():
+    assert results._holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert results._holm([0.9, np.nan, 0.8])[0] == 1.0 and np.isnan(results._holm([0.9, np.nan])[1])
+    assert results._holm([]) == []
+
+
+def test_without_outcomes_the_comparison_is_the_paired_t_test():
+    def run(seed, split, method):
+        return {
+            "score": {"a": 0.5, "b": 0.6}.get(method, 0.4) + np.random.default_rng([seed, ord(method)]).normal(0, 0.02)
+        }
+
+    found = compare([results.Baseline(method="z", seeds=[7]), {"method": "a"}, {"method": "b"}], run, seeds=range(5))
+    a, b = (found.row("score", method=m)["values"] for m in "ab")
+    (old, new) = found.compare("score", method="a")
+    assert new["p"] == pytest.approx(stats.ttest_rel(b, a)[1]) and new.over == "seeds" and new["better"]
+    assert new["interval"] == pytest.approx(results.difference(b, a)["interval"])
+    z = found.row("score", method="z")["values"][0]
+    assert old["p"] == pytest.approx(stats.ttest_1samp(np.subtract(a, z), 0)[1]) and len(old["values"]) == 5
+    once = compare([{"method": "a"}, {"method": "b"}], run, seeds=[1], name="once").compare("score", method="a")[0]
+    assert np.isnan(once["p"]) and not once["better"] and once["verdict"] == "unclear"
+
+
+def test_two_rows_with_different_numbers_of_seeds_are_not_paired():
+    rows = [results.Baseline(method="words", seeds=[1, 2]), THREE[0]]
+    with pytest.raises(ValueError, match="has 3 seeds, {'method': 'words'} has 2; a comparison needs as many"):
+        compare(rows, outcomes).compare("score", method="words")
+
+
+def test_lower_may_be_better_for_one_metric_or_for_all():
+    for mode, verdicts in ({"loss": "min"}, ["better", "better"]), ("min", ["worse", "better"]):
+        found = compare(THREE[:2], outcomes, mode=mode, choose="loss", name=str(mode)[:3].strip("{'"))
+        assert [found.compare(m, method="a")[0]["verdict"] for m in ("score", "loss")] == verdicts
+
+
+def test_a_table_against_a_row_shows_differences_and_verdicts_and_is_rendered_again():
+    found = compare(THREE, outcomes)
+    shown = found.table("score", against={"method": "a"}, caption="Three.", fmt=".3f")
+    lines = str(shown).split("\n")
+    assert lines[0] == "| lr | method | score | difference in score | verdict |" and len(lines) == 7
+    assert lines[2].endswith("| – | – |") and lines[3].endswith("| better |") and lines[4].endswith("| unclear |")
+    assert "*Three. Intervals are 95 %, over seeds and examples; better or worse: p &lt; 0.05 after" in lines[-1]
+    assert "for 2 comparisons" in lines[-1]
+    assert results.Markdown(json.loads(json.dumps(shown.payload))).text == str(shown)
+    compare([*THREE[:2], {"method": "d", "lr": 0.1}], outcomes)
+    again = results.Markdown(shown.payload).text.split("\n")[4]
+    assert "| d |" in again and again.endswith("| worse |"), "what is shown follows what is stored"
+    for metrics in ((), ("score", "f1")):
+        with pytest.raises(ValueError, match="give one"):
+            found.table(*metrics, against={"method": "a"})
+
+
+def test_runs_of_before_without_outcomes_leave_the_interval_over_seeds():
+    compare(THREE[:1], lambda **k: {"score": float(outcomes(**k)["score"].mean())}, seeds=[1])
+    assert compare(THREE[:1], outcomes).row("score").over == "seeds"
+
+
+def test_a_baseline_has_its_own_grid_and_seeds():
+    ASKED.clear()
+    rows = [
+        results.Baseline(method="none", lr=[0.1, 0.15]),
+        *ROWS[:2],
+        results.Baseline(seeds=[8, 9], method="z", lr=0.2),
+    ]
+    found = compare(rows)
+    assert found.row("score", method="none")["tried"] == 2 and found.row("score", method="a")["tried"] == 4
+    assert found.row("score", method="none")["seeds"] == [1] and found.row("score", method="z")["seeds"] == [8, 9]
+    assert [a for a in ASKED if a[1] == "none"] == [
+        ("valid", "none", 0.1, 0),
+        ("valid", "none", 0.15, 0),
+        ("test", "none", 0.1, 1),
+    ]
+    assert repr(rows[0]) == "{'method': 'none', 'lr': [0.1, 0.15]}"
+    assert found.row("score", method="none") == results.load_study("10_demo", "study").row("score", method="none")
+    ASKED.clear()
+    compare(rows)
+    assert ASKED == []
+
+
+def test_what_is_public_is_a_short_list():
+    assert len(results.__all__) == 15 and all(hasattr(results, name) for name in results.__all__)
+    here = {n for n, v in vars(results).items() if getattr(v, "__module__", "") == results.__name__ and n[0] != "_"}
+    assert here == set(results.__all__), "what is not listed begins with an underscore"

@@ -104,7 +104,7 @@ def execute(path: Path) -> dict:
     import nbformat
     from nbclient import NotebookClient
 
-    from ftbook.results import render
+    from ftbook.results import Markdown
 
     generate([path.stem])
     before = path.read_bytes()
@@ -136,7 +136,7 @@ def execute(path: Path) -> dict:
         refuse_edited(path, before)
         keep(path, run)
     for output in stored_texts(nb):
-        output["data"]["text/markdown"] = render(output["metadata"]["ftbook"])
+        output["data"]["text/markdown"] = Markdown(output["metadata"]["ftbook"]).text
     clean(nb)
     refuse_edited(path, before)
     write(nb, path)
