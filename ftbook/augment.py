@@ -623,7 +623,7 @@ def _word_numbers(batch: Mapping[str, Tensor], vocab: Any) -> Tensor:
     Parameters
     ----------
     batch : dict with input_ids and attention_mask (B, T)
-    vocab : ftbook.mlm.Vocabulary
+    vocab : from `ftbook.mlm.vocabulary`
         Which pieces are special, and which continue a word.
 
     Returns
@@ -672,7 +672,7 @@ class _WordChange:
 
     Parameters
     ----------
-    vocab : ftbook.mlm.Vocabulary
+    vocab : from `ftbook.mlm.vocabulary`
     p : float
     """
 
@@ -793,7 +793,7 @@ def text_policy(
 
     Parameters
     ----------
-    vocab : ftbook.mlm.Vocabulary
+    vocab : from `ftbook.mlm.vocabulary`
     model : Module
         Its input embedding is mixed by "embedding mixup".
     strength : float, optional

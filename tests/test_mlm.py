@@ -1,5 +1,6 @@
 """Chapter 6: tokenizer, packing, masking, the head on masked positions, pretraining, checkpoints, measurements."""
 
+import json
 import math
 import re
 import time
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftbook import Checkpoint, Settings, mlm
-from ftbook.finetune import encodable, encode_texts, unpadded
+from ftbook import Checkpoint, Settings, data, mlm, results
+from ftbook.studies import mlm as study
+from ftbook.texts import encodable, encode_texts, unpadded
 
 SENTENCES = (
     "The river runs past the old mill and into the lake.",
@@ -48,9 +50,9 @@ def model(tokenizer):
 
 
 def test_detokenize_closes_up_punctuation():
-    assert mlm.detokenize("in 1 @,@ 000 @.@ 5 well @-@ known") == "in 1,000.5 well-known"
-    assert mlm.detokenize('he said " no " ; it was <unk> \'s ( old ) % .') == 'he said "no"; it was [UNK]\'s (old)%.'
-    assert mlm.detokenize("they didn 't [ sic ] pay $ 5 !\n next") == "they didn't [sic] pay $5!\n next"
+    assert study.detokenize("in 1 @,@ 000 @.@ 5 well @-@ known") == "in 1,000.5 well-known"
+    assert study.detokenize('he said " no " ; it was <unk> \'s ( old ) % .') == 'he said "no"; it was [UNK]\'s (old)%.'
+    assert study.detokenize("they didn 't [ sic ] pay $ 5 !\n next") == "they didn't [sic] pay $5!\n next"
 
 
 def test_read_documents_finds_titles_headings_and_empty_articles():
@@ -83,7 +85,7 @@ def test_split_is_disjoint_complete_and_repeatable():
 
 
 def test_tokenizer_has_berts_special_tokens_and_keeps_case(tokenizer):
-    assert tokenizer.convert_tokens_to_ids(list(mlm.SPECIAL)) == [0, 1, 2, 3, 4]
+    assert tokenizer.convert_tokens_to_ids(list(mlm._SPECIAL)) == [0, 1, 2, 3, 4]
     assert len(tokenizer) <= 160
     encoded = tokenizer("Paris paris")["input_ids"]
     assert encoded[0] == 2 and encoded[-1] == 3 and tokenizer.decode(encoded[1:-1]) == "Paris paris"
@@ -224,10 +226,10 @@ def test_masking_never_touches_special_tokens(ids, vocab):
 def test_whole_words_are_chosen_together(tokenizer, vocab):
     ids = mlm.pack(["unhappiest replaying unbelievably " * 40], tokenizer, length=32)
     assert vocab.continuation[ids].any()
-    chosen = mlm.choose(ids, vocab, 0.5, True, torch.Generator().manual_seed(1))
+    chosen = mlm._choose(ids, vocab, 0.5, True, torch.Generator().manual_seed(1))
     follows = vocab.continuation[ids[:, 1:]] & ~vocab.special[ids[:, :-1]]
     assert torch.equal(chosen[:, 1:][follows], chosen[:, :-1][follows])
-    pieces = mlm.choose(ids, vocab, 0.5, False, torch.Generator().manual_seed(1))
+    pieces = mlm._choose(ids, vocab, 0.5, False, torch.Generator().manual_seed(1))
     assert not torch.equal(pieces[:, 1:][follows], pieces[:, :-1][follows])
     assert 0.3 < float(chosen[~vocab.special[ids]].float().mean()) < 0.7
 
@@ -280,7 +282,7 @@ def test_head_on_masked_positions_equals_the_dense_head(model, ids, vocab):
 
 def test_no_label_gives_no_loss_and_no_nan(model, ids):
     output = mlm.MaskedLM(model)(ids[:2], torch.full_like(ids[:2], -100))
-    assert output.loss == 0 and mlm.masked_accuracy(output.logits, torch.full((2, 3), -100)) == 0.0
+    assert output.loss == 0 and mlm._masked_accuracy(output.logits, torch.full((2, 3), -100)) == 0.0
 
 
 def test_small_bert_is_seeded_and_leaves_the_global_stream_alone():
@@ -293,30 +295,30 @@ def test_small_bert_is_seeded_and_leaves_the_global_stream_alone():
 
 
 def test_budget_rises_falls_and_ends(monkeypatch):
-    budget = mlm.Budget(warmup=0.5)
+    budget = mlm._Budget(warmup=0.5)
     factors = [budget(step, 100) for step in range(101)]
     assert max(factors) == pytest.approx(1.0, abs=0.03) and factors[-1] == 0 and 0 < factors[0] < 0.03
     now = [1000.0]
     monkeypatch.setattr(mlm.time, "time", lambda: now[0])
-    timed, state = mlm.Budget(seconds=10, warmup=0.1), type("State", (), {"stop": False})()
+    timed, state = mlm._Budget(seconds=10, warmup=0.1), type("State", (), {"stop": False})()
     timed(0, 10**6)
     timed.on_step_end(state)
     assert not state.stop
     now[0] = 1011.0
-    resumed = mlm.Budget(seconds=10, warmup=0.1)
+    resumed = mlm._Budget(seconds=10, warmup=0.1)
     resumed.load_state_dict(timed.state_dict())
     assert resumed(5, 10**6) == 0
     resumed.on_step_end(state)
     assert state.stop
     for bad in ({"seconds": 0}, {"warmup": 0}, {"warmup": 1}):
         with pytest.raises(ValueError, match="warmup"):
-            mlm.Budget(**bad)
+            mlm._Budget(**bad)
 
 
 def test_budget_agrees_across_processes(monkeypatch):
     monkeypatch.setattr(mlm.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(mlm.dist, "broadcast", lambda tensor, source: tensor.fill_(0.25))
-    assert mlm.Budget().progress(1, 2) == 0.25
+    assert mlm._Budget().progress(1, 2) == 0.25
 
 
 def test_pretraining_beats_both_counting_baselines(tokenizer, ids, vocab):
@@ -326,7 +328,8 @@ def test_pretraining_beats_both_counting_baselines(tokenizer, ids, vocab):
     )
     assert [row["steps"] for row in history.rows] == [50, 100, 150, 200, 250]
     scored = mlm.score(model, mlm.Masked(ids, vocab, 16, fixed=True, seed=1))
-    unigram, bigram = (x.mean().item() for x in mlm.ngram_losses(mlm.ngram(ids, vocab), scored.previous, scored.target))
+    levels = mlm.NGram(ids, vocab).losses(scored.previous, scored.target)
+    unigram, bigram = (x.mean().item() for x in levels)
     assert bigram < unigram and scored.loss.mean() < 0.8 * unigram
     assert history["valid_loss"][-1] < history["valid_loss"][0] and history["valid_accuracy"][-1] > 0.2
     assert history.rows[-1]["lr"] < 1e-4
@@ -334,10 +337,10 @@ def test_pretraining_beats_both_counting_baselines(tokenizer, ids, vocab):
 
 def test_a_start_from_counts_knows_frequencies_and_looks_at_neighbors(tokenizer, ids, vocab):
     model = mlm.small_bert(len(tokenizer), hidden=64, layers=2, heads=2, positions=16)
-    before = mlm.attention_shares(model, ids[:8], vocab).mean(1)
+    before = study.attention_shares(model, ids[:8], vocab).mean(1)
     noise = mlm.score(model, mlm.Masked(ids, vocab, 16, fixed=True)).loss.mean()
     mlm.start_from_counts(model, ids, vocab)
-    after = mlm.attention_shares(model, ids[:8], vocab).mean(1)
+    after = study.attention_shares(model, ids[:8], vocab).mean(1)
     assert after[0, 0, 0] > 2 * before[0, 0, 0] and after[1, 0, 1] > 2 * before[1, 0, 1]
     assert mlm.score(model, mlm.Masked(ids, vocab, 16, fixed=True)).loss.mean() < noise - 0.3
     words = model.bert.embeddings.word_embeddings.weight
@@ -347,9 +350,9 @@ def test_a_start_from_counts_knows_frequencies_and_looks_at_neighbors(tokenizer,
 
 def test_neighbor_heads_are_the_rotation_of_the_equation():
     model = mlm.small_bert(30, hidden=64, layers=1, heads=1, positions=40)
-    mlm.look_at_neighbors(model, offsets=(3,), peak=12.0)
+    mlm._look_at_neighbors(model, offsets=(3,), peak=12.0)
     attention = model.bert.encoder.layer[0].attention.self
-    waves = mlm.sinusoids(40, 64)  # one head as wide as the model: every sinusoid takes part
+    waves = mlm._sinusoids(40, 64)  # one head as wide as the model: every sinusoid takes part
     scores = (waves @ attention.query.weight.T) @ (waves @ attention.key.weight.T).T / 64**0.5
     assert torch.equal(scores[:37].argmax(1), torch.arange(37) + 3)
     assert torch.allclose(scores[10, 13], torch.tensor(12.0), atol=1e-3)
@@ -357,40 +360,116 @@ def test_neighbor_heads_are_the_rotation_of_the_equation():
 
 def test_ppmi_by_hand_and_similar_words_get_similar_vectors(vocab):
     counts = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
-    assert torch.allclose(mlm.ppmi(counts, smoothing=1.0), torch.log(torch.tensor([[2.0, 1.0], [1.0, 2.0]])))
-    table = mlm.Vocabulary(4, torch.arange(9) < 5, torch.zeros(9).bool(), torch.arange(5, 9))
+    assert torch.allclose(mlm._ppmi(counts, smoothing=1.0), torch.log(torch.tensor([[2.0, 1.0], [1.0, 2.0]])))
+    table = mlm._Vocabulary(4, torch.arange(9) < 5, torch.zeros(9).bool(), torch.arange(5, 9))
     ids = torch.tensor([[2, 5, 7, 3], [2, 6, 7, 3], [2, 8, 8, 3]]).repeat(20, 1)  # 5 and 6 are used alike
-    vectors = mlm.count_embeddings(ids, table, 12)
+    vectors = mlm._count_embeddings(ids, table, 12)
     assert vectors.shape == (9, 12) and vectors[:5].abs().sum() == 0
     assert vectors[5] @ vectors[6] > vectors[5] @ vectors[8]
-    assert torch.equal(mlm.pair_counts(ids, 2, 9)[5], torch.tensor([0, 0, 0, 20.0, 0, 0, 0, 0, 0]))
+    assert torch.equal(mlm._pair_counts(ids, 2, 9)[5], torch.tensor([0, 0, 0, 20.0, 0, 0, 0, 0, 0]))
 
 
 @pytest.fixture(scope="module")
 def slice_(documents):
-    return mlm.prepare(documents, vocab_size=160, length=16, held_out=0.1)
+    return study.prepare(documents * 2, entries=160, length=16)
 
 
-@pytest.mark.parametrize("variant", mlm.VARIANTS)
-def test_every_variant_runs_and_is_measured(slice_, variant):
-    found = mlm.variant_run(slice_, variant, steps=4, hidden=16, layers=1, batch_size=8)
-    assert all(math.isfinite(v) for v in found.values()) and found["loss"] > 0
-    assert ("follows_accuracy" in found) == (variant == "next segment too")
-    if variant in ("standard", "random start"):
-        assert found["loss"] == pytest.approx(found["reported_loss"], rel=1e-4)
+@pytest.mark.parametrize("variant", study.VARIANTS)
+def test_every_variant_runs_and_is_measured(slice_, variant, monkeypatch):
+    monkeypatch.setattr(study, "corpus", lambda: slice_)
+    for split in ("valid", "test"):
+        found = study.run(0, split, variant)
+        assert all(math.isfinite(v) for v in found.values()) and found["loss"] > 0
+        assert ("follows_accuracy" in found) == (variant == "next segment too")
+        if variant in ("standard", "random start"):
+            assert found["loss"] == pytest.approx(found["reported_loss"], rel=1e-4)
+
+
+def test_the_study_runs_on_its_own_text_on_both_splits():
+    first, second = (study.run(0, split, "standard") for split in ("valid", "test"))
+    assert first.keys() == second.keys() and first["loss"] != second["loss"]
+    with pytest.raises(ValueError, match="unknown variant 'nonsense'; use one of standard"):
+        study.run(0, "valid", "nonsense")
+
+
+def test_the_study_has_a_row_for_each_variant_and_goes_on_where_it_stopped(slice_, tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "corpus", lambda: slice_)
+    monkeypatch.setattr(
+        study, "run", lambda seed, split, variant: {"loss": len(variant) + seed, "valid": split == "valid"}
+    )
+    study.main()
+    monkeypatch.setattr(study, "run", None)
+    study.main("variants")
+    found = results.load_sweep("06_mlm", "variants")
+    assert len(found.runs) == 24 and found.row("loss", variant="standard")["values"] == [8, 9, 10]
+    assert all(r["metrics"]["valid"] for r in found.runs)
+    with pytest.raises(ValueError, match="no study 'nonsense'; there are .*'finish'"):
+        study.main("variants", "nonsense")
+
+
+def test_the_stored_variants_are_those_of_the_study(root):
+    stored = json.loads((root / "results" / "06_mlm.json").read_text(encoding="utf-8"))["cpu"]["variants"]["value"]
+    assert {r["choice"]["variant"] for r in stored["runs"]} == set(study.VARIANTS) and len(stored["runs"]) == 24
+    size = {"steps": 120, "batch": 32, "layers": 2, "hidden": 128}
+    assert stored["budget"] == study.BUDGET.format(length=64, **size)
 
 
 def test_variants_differ_where_they_should(slice_):
     def batch(variant):
-        return next(iter(mlm.variant_batches(slice_, variant, 16, 1, seed=0)))
+        way, size = study.VARIANTS[variant], {"batch_size": 16, "steps": 1, "seed": 0}
+        return next(iter(study._variant_batches(slice_.train, slice_.vocab, way, **size)))
 
     everywhere, special = batch("loss on all positions"), batch("special tokens masked")
     assert (everywhere["labels"] >= 0).all()
     assert (special["labels"] >= 0)[:, 0].any()
     always = batch("always [MASK]")
     assert (always["input_ids"][always["labels"] >= 0] == 4).all()
-    with pytest.raises(ValueError, match="unknown variant"):
-        mlm.variant_run(slice_, "nonsense")
+    made = {v: study._variant_model(slice_, way, 16, 1, seed=0) for v, way in study.VARIANTS.items()}
+    words = {v: model.bert.embeddings.word_embeddings.weight for v, model in made.items()}
+    alike = [v for v in words if torch.equal(words[v], words["standard"])]
+    assert alike == [v for v in study.VARIANTS if v not in ("random start", "BERT's 0.02 start")]
+    assert words["BERT's 0.02 start"].std() < 0.1 < words["random start"].std()
+
+
+def test_the_rate_of_the_variants_is_that_of_pretraining():
+    budget = mlm._Budget(warmup=0.1)
+    assert [study._rate(step, 120) for step in range(121)] == [budget(step, 120) for step in range(121)]
+
+
+def test_the_long_run_packs_trains_and_writes_a_checkpoint(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("FTBOOK_DATA", str(tmp_path))
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path / "results"))
+    before = {f: f.stat().st_mtime_ns for f in study.ASSET.iterdir()}
+    try:
+        study.main("prepare", "pretrain", "finish")
+    finally:
+        torch.set_num_threads(threads)
+    assert before == {f: f.stat().st_mtime_ns for f in study.ASSET.iterdir()}, "quick runs leave the asset alone"
+    folder = tmp_path / "bert-mini-en" / "checkpoint"
+    card, facts = (folder / "README.md").read_text(encoding="utf-8"), results.load("06_mlm", "bert_mini")
+    assert facts["steps"] == 4 and "| training | 4 steps of 32 sequences: 16,384 pieces" in card
+    assert f"n = {results.load('06_mlm', 'bert_mini_n'):,})" in card and "| license" not in card
+    check_checkpoint(folder)
+
+
+def check_checkpoint(folder):
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert mlm.fill_mask("The [MASK] runs.", 2, model, tokenizer)
+    assert model.config.hidden_dropout_prob == 0.1
+    assert (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()[4] == "[MASK]"
+
+
+def test_the_card_of_the_bundled_checkpoint_says_what_is_stored(root):
+    stored = json.loads((root / "results" / "06_mlm.json").read_text(encoding="utf-8"))["cpu"]
+    facts = {k: stored[f"bert_mini_{k}"]["value"] for k in ("loss", "unigram", "bigram", "n", "accuracy", "top5")}
+    card = (study.ASSET / "README.md").read_text(encoding="utf-8")
+    assert study._carded(card, stored["bert_mini"]["value"], facts) == card
+    assert 'make results CH="06 prepare pretrain finish"' in card
 
 
 def test_pretraining_resumes_to_the_same_weights(tokenizer, ids, tmp_path):
@@ -428,29 +507,24 @@ def test_pretraining_resumes_to_the_same_weights(tokenizer, ids, tmp_path):
         assert torch.allclose(p, q, atol=1e-6)
 
 
-def test_save_and_load_round_trip(model, tokenizer, ids, tmp_path):
+def test_a_stored_checkpoint_gives_the_same_answers(model, tokenizer, ids, tmp_path):
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     model.eval()
-    mlm.save(model, tokenizer, tmp_path / "m", hidden_dropout_prob=0.1)
-    loaded, words = mlm.load_pretrained(tmp_path / "m")
+    study._save(model, tokenizer, tmp_path / "m", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    check_checkpoint(tmp_path / "m")
     other = AutoModelForMaskedLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
-    assert torch.equal(loaded(ids[:2]).logits, other(ids[:2]).logits)
-    assert torch.allclose(loaded(ids[:2]).logits, model(ids[:2]).logits, atol=1e-2)  # float16 rounding
+    assert torch.allclose(other(ids[:2]).logits, model(ids[:2]).logits, atol=1e-2)  # float16 rounding
     text = "The unhappiest club, ☃ in Paris."
-    assert words(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert AutoTokenizer.from_pretrained(tmp_path / "m")(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert loaded.config.hidden_dropout_prob == 0.1 and model.config.hidden_dropout_prob == 0.0
-    assert (tmp_path / "m" / "vocab.txt").read_text(encoding="utf-8").splitlines()[4] == "[MASK]"
-    with pytest.raises(FileNotFoundError, match="ftbook.mlm.save"):
-        mlm.load_pretrained(tmp_path)
+    assert model.config.hidden_dropout_prob == 0.0 and model.dtype == torch.float32
 
 
 def test_bundled_checkpoint_loads_everywhere_and_knows_some_english():
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     model, tokenizer = mlm.load_bundled()
-    folder = mlm.asset("bert-mini-en")
+    folder = data.asset("bert-mini-en")
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 12e6 and (folder / "README.md").is_file()
     other = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
     batch = tokenizer("The capital of France is [MASK].", return_tensors="pt")
@@ -484,10 +558,10 @@ def test_fill_mask_returns_sorted_probabilities_and_checks_its_input(model, toke
 
 
 def test_ngram_by_hand(tokenizer):
-    vocab = mlm.Vocabulary(4, torch.tensor([1, 1, 1, 1, 1, 0, 0, 0]).bool(), torch.zeros(8).bool(), torch.arange(5, 8))
-    counts = mlm.ngram(torch.tensor([[2, 5, 6, 5, 6, 3]]), vocab)
+    vocab = mlm._Vocabulary(4, torch.tensor([1, 1, 1, 1, 1, 0, 0, 0]).bool(), torch.zeros(8).bool(), torch.arange(5, 8))
+    counts = mlm.NGram(torch.tensor([[2, 5, 6, 5, 6, 3]]), vocab)
     assert torch.allclose(counts.unigram[5:], torch.tensor([3.0, 3.0, 1.0]) / 7) and counts.unigram[:5].sum() == 0
-    unigram, bigram = mlm.ngram_losses(counts, torch.tensor([5, 5, 7]), torch.tensor([6, 7, 6]))
+    unigram, bigram = counts.losses(torch.tensor([5, 5, 7]), torch.tensor([6, 7, 6]))
     assert torch.allclose(unigram.exp(), torch.tensor([7 / 3, 7, 7 / 3]).double())
     # after 5 came 6 twice and nothing else: (2 + 1 * 3/7) / (2 + 1), (0 + 1 * 1/7) / 3; 7 has no follower: unigram
     assert torch.allclose((-bigram).exp(), torch.tensor([17 / 21, 1 / 21, 3 / 7]).double())
@@ -510,28 +584,37 @@ def test_attention_shares_of_a_uniform_head(model, ids, vocab):
     flat = mlm.small_bert(len(vocab.special), hidden=32, layers=2, heads=2, positions=32)
     for layer in flat.bert.encoder.layer:
         torch.nn.init.zeros_(layer.attention.self.query.weight)
-    shares = mlm.attention_shares(flat, ids[:6], vocab)
-    assert shares.shape == (len(mlm.TARGETS), 6, 2, 2)
+    shares = study.attention_shares(flat, ids[:6], vocab)
+    assert shares.shape == (len(study.TARGETS), 6, 2, 2)
     assert torch.allclose(shares[2], torch.full_like(shares[2], 1 / 16), atol=1e-6)
     assert (shares[4] >= 1 / 16 - 1e-6).all()
     assert flat.config._attn_implementation == "sdpa"
 
 
 def test_pairs_of_halves(ids, vocab):
-    pairs, follows, segment = mlm.pair_halves(ids, torch.Generator().manual_seed(0))
+    pairs, follows, segment = study._pair_halves(ids, torch.Generator().manual_seed(0))
     assert pairs.shape == ids.shape and 0.2 < follows.float().mean() < 0.8
     own = follows.bool()
     assert torch.equal(pairs[own, 8:-1], ids[own, 7:-2]) and torch.equal(pairs[:, :7], ids[:, :7])
     assert (pairs[:, 7] == 3).all() and (pairs[:, -1] == 3).all() and segment[0].tolist() == [0] * 8 + [1] * 8
     assert not torch.equal(pairs[~own, 8:-1], ids[~own, 7:-2])
     with pytest.raises(ValueError, match="one sequence"):
-        mlm.pair_halves(ids[:1])
+        study._pair_halves(ids[:1])
 
 
 def test_next_segment_model_trains(model, ids, vocab):
     from ftbook.train import fit
 
-    net = mlm.MaskedNextLM(model)
-    history = fit(net, mlm.MaskedPairs(ids, vocab, 8, steps=3), loss=None, settings=Settings(progress=False))
+    net = study._MaskedNextLM(model)
+    history = fit(net, study._MaskedPairs(ids, vocab, 8, steps=3), loss=None, settings=Settings(progress=False))
     assert math.isfinite(history["train_loss"][0]) and net.answer.shape == (8, 2)
-    assert mlm.reported(net, mlm.MaskedPairs(ids, vocab, 8, fixed=True))["follows_accuracy"] >= 0
+    assert study._reported(net, study._MaskedPairs(ids, vocab, 8, fixed=True))["follows_accuracy"] >= 0
+
+
+def test_a_tokenizer_does_wherever_its_table_does(tokenizer, vocab, ids):
+    assert mlm.vocabulary(vocab) is vocab
+    assert torch.equal(mlm.NGram(ids, tokenizer).unigram, mlm.NGram(ids, vocab).unigram)
+    first, second = (mlm.small_bert(len(tokenizer), hidden=32, layers=1, heads=2, positions=16) for _ in range(2))
+    mlm.start_from_counts(first, ids, tokenizer)
+    mlm.start_from_counts(second, ids, vocab)
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
