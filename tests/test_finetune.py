@@ -13,8 +13,11 @@ from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1, vit_b_16
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 
 from ftbook import finetune as ft
-from ftbook import mlm
+from ftbook import models as pretrained
+from ftbook import results
 from ftbook.data import ImageSet
+from ftbook.studies import finetune as study
+from ftbook.texts import TextClassifier, encode_texts
 from ftbook.train import Checkpoint, Settings, fit
 
 
@@ -114,21 +117,21 @@ def test_patterns_are_no_regular_expressions_and_cannot_hang():
 
 def test_matching_by_name_pattern_module_and_its_errors():
     model = bert()
-    assert ft.matching(model, "query.weight") == ft.matching(model, "*.query.weight")
-    assert ft.matching(model, "encoder.layer.0") == ft.matching(model, "bert.encoder.layer.0")
-    dense = ft.matching(model, "output.dense", "!attention.output.dense", "!bias")
+    assert ft.select(model, "query.weight") == ft.select(model, "*.query.weight")
+    assert ft.select(model, "encoder.layer.0") == ft.select(model, "bert.encoder.layer.0")
+    dense = ft.select(model, "output.dense", "!attention.output.dense", "!bias")
     assert dense == [f"bert.encoder.layer.{i}.output.dense.weight" for i in range(3)]
-    assert ft.matching(model, "!bert") == ["classifier.weight", "classifier.bias"]
-    assert ft.matching(model, model.classifier) == ["classifier.weight", "classifier.bias"]
-    assert ft.matching(model, "*.query.weight") == [
+    assert ft.select(model, "!bert") == ["classifier.weight", "classifier.bias"]
+    assert ft.select(model, model.classifier) == ["classifier.weight", "classifier.bias"]
+    assert ft.select(model, "*.query.weight") == [
         f"bert.encoder.layer.{i}.attention.self.query.weight" for i in range(3)
     ]
     with pytest.raises(ValueError, match="near names: .*bert.encoder.layer.1"):
-        ft.matching(model, "bert.encoder.layers.1")
+        ft.select(model, "bert.encoder.layers.1")
     with pytest.raises(ValueError, match="classifier"):
-        ft.matching(model, "clasifier")
+        ft.select(model, "clasifier")
     with pytest.raises(ValueError, match="own submodules"):
-        ft.matching(model, nn.Linear(2, 2))
+        ft.select(model, nn.Linear(2, 2))
 
 
 @settings(deadline=None, max_examples=25)
@@ -160,7 +163,7 @@ def test_layer_wise_rates_follow_the_equation():
 
 
 def test_embedding_and_matrices_decay_norms_and_biases_do_not():
-    plain = ft.undecayed(bert())
+    plain = ft._undecayed(bert())
     assert "bert.embeddings.word_embeddings.weight" not in plain and "bert.embeddings.LayerNorm.weight" in plain
     assert "classifier.bias" in plain and "classifier.weight" not in plain
 
@@ -388,7 +391,7 @@ def test_alternating_moves_head_then_body():
         model,
         batch(),
         epochs=2,
-        callbacks=[ft.Alternating(), Keep()],
+        callbacks=[ft._Alternating(), Keep()],
         settings=Settings(params=ft.param_groups(model, 0.05, frozen=True), progress=False),
     )
     moved = [{k for k in a if not torch.equal(a[k], b[k])} for a, b in [(start, states[0]), (states[0], states[1])]]
@@ -611,7 +614,7 @@ def test_every_strategy_moves_the_blocks_at_the_rates_it_says(strategy):
     assert torch.equal(statistics, model.body[0][1].running_mean) is held
 
 
-def test_tune_and_take_classes_refuse_what_they_do_not_know():
+def test_tune_refuses_what_it_does_not_know():
     for wrong in ("slow", ft.Strategy, 3, None):
         with pytest.raises(ValueError, match=r"allowed are 'head', .*'full', and objects: Strategy.*ftbook.peft.LoRA"):
             ft.tune(ft.SmallCNN(4), toy_images(), how=wrong, lr=1.0)
@@ -620,50 +623,65 @@ def test_tune_and_take_classes_refuse_what_they_do_not_know():
     net = ft.SmallCNN(4)
     with pytest.raises(ValueError, match="a strategy chooses what is trained"):
         ft.tune(net, toy_images(), lr=1.0, settings=Settings(params=list(net.parameters())))
-    with pytest.raises(ValueError, match="classes are 0 to 3"):
-        ft.take_classes(toy_images(), [1, 4])
 
 
-def test_transfer_run_scores_and_leaves_the_pretrained_model_alone():
+def test_the_two_halves_of_the_classes_are_numbered_from_0():
+    tasks = study.two_tasks()
+    assert tasks["old"].classes == list("01234") and tasks["test"].classes == list("56789")
+    assert all(part.y.unique().tolist() == [0, 1, 2, 3, 4] for part in tasks.values())
+    assert len(tasks["old"]) + len(tasks["new"]) + len(tasks["old_valid"]) + len(tasks["valid"]) == 1297
+
+
+def test_a_tuned_copy_leaves_the_pretrained_network_alone():
     images = toy_images()
-    old, new = ft.take_classes(images, [0, 1]), ft.take_classes(images, [3, 2])
-    assert new.classes == ["d", "c"] and new.y.tolist()[:2] == [1, 0]
-    source = ft.pretrained_cnn(old, per_class=8, epochs=1)
-    state = copy.deepcopy(source.state_dict())
-    before = ft.old_accuracy(source, source, old)
-    few = {"labels": 4, "epochs": 2, "batch_size": 4}
-    head = ft.transfer_run(source, new, new, new, old, strategy="head", lr=0.01, **few)
-    assert head["old_accuracy"] == before and head["trained"] == 66 and head["test_accuracy"] == head["valid_accuracy"]
-    scratch = ft.transfer_run(source, new, new, new, old, strategy="scratch", lr=0.01, **few)
-    assert "old_accuracy" not in scratch
-    assert ft.transfer_run(source, new, new, strategy="full", lr=0.01, head_lr=0.1, **few).keys() == {
-        "valid_accuracy",
-        "trained",
-    }
-    assert all(torch.equal(v, state[k]) for k, v in source.state_dict().items())
-    fresh = ft.fresh_head(source, 2, seed=0, scratch=True)
+    old, new = study._classes(images, 0, 2), study._classes(images, 2, 4)
+    assert new.classes == ["c", "d"] and new.y.tolist() == [0, 1] * 12
+    source = study.pretrained_cnn(old, per_class=8, epochs=1)
+    state, few = copy.deepcopy(source.state_dict()), {"labels": 4, "epochs": 2, "batch_size": 4}
+    before = study.old_accuracy(source, source, old)
+    head = study.tuned(source, new, "head", 0.01, **few)
+    assert study.old_accuracy(head, source, old) == before and trainable(head) == ["head.weight", "head.bias"]
+    both = study.tuned(source, new, "full", 0.01, head_lr=0.1, **few)
+    assert not torch.equal(both.body[0][0].weight, source.body[0][0].weight)
+    fresh = study.fresh_head(source, 2, seed=0, scratch=True)
     assert not torch.equal(fresh.body[0][0].weight, source.body[0][0].weight)
+    assert all(torch.equal(v, state[k]) for k, v in source.state_dict().items())
 
 
-def test_compare_strategies_stores_every_run_and_reads_it_the_second_time(tmp_path, monkeypatch):
+def test_one_run_of_the_study_scores_the_split_it_is_told():
+    found = study.run(0, "valid", "head", 0.03)
+    assert list(found) == ["accuracy", "trained"] and found["trained"] == 32 * 5 + 5
+    found = study.run(0, "test", "head", 0.03)
+    assert found["old_accuracy"] == study.untuned(0)["old_accuracy"] and 0 <= found["accuracy"] <= 1
+    assert "old_accuracy" not in study.run(0, "test", "scratch", 0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*at the edge")
+def test_the_study_has_a_row_for_every_strategy_with_as_many_rates(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
-    tasks = ft.two_tasks(toy_images(), toy_images(), held_out=16, scored=6)
-    assert tasks["old"].classes == ["a", "b"] and tasks["test"].classes == ["c", "d"]
-    assert len(tasks["old_test"]) == 6 and len(tasks["old"]) + len(tasks["new"]) == 32
-    small = {"rates": [0.01], "seeds": [0], "labels": 2, "epochs": 2, "per_class": 4}
-    found = ft.compare_strategies(tasks, chapter="07_test", **small)
-    assert list(found["test_accuracy"]) == ["scratch", *ft.STRATEGIES] and "scratch" not in found["old_accuracy"]
-    assert found["old_accuracy"]["head"]["values"] == found["before"]["values"]
-    assert len(found["search"]) == 9 and len(found["rates"]) == 4
-    monkeypatch.setattr(ft, "transfer_run", None)
-    assert ft.compare_strategies(tasks, chapter="07_test", **small)["test_accuracy"] == found["test_accuracy"]
+
+    def fake(seed, split, strategy, lr, head_lr=None):
+        return {"accuracy": 0.5 + lr + (head_lr or 0), "trained": 1.0}
+
+    monkeypatch.setattr(study, "run", fake)
+    monkeypatch.setattr(study, "untuned", lambda seed: {"old_accuracy": 0.9})
+    study.main()
+    found = results.load_study(study.CHAPTER, "strategies")
+    rows = found.rows("accuracy")
+    assert [r["strategy"] for r in rows] == ["scratch", *ft.STRATEGIES] and {r["tried"] for r in rows} == {2}
+    assert len(results.load_sweep(study.CHAPTER, "rates").summary("accuracy")) == 4
+    assert results.load_sweep(study.CHAPTER, "pretrained").row("old_accuracy")["n"] == len(
+        study.two_tasks()["old_test"]
+    )
+    with pytest.raises(ValueError, match="no study 'rate'; there are "):
+        study.main("rate")
 
 
 def test_a_text_classifier_sees_no_padding():
-    body, tokenizer = mlm.load_bundled()
-    net = ft.TextClassifier(body, 3).eval()
+    body, tokenizer = pretrained.load("bert_mini_en")
+    net = TextClassifier(body, 3).eval()
     texts = ["Short.", "This one has a few more words than the other one."]
-    both, alone = (ft.encode_texts(t, tokenizer) for t in (texts, texts[:1]))
+    both, alone = (encode_texts(t, tokenizer) for t in (texts, texts[:1]))
     assert both["input_ids"].shape == both["attention_mask"].shape and len(alone["input_ids"]) == 1
     with torch.no_grad():
         logits = net(**both)
@@ -671,5 +689,5 @@ def test_a_text_classifier_sees_no_padding():
         embedded = net.get_input_embeddings()(both["input_ids"])
         assert torch.allclose(logits, net(attention_mask=both["attention_mask"], inputs_embeds=embedded), atol=1e-5)
     assert ft.find_head(net)[0] == "head"
-    cut = ft.encode_texts(["word " * 99], tokenizer, max_length=8)
+    cut = encode_texts(["word " * 99], tokenizer, max_length=8)
     assert cut["input_ids"].shape == (1, 8)

@@ -16,10 +16,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.ops import stochastic_depth
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from ftbook import peft
+from ftbook import peft, results
 from ftbook import regularize as rg
 from ftbook.data import ImageSet, TextSet
 from ftbook.finetune import freeze, tune
+from ftbook.studies import regularize as study
 from ftbook.train import Checkpoint, EarlyStopping, Settings, evaluate, fit
 
 
@@ -92,15 +93,8 @@ def test_rates_outside_zero_to_one_are_refused(p):
             call()
 
 
-def test_dropout_layer_is_the_identity_in_evaluation_mode():
-    layer, x = rg.Dropout(0.5, shared=(1,)), torch.ones(50, 4)
-    assert torch.equal(layer.eval()(x), x) and "p=0.5" in repr(layer)
-    rows = layer.train()(x)
-    assert all(len(set(r.tolist())) == 1 for r in rows) and set(rows.flatten().tolist()) == {0.0, 2.0}
-
-
 def test_set_dropout_changes_all_rates_and_puts_them_back():
-    model = nn.Sequential(nn.Dropout(0.1), rg.Dropout(0.2), nn.Dropout2d(0.3))
+    model = nn.Sequential(nn.Dropout(0.1), nn.AlphaDropout(0.2), nn.Dropout2d(0.3))
     with rg.set_dropout(model, 0.7):
         assert [m.p for m in model] == [0.7] * 3
     assert [m.p for m in model] == [0.1, 0.2, 0.3]
@@ -377,7 +371,7 @@ def problem(n=80, d=12):
 )
 def test_proximal_steps_find_scikit_learns_solution_zero_for_zero(theirs, l1, l2):
     x, y = problem()
-    w, b = rg.linear_elastic_net(x, y, l1, l2, steps=4000)
+    w, b = rg._linear_elastic_net(x, y, l1, l2, steps=4000)
     theirs.fit(x.numpy(), y.numpy())
     assert torch.allclose(w, torch.from_numpy(theirs.coef_), atol=1e-9) and abs(float(b) - theirs.intercept_) < 1e-9
     assert torch.equal(w == 0, torch.from_numpy(theirs.coef_ == 0))
@@ -385,8 +379,8 @@ def test_proximal_steps_find_scikit_learns_solution_zero_for_zero(theirs, l1, l2
 
 def test_subgradient_steps_come_close_but_never_to_zero():
     x, y = problem()
-    exact, _ = rg.linear_elastic_net(x, y, l1=0.1)
-    rough, _ = rg.linear_elastic_net(x, y, l1=0.1, steps=4000, proximal=False)
+    exact, _ = rg._linear_elastic_net(x, y, l1=0.1)
+    rough, _ = rg._linear_elastic_net(x, y, l1=0.1, steps=4000, proximal=False)
     assert int((exact == 0).sum()) >= 6 and int((rough == 0).sum()) == 0 and (exact - rough).abs().max() < 0.05
 
 
@@ -416,16 +410,16 @@ def test_clipping_equals_torch(limit, seed):
     models = [net(seed), net(seed)]
     for model in models:
         F.cross_entropy(model(examples()[0]), examples()[1]).backward()
-    ours = rg.clip_gradients(models[0].parameters(), limit)
+    ours = rg._clip_gradients(models[0].parameters(), limit)
     theirs = nn.utils.clip_grad_norm_(models[1].parameters(), limit)
     assert torch.equal(ours, theirs)
     assert same([p.grad for p in models[0].parameters()], [p.grad for p in models[1].parameters()])
 
 
 def test_clipping_nothing_and_refusals():
-    assert rg.clip_gradients([nn.Parameter(torch.ones(1))], 1.0) == 0
+    assert rg._clip_gradients([nn.Parameter(torch.ones(1))], 1.0) == 0
     with pytest.raises(ValueError, match="positive"):
-        rg.clip_gradients([], 0.0)
+        rg._clip_gradients([], 0.0)
     with pytest.raises(ValueError, match="variance"):
         rg.GradientNoise(-1.0)
 
@@ -717,19 +711,19 @@ def digits():
 
 def task():
     part = digits()
-    return rg.digits_task({"old": part, "new": part, "valid": part, "test": part}, labels=5, epochs=2)
+    return study.digits_task({"old": part, "new": part, "valid": part, "test": part}, labels=5, epochs=2)
 
 
 def test_every_method_runs_and_leaves_a_plain_model():
     plain = task()
     keys = list(plain.start(0).state_dict())
-    for method, (strengths, _) in rg.METHODS.items():
-        model, how = plain.start(1), rg.Regularized(method, strengths[-1], plain)
+    for method, (strengths, _) in study.METHODS.items():
+        model, how = plain.start(1), study.Regularized(method, strengths[-1], plain)
         (history,) = tune(model, plain.train(1), how=how, lr=1e-2, epochs=2, batch_size=5, seed=1, settings=QUIET)
         assert list(model.state_dict()) == keys and not model.dropout.p and len(history), method
         assert not any(m._forward_hooks for m in model.modules()), method
     with pytest.raises(ValueError, match="method is 'hope'; allowed are none, L2 penalty"):
-        rg.Regularized("hope", 1.0, plain)
+        study.Regularized("hope", 1.0, plain)
 
 
 def test_a_method_is_detached_and_its_hook_removed_when_training_breaks_off():
@@ -739,18 +733,49 @@ def test_a_method_is_detached_and_its_hook_removed_when_training_breaks_off():
         raise KeyboardInterrupt
 
     for method in ("mixout", "stochastic depth", "gradient noise"):
-        how = rg.Regularized(method, 0.5, plain)
+        how = study.Regularized(method, 0.5, plain)
         with pytest.raises(KeyboardInterrupt):
             tune(model, plain.train(0), how=how, lr=1e-2, metrics={"x": broken}, settings=QUIET)
         assert not any(m._forward_hooks for m in model.modules()) and type(model.stem) is nn.Linear
 
 
-def test_the_comparison_chooses_on_validation_and_reports_test():
-    found = rg.compare_methods(task(), chapter="12_trial", methods=["none", "dropout"], seeds=(1, 2), epochs=1)
-    assert found["test_accuracy"]["dropout"]["strength"] in (0.1, 0.3) and found["test_accuracy"]["none"]["n"] == 40
-    gap, train = found["test_gap"]["none"], found["train_accuracy"]["none"]
-    assert gap["mean"] == pytest.approx(train["mean"] - found["test_accuracy"]["none"]["mean"])
-    assert 0 <= found["test_ece"]["none"]["mean"] <= 1 and found["moved"]["none"]["mean"] > 0
+@pytest.mark.parametrize("task", ["digits", "sentiment"])
+def test_one_run_of_the_study_scores_the_split_it_is_told(task):
+    found = study.run(1, "valid", "dropout", 0.3, task=task)
+    assert list(found) == ["train_accuracy", "accuracy", "nll", "ece", "zeros", "moved"] and found["moved"] > 0
+    found = study.run(1, "test", "L1 proximal", 1.0, task=task)
+    assert found["gap"] == pytest.approx(found["train_accuracy"] - found["accuracy"])
+    assert 0 <= found["ece"] <= 1 and 0 <= found["valid_accuracy"] <= 1 and found["zeros"] > 0
+
+
+def test_the_study_chooses_between_two_strengths_for_every_method(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+
+    def fake(seed, split, method, strength, *, task):
+        return {"accuracy": 0.5 - strength / 1000}
+
+    monkeypatch.setattr(study, "run", fake)
+    with pytest.warns(UserWarning, match="at the edge"):
+        study.main("digits")
+    rows = results.load_study(study.CHAPTER, "digits").rows("accuracy")
+    assert [r["method"] for r in rows] == list(study.METHODS) and {r["n"] for r in rows} == {248}
+    assert [r["tried"] for r in rows] == [1] + [2] * 18 and all(len(r["values"]) == 5 for r in rows)
+    assert all(r["strength"] == min(study.METHODS[r["method"]][0]) for r in rows)
+    with pytest.raises(ValueError, match="no study 'sst2'; there are "):
+        study.main("sst2")
+
+
+def test_facts_about_weights_look_at_the_bodys_matrices():
+    model = net()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[6].weight.zero_()  # the head does not count
+    found = study._weight_facts(model, start)
+    assert found["zeros"] == 32 / (32 + 64)
+    body = [v for n, v in start.items() if not n.startswith("6")]
+    norm = math.sqrt(sum(float(v.square().sum()) for v in body))
+    assert found["moved"] == pytest.approx(float(start["0.weight"].norm()) / norm, rel=1e-5)
 
 
 def test_the_sentiment_task_is_balanced_and_pads_little(tmp_path):
@@ -770,7 +795,7 @@ def test_the_sentiment_task_is_balanced_and_pads_little(tmp_path):
         ),
         add_pooling_layer=False,
     )
-    made = rg.sentiment_task(encoder, tokenizer, texts, texts, texts, labels=8, scored=(10, 12))
+    made = study.sentiment_task(encoder, tokenizer, texts, texts, texts, labels=8, scored=(10, 12))
     assert len(made.valid["labels"]) == 10 and made.test["labels"].sum() == 6
     assert made.train(1)["attention_mask"].sum(1).diff().min() >= 0
     model = made.start(0).eval()
@@ -778,7 +803,6 @@ def test_the_sentiment_task_is_balanced_and_pads_little(tmp_path):
     assert torch.allclose(model(ids, mask), model(ids[:, :3], mask[:, :3]), atol=1e-6)
     assert all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout))
     for method in ("stochastic depth", "feature dropout", "mixout", "L2-SP"):
-        found = rg.regularized_run(
-            made, method, 0.3, seed=1, test=True, lr=1e-3, epochs=1, batch_size=4, settings=QUIET
-        )
-        assert 0 <= found["test_accuracy"] <= 1
+        how = study.Regularized(method, 0.3, made)
+        tune(model, made.train(1), how=how, lr=1e-3, epochs=1, batch_size=4, settings=QUIET)
+        assert 0 <= study.scores(model, made.test)["accuracy"] <= 1
