@@ -983,16 +983,20 @@ def _reference(value: Any) -> dict:
     return {"value": _to_json(value)}
 
 
-def _resolve(reference: dict) -> Any:
+def _resolve(reference: dict, compared: dict | None = None) -> Any:
+    """The value of a reference; `compared` keeps comparisons for the next."""
     if "source" not in reference:
         return _wrap(reference["value"], {})
     source = reference["source"]
     place = source["chapter"], source["key"], source["profile"]
     if "against" in source:
-        study = load_study(*place)
-        return study.compare(source["metric"], **source["against"])[
-            source["number"]
-        ]
+        known = {} if compared is None else compared
+        asked = (*place, source["metric"], _key(source["against"], 0))
+        if asked not in known:
+            study = load_study(*place)
+            gaps = study.compare(source["metric"], **source["against"])
+            known[asked] = gaps
+        return known[asked][source["number"]]
     found = _find(*place)[0]["value"]
     if "metric" in source:
         return _sweep_row(found, source)
@@ -1188,8 +1192,8 @@ def _all_columns(rows: Sequence[Mapping], fmt: Any) -> list[str]:
 def _render_table(
     rows: list, columns: list, caption: str | None, fmt: Any
 ) -> str:
-    titles = dict(columns)
-    lines, _ = _lines([_resolve(r) for r in rows], fmt)
+    titles, compared = dict(columns), {}
+    lines, _ = _lines([_resolve(r, compared) for r in rows], fmt)
     known = sorted({k for line in lines for k in line})
     if unknown := [k for k in titles if k not in known]:
         raise ValueError(
@@ -2119,19 +2123,24 @@ def study(
     return found
 
 # %% ../nbs/A4_results.ipynb #49fa7557
-def _both(
-    metric: str, a: Row, b: Row, block: Mapping
-) -> tuple[np.ndarray, np.ndarray]:
-    """What two rows scored, seeds x examples where both kept that."""
-    found = []
-    for r in (a, b):
-        runs = _match(block, [(r.varied, s) for s in r["seeds"]])
-        kept = [run for run in runs if run]
-        z = _outcomes(metric, kept) if len(kept) == len(runs) else None
-        found += [] if z is None else [z]
-    if len(found) < 2 or found[0].shape[1] != found[1].shape[1]:
-        found = [np.array(r["values"])[:, None] for r in (a, b)]
-    return found[0], found[1]
+def _matrices(metric: str, rows: Sequence[Row], block: Mapping) -> list:
+    """What each row scored, seeds x examples, or None where it kept nothing."""
+    wanted = [(r.varied, s) for r in rows for s in r["seeds"]]
+    runs = iter(_match(block, wanted))
+    found: list[np.ndarray | None] = []
+    for r in rows:
+        own = [next(runs) for _ in r["seeds"]]
+        kept = [run for run in own if run]
+        whole = len(kept) == len(own)
+        found.append(_outcomes(metric, kept) if whole else None)
+    return found
+
+
+def _versus(a: Row, b: Row, first: Any, second: Any) -> Row:
+    """The difference of two rows over what both have."""
+    if first is None or second is None or first.shape[1] != second.shape[1]:
+        first, second = (np.array(r["values"])[:, None] for r in (a, b))
+    return _gap(a, b, first, second)
 
 
 def _told(rows: Sequence[Row], gaps: Sequence[Row], options: dict) -> dict:
@@ -2190,7 +2199,9 @@ class _Study(_Rows):
         base = self.row(metric, **baseline)
         others = [r for r in self.rows(metric) if r is not base]
         block = _find(self.chapter, f"{self.name}.final", self.profile)[0]
-        made = [_gap(r, base, *_both(metric, r, base, block)) for r in others]
+        first, *rest = _matrices(metric, [base, *others], block)
+        pairs = zip(others, rest, strict=True)
+        made = [_versus(r, base, z, first) for r, z in pairs]
         source = {"chapter": self.chapter, "key": self.name}
         source |= {"profile": self.profile, "metric": metric}
         asked = {"against": baseline}
