@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import math
 import re
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ftbook import optim, train
+from ftbook.studies import optim as study
 
 SHAPES = [(3, 4), (5,), (4, 2), (7, 7)]
 MATRICES = [(3, 4), (6, 2), (5, 5)]
@@ -375,8 +377,8 @@ def test_muon_with_adamw_is_both():
             rule.step()
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
     net[0].weight.requires_grad_(False)
-    assert sum(len(g["params"]) for g in optim.muon_groups(net)) == 7
-    assert [g["matrix"] for g in optim.muon_groups(nn.Linear(2, 2))] == [False]
+    assert sum(len(g["params"]) for g in optim._muon_groups(net)) == 7
+    assert [g["matrix"] for g in optim._muon_groups(nn.Linear(2, 2))] == [False]
 
 
 def test_fit_and_torch_schedulers_take_them():
@@ -477,7 +479,7 @@ def test_the_range_test_leaves_the_model_as_it_was():
     before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     modes = [m.training for m in net.modules()]
     x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
-    found = optim.model_range_test(net, [(x, (x[:, 0] > 0).long())], nn.functional.cross_entropy, steps=30, high=10.0)
+    found = optim.range_test(net, [(x, (x[:, 0] > 0).long())], nn.functional.cross_entropy, steps=30, high=10.0)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     assert torch.equal(random, torch.get_rng_state()) and modes == [m.training for m in net.modules()]
     assert torch.equal(net[0].weight.grad, torch.ones(8, 3)) and net[0].bias.grad is None
@@ -489,9 +491,9 @@ def test_the_range_test_restores_after_an_error_and_names_empty_batches():
     net = net_with_everything()
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match="empty"):
-        optim.model_range_test(net, [], nn.functional.cross_entropy)
+        optim.range_test(net, [], nn.functional.cross_entropy)
     with pytest.raises(ValueError, match="ran out"):
-        optim.model_range_test(net, iter([(torch.ones(4, 3), torch.zeros(4).long())]), nn.functional.cross_entropy)
+        optim.range_test(net, iter([(torch.ones(4, 3), torch.zeros(4).long())]), nn.functional.cross_entropy)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
@@ -506,7 +508,7 @@ def test_the_range_test_of_a_dict_model():
 
             return SimpleNamespace(loss=(self.w * x).square().mean())
 
-    found = optim.model_range_test(Own(), [{"x": torch.ones(3)}], optimizer=optim.SGD, high=100.0, steps=60)
+    found = optim.range_test(Own(), [{"x": torch.ones(3)}], optimizer=optim.SGD, high=100.0, steps=60)
     assert found.rates[-1] < 100 and 1e-3 < found.suggestion < found.lowest < 100
 
 
@@ -518,24 +520,61 @@ def test_the_range_test_of_a_step_function_stops_when_it_diverges():
         position[0] -= rate * 2 * position[0]
         return loss
 
-    found = optim.range_test(step, 1e-3, 1e3, steps=80)
+    found = optim._rising_rate(step, 1e-3, 1e3, steps=80)
     assert found.rates[-1] < 100 and found.suggestion < found.lowest < 30
     with pytest.raises(ValueError, match="needs 0 < low < high"):
-        optim.range_test(step, 1.0, 0.1)
+        optim._rising_rate(step, 1.0, 0.1)
     with pytest.raises(ValueError, match="start lower"):
-        optim.range_test(lambda rate: math.nan)
+        optim._rising_rate(lambda rate: math.nan)
     assert optim._steepest([1.0, 2.0], [0.0, 1.0]) == pytest.approx(math.sqrt(2))
 
 
-def test_paths_end_at_the_lowest_point():
-    for name, make in {
-        "valley": lambda p: optim.SGD(p, lr=0.02, momentum=0.8),
-        "Beale": lambda p: optim.Adam(p, lr=0.1),
-        "saddle": lambda p: optim.Adam(p, lr=0.1),
-        "Rosenbrock": lambda p: optim.Adam(p, lr=0.1),
-    }.items():
-        surface = optim.SURFACES[name]
-        end = optim.path(surface, make, steps=1200)[-1]
-        assert torch.allclose(end, torch.tensor(surface.lowest).double(), atol=0.05), name
-        assert float(surface.f(*surface.lowest)) <= float(surface.f(*surface.start))
-    assert len(optim.path(optim.SURFACES["Rosenbrock"], lambda p: optim.SGD(p, lr=1.0), steps=50)) < 20
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_run_of_the_study_scores_one_split(split):
+    found = study.run(1, split, "Lion", 1e-4, head=10.0, decay=0.1)
+    assert set(found) == {f"{split}_loss", f"{split}_accuracy"} and math.isfinite(found[f"{split}_loss"])
+
+
+def test_a_rate_that_diverges_is_worse_than_no_knowledge():
+    assert study.run(1, "valid", "gradient descent", 1e30)["valid_loss"] > math.log(2)
+
+
+def test_a_head_alone_is_trained_on_vectors_of_the_untouched_body():
+    found = study.run_head(1, 1e-2)
+    assert found == study.run_head(1, 1e-2)
+    assert set(found) == {f"{s}_{k}" for s in ("valid", "test") for k in ("loss", "accuracy")}
+
+
+def test_batches_hold_every_sentence_once_and_no_more_than_its_length():
+    hidden, mask = torch.arange(24.0).view(4, 3, 2), torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    cut = study.batches(hidden, mask, torch.arange(4), torch.tensor([2, 1, 0, 3]), size=2)
+    assert [b["hidden"].shape for b in cut] == [(2, 1, 2), (2, 3, 2)]
+    assert sorted(y for b in cut for y in b["labels"].tolist()) == [0, 1, 2, 3]
+
+
+def test_each_row_of_the_study_chooses_on_validation_data_from_as_many_settings(tmp_path, monkeypatch):
+    def run(seed, split, optimizer, lr, head=1.0, decay=None):
+        return {f"{split}_loss": abs(lr - 1e-3) + 0.01 * seed, f"{split}_accuracy": 0.5}
+
+    def run_head(seed, lr):
+        return {f"{s}_{k}": lr for s in ("valid", "test") for k in ("loss", "accuracy")}
+
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "run_head", run_head)
+    threads = torch.get_num_threads()
+    with pytest.warns(UserWarning, match="widen the grid"):
+        study.main()
+    torch.set_num_threads(threads)
+    stored = json.loads((tmp_path / "03_optim.json").read_text())["quick"]
+    found = {name: stored[name]["value"]["test_loss"] for name in ("optimizers", "heads", "decay")}
+    assert [r["optimizer"] for r in found["optimizers"]] == list(optim.OPTIMIZERS)
+    assert {name: {r["tried"] for r in rows} for name, rows in found.items()} == {
+        "optimizers": {3},
+        "heads": {2},
+        "decay": {6},
+    }
+    assert [r["head"] for r in found["heads"]] == study.MULTIPLIERS and {r["lr"] for r in found["heads"]} == {1e-3}
+    assert len(stored["alone"]["value"]["runs"]) == len(study.HEAD_RATES) * len(study.SEEDS)
+    with pytest.raises(ValueError, match="no study 'rates'; use alone, optimizers, heads, decay"):
+        study.main("rates")
