@@ -143,7 +143,7 @@ def tuned(
     )
     return model
 
-
+# %% ../../nbs/08_finetune.ipynb #33ec9343
 def old_accuracy(
     model: nn.Module, pretrained: nn.Module, old: ImageSet
 ) -> float:

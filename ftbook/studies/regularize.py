@@ -113,7 +113,7 @@ def digit_parts() -> dict[str, ImageSet]:
         for k, p in late.items()
     }
 
-
+# %% ../../nbs/15_regularize.ipynb #cff00c2f
 def digits_task(
     parts: Mapping[str, ImageSet], labels: int = 10, epochs: int = 10
 ) -> Task:
@@ -224,7 +224,7 @@ def _stops(model, strength, task) -> dict:
     stopper = EarlyStopping(patience=int(strength))
     return {"valid": task.valid, "callbacks": [stopper]}
 
-
+# %% ../../nbs/15_regularize.ipynb #6667816d
 METHODS: dict[str, tuple[tuple[float, ...], Callable]] = {
     "none": ((0.0,), lambda m, s, t: {}),
     "L2 penalty": ((1e-3, 1e-2), _added(lambda m, s: penalty(m, l2=s))),
