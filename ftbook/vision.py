@@ -2,7 +2,8 @@
 
 `backbone` gives a torchvision classifier with its weights and its input
 scaling, `save_cnn` and `load_cnn` keep a tuned one. `predict_topk`, `saliency`
-and `grad_cam` show what it sees.
+and `grad_cam` show what it sees. `CachedHead` and `LinearProbe` are ways to
+tune the head alone: `tune(model, train, how=CachedHead(), lr=1e-2)`.
 
 >>> model = load_bundled()
 >>> predict_topk(model, torch.rand(1, 3, 32, 32), k=2).index.shape
@@ -13,44 +14,18 @@ torch.Size([1, 2])
 
 # %% ../nbs/09_vision.ipynb #b467c712
 __all__ = [
-    "TwoConvCNN",
-    "Normalized",
-    "backbone",
-    "imagenet_classes",
-    "save_cnn",
-    "load_cnn",
-    "load_bundled",
-    "OnBatch",
-    "pipeline",
-    "Augment",
-    "SHIFTS",
-    "TopK",
-    "predict_topk",
-    "confusion_matrix",
-    "plot_confusion",
-    "saliency",
-    "grad_cam",
-    "overlay",
-    "features",
-    # what the chapter's own study is made of
-    "fit_cached_head",
-    "fit_probe",
-    "WAYS",
-    "tune_way",
-    "OldTask",
-    "hold_out",
-    "way_run",
-    "source_run",
-]
+    "TwoConvCNN", "Normalized", "backbone", "save_cnn", "load_cnn",
+    "load_bundled", "Augment", "SHIFTS", "predict_topk", "saliency",
+    "grad_cam", "overlay", "features", "CachedHead", "LinearProbe",
+]  # fmt: skip
 
 # %% ../nbs/09_vision.ipynb #f3dddb7c
 import copy
 import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,15 +39,13 @@ from ftbook.finetune import (
     SmallCNN,
     find_head,
     freeze,
-    fresh_head,
     param_groups,
     replace_head,
-    tune,
     unfreeze,
 )
 from .images import ImageSet, add_noise, as_images
-from .runtime import atomic_write, cache_dir, seed_everything
-from .train import History, Settings, evaluate, fit, predict
+from .runtime import atomic_write, cache_dir
+from .train import History, Settings, fit, predict
 
 # %% ../nbs/09_vision.ipynb #5587ace2
 class TwoConvCNN(nn.Module):
@@ -152,6 +125,7 @@ class Normalized(nn.Module):
 
     mean: Tensor
     std: Tensor
+    classes: list[str]
 
     def __init__(
         self,
@@ -194,17 +168,6 @@ def _pinned(name: str) -> Any:
         )
     group, member = _BACKBONES[name].split(".")
     return getattr(torchvision.models, group)[member]
-
-
-def imagenet_classes() -> list[str]:
-    """Names of the 1,000 ImageNet classes, as torchvision lists them.
-
-    Examples
-    --------
-    >>> imagenet_classes()[309:311]
-    ['bee', 'ant']
-    """
-    return list(_pinned("resnet18").meta["categories"])
 
 # %% ../nbs/09_vision.ipynb #dc3048e8
 def _official(name: str) -> File:
@@ -258,7 +221,7 @@ def backbone(
     -------
     Normalized
         `.net` is torchvision's model; `.origin` says which file the weights
-        came from.
+        came from; `.classes` are ImageNet's, where the head still is.
 
     Raises
     ------
@@ -295,6 +258,8 @@ def backbone(
     model = Normalized(net, name=name, origin=origin)
     if n_classes is not None:
         replace_head(model, n_classes)
+    elif weights:
+        model.classes = list(_pinned(name).meta["categories"])
     return model
 
 # %% ../nbs/09_vision.ipynb #637b0deb
@@ -311,7 +276,8 @@ def save_cnn(
     model : nn.Module
         A `SmallCNN`, a `TwoConvCNN`, or one of `backbone`; also `Normalized`.
     classes : sequence of str, optional
-        Names of the classes; default: the model's `.classes`, else numbers.
+        Names of the classes; default: the model's `.classes` if they are as
+        many as its outputs, else numbers.
     dtype : torch.dtype
         Type of the stored numbers; float16 halves the file and rounds them.
 
@@ -329,8 +295,7 @@ def save_cnn(
     model = getattr(model, "_orig_mod", model)  # from torch.compile
     config, state = _architecture(model), model.state_dict()
     outputs = len(find_head(model)[1].get_parameter("weight"))
-    numbers = [str(i) for i in range(outputs)]
-    classes = list(classes or getattr(model, "classes", None) or numbers)
+    classes = list(classes or _names(outputs, model))
     if len(classes) != outputs:
         raise ValueError(f"{len(classes)} class names for {outputs} outputs")
     config["classes"] = classes
@@ -388,6 +353,15 @@ def load_cnn(folder: str | Path) -> Any:
     return model.eval()
 
 # %% ../nbs/09_vision.ipynb #d791c977
+def _names(n: int, *owners: Any) -> list[str]:
+    """The class names of the first owner that has n of them, else numbers."""
+    for owner in owners:
+        names = getattr(owner, "classes", None)
+        if names is not None and len(names) == n:
+            return list(names)
+    return [str(i) for i in range(n)]
+
+
 def _architecture(model: nn.Module) -> dict[str, Any]:
     """What `_built` needs to build a network of this shape."""
     if isinstance(model, Normalized):
@@ -464,71 +438,6 @@ def load_bundled() -> SmallCNN:
     ['airplane', 'automobile']
     """
     return load_cnn(asset("cnn-small-cifar10"))
-
-# %% ../nbs/09_vision.ipynb #7696c141
-class OnBatch:
-    """A torchvision v2 transform as the `transform` of `fit`, with a stated
-    scope of its random draws.
-
-    Parameters
-    ----------
-    transform : callable
-        For example a `torchvision.transforms.v2.Compose`.
-    per : "batch" or "image"
-        One draw for all images of a batch (one call), or one for each (a call
-        per image, slower).
-    """
-
-    def __init__(
-        self, transform: Callable[[Tensor], Tensor], per: str = "image"
-    ):
-        if per not in ("batch", "image"):
-            raise ValueError(f'per is {per!r}; allowed are "batch" and "image"')
-        self.transform, self.per = transform, per
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (
-            self.transform(x)
-            if self.per == "batch"
-            else torch.stack([self.transform(image) for image in x])
-        )
-
-# %% ../nbs/09_vision.ipynb #f36ac639
-def pipeline(name: str, size: int, per: str = "image") -> OnBatch:
-    """A named pipeline of torchvision v2 transforms for images (B, C, H, W) in
-    0..1.
-
-    Parameters
-    ----------
-    name : "none", "flip", "crop" or "photo"
-        flip: mirrored half of the time; crop: that, and a random crop after
-        padding by an eighth; photo: a random part of 50 to 100 % of the area
-        resized, mirrored, brightness, contrast and saturation changed by up to
-        40 %.
-    size : int
-        Side of the images in pixels.
-    """
-    from torchvision.transforms import v2
-
-    flip = v2.RandomHorizontalFlip()
-    steps = {
-        "none": [v2.Identity()],
-        "flip": [flip],
-        "crop": [
-            v2.RandomCrop(size, padding=size // 8, padding_mode="reflect"),
-            flip,
-        ],
-        "photo": [
-            v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True),
-            flip,
-            v2.ColorJitter(0.4, 0.4, 0.4),
-        ],
-    }
-    if name not in steps:
-        raise ValueError(
-            f"pipeline is {name!r}; allowed are {', '.join(steps)}"
-        )
-    return OnBatch(v2.Compose(steps[name]), per)
 
 # %% ../nbs/09_vision.ipynb #46627f96
 class Augment:
@@ -659,7 +568,7 @@ def _darken(x: Tensor, strength: float = 0.7) -> Tensor:
 SHIFTS = {"blurred": _blur, "noisy": _noise, "darker": _darken}
 
 # %% ../nbs/09_vision.ipynb #ec17705b
-class TopK(NamedTuple):
+class _TopK(NamedTuple):
     """The k most probable classes of N images."""
 
     probability: Tensor  # (N, k)
@@ -674,7 +583,7 @@ def predict_topk(
     classes: Sequence[str] | None = None,
     batch_size: int = 128,
     precision: str = "fp32",
-) -> TopK:
+) -> _TopK:
     """Most probable classes of images, best first.
 
     Parameters
@@ -684,7 +593,13 @@ def predict_topk(
     k : int, optional
         From 1 to the number of classes; default: 5, or all if they are fewer.
     classes : sequence of str, optional
-        Default: the ImageSet's or the model's `.classes`, else numbers.
+        Default: `.classes` of the ImageSet or of the model, whichever are as
+        many as the outputs; else numbers.
+
+    Returns
+    -------
+    probability, index : Tensor (N, k)
+    names : list of N lists of k str
 
     Examples
     --------
@@ -692,8 +607,7 @@ def predict_topk(
     >>> top.probability.shape
     torch.Size([2, 3])
     """
-    named = x if isinstance(x, ImageSet) else model
-    classes = classes or getattr(named, "classes", None)
+    given = x
     x = as_images(x.x if isinstance(x, ImageSet) else x, None)
     output = predict(model, x, batch_size=batch_size, precision=precision)
     n = output.shape[1]
@@ -702,60 +616,12 @@ def predict_topk(
         raise ValueError(
             f"k is {k}; the model has {n} classes, so give 1 to {n}"
         )
-    classes = classes or [str(i) for i in range(n)]
+    classes = classes or _names(n, given, model)
     if len(classes) != n:
         raise ValueError(f"{len(classes)} class names for {n} outputs")
     probability, index = output.softmax(1).topk(k, 1)
     names = [[classes[i] for i in row] for row in index.tolist()]
-    return TopK(probability, index, names)
-
-# %% ../nbs/09_vision.ipynb #7d3e01c8
-def confusion_matrix(
-    target: Tensor, predicted: Tensor, n_classes: int
-) -> Tensor:
-    """Counts (n_classes, n_classes): row the true class, column the predicted
-    one.
-
-    Examples
-    --------
-    >>> target, predicted = torch.tensor([[0, 0, 1], [0, 1, 1]])
-    >>> confusion_matrix(target, predicted, 2).tolist()
-    [[1, 1], [0, 1]]
-    """
-    if target.shape != predicted.shape:
-        raise ValueError(
-            f"{tuple(target.shape)} true labels but {tuple(predicted.shape)} "
-            f"predictions"
-        )
-    both = torch.stack([target, predicted])
-    if both.numel() and not (0 <= both.min() and both.max() < n_classes):
-        raise ValueError(
-            f"labels go from {both.min()} to {both.max()}, but n_classes is "
-            f"{n_classes}"
-        )
-    return torch.bincount(
-        target * n_classes + predicted, minlength=n_classes**2
-    ).reshape(n_classes, n_classes)
-
-
-def plot_confusion(
-    matrix: Tensor, classes: Sequence[str], ax: Any = None
-) -> Any:
-    """Heat map of a confusion matrix in percent of each true class (row);
-    returns the Axes.
-    """
-    from ftbook import plot
-
-    percent = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    return plot.heatmap(
-        percent,
-        classes,
-        classes,
-        fmt=".0f",
-        ax=ax,
-        xlabel="predicted",
-        ylabel="true class",
-    )
+    return _TopK(probability, index, names)
 
 # %% ../nbs/09_vision.ipynb #6a6ccca9
 def saliency(
@@ -812,35 +678,6 @@ def _scaled(maps: Tensor) -> Tensor:
     return (maps / top[:, None, None]).clamp(0, 1).detach()
 
 # %% ../nbs/09_vision.ipynb #26670ae9
-def _last_spatial_layer(model: nn.Module, x: Tensor) -> nn.Module:
-    """The last module to finish whose output still has places, that is (N, C,
-    h, w) with h · w > 1.
-    """
-    found: list[nn.Module] = []
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        if (
-            torch.is_tensor(output)
-            and output.ndim == 4
-            and output.shape[2] * output.shape[3] > 1
-        ):
-            found.append(module)
-
-    hooks = [m.register_forward_hook(note) for m in model.modules()]
-    try:
-        with _explained(model), torch.no_grad():
-            model(x[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not found:
-        raise ValueError(
-            f"no module of {type(model).__name__} has an output (N, C, h, w) "
-            f"with more than one place"
-        )
-    return found[-1]
-
-# %% ../nbs/09_vision.ipynb #12f4fb3a
 def grad_cam(
     model: nn.Module,
     x: Tensor,
@@ -874,7 +711,7 @@ def grad_cam(
     )[:, 0]
     return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)).detach()
 
-# %% ../nbs/09_vision.ipynb #043cdf7e
+# %% ../nbs/09_vision.ipynb #12f4fb3a
 def _class_maps(
     model: nn.Module,
     x: Tensor,
@@ -900,6 +737,35 @@ def _class_maps(
     ).detach(), logits.detach()
 
 
+def _last_spatial_layer(model: nn.Module, x: Tensor) -> nn.Module:
+    """The last module to finish whose output still has places, that is (N, C,
+    h, w) with h · w > 1.
+    """
+    found: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if (
+            torch.is_tensor(output)
+            and output.ndim == 4
+            and output.shape[2] * output.shape[3] > 1
+        ):
+            found.append(module)
+
+    hooks = [m.register_forward_hook(note) for m in model.modules()]
+    try:
+        with _explained(model), torch.no_grad():
+            model(x[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise ValueError(
+            f"no module of {type(model).__name__} has an output (N, C, h, w) "
+            f"with more than one place"
+        )
+    return found[-1]
+
+# %% ../nbs/09_vision.ipynb #99dc4ddf
 def overlay(images: Tensor, maps: Tensor, strength: float = 0.6) -> Tensor:
     """Images (N, C, H, W) with maps (N, H, W) in 0..1 laid over them as color;
     (N, 3, H, W) in 0..1.
@@ -944,396 +810,104 @@ def features(
         model.set_submodule(name, head)
 
 # %% ../nbs/09_vision.ipynb #20808d5e
-def fit_cached_head(
-    model: nn.Module,
-    train: ImageSet,
-    *,
-    lr: float,
-    epochs: int,
-    batch_size: int = 32,
-    weight_decay: float = 0.01,
-    **options,
-) -> History:
-    """Train the head alone on features that are computed once; dropout directly
-    before the head stays in place.
+@dataclass(frozen=True)
+class CachedHead:
+    """The head alone, on features computed once: what `tune` takes as `how`.
+
+    It gives the head that `how="head"` gives, for a fraction of the work.
+    Dropout directly before the head stays in place. What each image is turned
+    into must be the same in every epoch, so it takes no `transform`.
+
+    Examples
+    --------
+    >>> x = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    >>> train = ImageSet(x, torch.tensor([0, 1, 0, 1]), ["a", "b"])
+    >>> net = SmallCNN(2, (3, 4, 4, 4))
+    >>> [len(h) for h in CachedHead().tune(net, train, lr=1e-2, epochs=2)]
+    [2]
     """
-    freeze(model)
-    name, head = find_head(model)
-    unfreeze(model, head)
-    inner = model.get_submodule(name.rpartition(".")[0])
-    drops = (
-        [m for m in inner.children() if isinstance(m, nn.Dropout)]
-        if isinstance(inner, nn.Sequential)
-        else []
-    )
-    top = nn.Sequential(*copy.deepcopy(drops), head)
-    groups = param_groups(head, lr, weight_decay)
-    settings = options.pop("settings", None) or Settings()
-    return fit(
-        top,
-        (features(model, train), train.y),
-        epochs=epochs,
-        lr=lr,
-        batch_size=batch_size,
-        settings=replace(settings, params=groups),
-        **options,
-    )
+
+    about: str = "the head alone, on the frozen body's features"
+
+    def tune(
+        self,
+        model: nn.Module,
+        train: ImageSet,
+        valid: Any = None,
+        *,
+        lr: float,
+        epochs: int = 1,
+        settings: Settings | None = None,
+        **options: Any,
+    ) -> list[History]:
+        """What `ftbook.finetune.tune` does with this way."""
+        settings = settings or Settings()
+        if settings.transform is not None or settings.params is not None:
+            raise ValueError(
+                "CachedHead trains the head on features that are computed "
+                "once, so settings.transform and settings.params must be left "
+                'out; how="head" takes a transform'
+            )
+        freeze(model)
+        name, head = find_head(model)
+        unfreeze(model, head)
+        inner = model.get_submodule(name.rpartition(".")[0])
+        inside = inner.children() if isinstance(inner, nn.Sequential) else ()
+        drops = [m for m in inside if isinstance(m, nn.Dropout)]
+        top = nn.Sequential(*copy.deepcopy(drops), head)
+        groups = param_groups(head, lr, settings.weight_decay)
+        seen = features(model, train), train.y
+        if valid is not None:
+            valid = features(model, valid), valid.y
+        settings = replace(settings, params=groups)
+        how: dict[str, Any] = {"lr": lr, "epochs": epochs, **options}
+        return [fit(top, seen, valid, settings=settings, **how)]
 
 # %% ../nbs/09_vision.ipynb #94240bbe
-def fit_probe(model: nn.Module, train: ImageSet, strength: float = 0.1) -> None:
-    """Put a logistic regression on the frozen features in the head's place (a
-    linear probe trained to the optimum).
+@dataclass(frozen=True)
+class LinearProbe:
+    """Logistic regression on the frozen features in the head's place: a linear
+    probe trained to the optimum. What `tune` takes as `how`.
 
     Parameters
     ----------
     strength : float
         scikit-learn's C, the inverse of the L2 penalty; the features are used
-        as they are.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    freeze(model)
-    name, head = find_head(model)
-    probe = LogisticRegression(C=strength, max_iter=2000).fit(
-        features(model, train).numpy(), train.y.numpy()
-    )
-    weight, bias = (
-        torch.from_numpy(v).float() for v in (probe.coef_, probe.intercept_)
-    )
-    if (
-        len(weight) == 1
-    ):  # two classes: one row w, which is the difference of two logits
-        weight, bias = (
-            torch.cat([-weight, weight]) / 2,
-            torch.cat([-bias, bias]) / 2,
-        )
-    with torch.no_grad():
-        head.get_parameter("weight").copy_(weight)
-        head.get_parameter("bias").copy_(bias)
-    unfreeze(model, head)
-
-# %% ../nbs/09_vision.ipynb #ac051d14
-WAYS = {
-    "scratch": "every weight drawn anew, everything trained",
-    "linear probe": "logistic regression on the frozen body's features, to "
-    "the optimum",
-    "head": "the head alone by gradient steps, on the frozen body's features",
-    "last block": "the head and the block before it",
-    "gradual": "the blocks opened from the output, evenly over the epochs",
-    "layer-wise": "everything, the rate times 0.8 per block toward the input",
-    "full": "everything at one rate",
-    "full, augmented": "everything at one rate, on images changed by `Augment`",
-}
-
-
-def tune_way(
-    model: nn.Module,
-    train: ImageSet,
-    way: str,
-    *,
-    lr: float,
-    epochs: int,
-    head_lr: float | None = None,
-    layer_decay: float = 0.8,
-    **options,
-) -> list[History]:
-    """Train by one of the `WAYS` or of `ftbook.finetune.STRATEGIES`; for
-    "linear probe" `lr` is `fit_probe`'s strength.
+        as they are. Rates and epochs have no meaning here and are not used.
 
     Examples
     --------
     >>> x = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    >>> images = ImageSet(x, torch.tensor([0, 1, 0, 1]), ["a", "b"])
-    >>> net = SmallCNN(2, (3, 4, 4, 4))
-    >>> [len(h) for h in tune_way(net, images, "full", lr=1e-3, epochs=2)]
-    [2]
-    """
-    if way == "linear probe":
-        fit_probe(model, train, lr)
-        return []
-    settings = options.get("settings") or Settings()
-    if way == "head" and settings.transform is None:
-        return [fit_cached_head(model, train, lr=lr, epochs=epochs, **options)]
-    if way == "layer-wise" or head_lr is not None:
-        groups = param_groups(
-            model,
-            lr,
-            layer_decay=layer_decay if way == "layer-wise" else None,
-            head_lr=head_lr,
-        )
-        return [
-            fit(
-                model,
-                train,
-                lr=lr,
-                epochs=epochs,
-                **{**options, "settings": replace(settings, params=groups)},
-            )
-        ]
-    strategy = "full" if way in ("scratch", "full, augmented") else way
-    return tune(model, train, how=strategy, lr=lr, epochs=epochs, **options)
-
-# %% ../nbs/09_vision.ipynb #b0211437
-class OldTask:
-    """What a pretrained body can still do for tasks it was not tuned for.
-
-    ``measure(model)`` gives *agreement*, the share of images on which the tuned
-    body under the **old** head names the same class as before tuning (no labels
-    needed), and *old_probe*, the accuracy of a logistic regression fitted on
-    the tuned body's features of `train` and scored on `test`.
-
-    Parameters
-    ----------
-    original : nn.Module
-        The classifier before tuning, with the head of its pretraining.
-    train, test : ImageSet
-        Labeled images of another task than the new one.
+    >>> train = ImageSet(x, torch.tensor([0, 1, 0, 1]), ["a", "b"])
+    >>> LinearProbe(strength=1.0).tune(SmallCNN(2, (3, 4, 4, 4)), train)
+    []
     """
 
-    def __init__(
+    strength: float = 0.1
+    about: str = "logistic regression on the frozen body's features"
+
+    def tune(
         self,
-        original: nn.Module,
+        model: nn.Module,
         train: ImageSet,
-        test: ImageSet,
-        strength: float = 0.1,
-    ):
-        self.head, self.train, self.test = (
-            copy.deepcopy(find_head(original)[1]),
-            train,
-            test,
-        )
-        self.strength = strength
-        self.before = self.answers(features(original, test))
-
-    @torch.no_grad()
-    def answers(self, seen: Tensor) -> Tensor:
-        """Classes that the old head names for features (N, D)."""
-        return predict(self.head, seen).argmax(1)
-
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """Agreement and old_probe, each from 0 to 1."""
+        valid: ImageSet | None = None,
+        **options: Any,
+    ) -> list[History]:
+        """Solve for the head; there is no history to return."""
         from sklearn.linear_model import LogisticRegression
 
-        known, seen = (
-            features(model, self.train).numpy(),
-            features(model, self.test),
+        freeze(model)
+        _, head = find_head(model)
+        probe = LogisticRegression(C=self.strength, max_iter=2000)
+        probe.fit(features(model, train).numpy(), train.y.numpy())
+        weight, bias = (
+            torch.from_numpy(v).float() for v in (probe.coef_, probe.intercept_)
         )
-        scale = max(float(known.std()), 1e-6)
-        probe = LogisticRegression(C=self.strength, max_iter=500).fit(
-            known / scale, self.train.y.numpy()
-        )
-        right = probe.predict(seen.numpy() / scale) == self.test.y.numpy()
-        return {
-            "agreement": (self.answers(seen) == self.before)
-            .double()
-            .mean()
-            .item(),
-            "old_probe": float(right.mean()),
-        }
-
-# %% ../nbs/09_vision.ipynb #9fee9cd5
-def hold_out(
-    images: ImageSet, number: int, folds: int = 4
-) -> tuple[ImageSet, ImageSet]:
-    """Fold `number` of the images as validation set, the others to train on;
-    stratified, the same folds every time.
-
-    Examples
-    --------
-    >>> x = torch.zeros(8, 1, 2, 2, dtype=torch.uint8)
-    >>> images = ImageSet(x, torch.tensor([0, 1] * 4), ["a", "b"])
-    >>> [len(part) for part in hold_out(images, 0)]
-    [6, 2]
-    """
-    if not 0 <= number < folds <= len(images):
-        raise ValueError(
-            f"fold {number} of {folds} for {len(images)} images: need 0 <= "
-            f"number < folds <= images"
-        )
-    sizes = [
-        len(images) // folds + (i < len(images) % folds) for i in range(folds)
-    ]
-    parts = images.split(sizes, seed=0)
-    others = [p for i, p in enumerate(parts) if i != number]
-    x, y = (
-        torch.cat([getattr(p, name) for p in others]) for name in ("x", "y")
-    )
-    return ImageSet(x, y, images.classes, images.name, images.source), parts[
-        number
-    ]
-
-# %% ../nbs/09_vision.ipynb #7a7394d6
-def way_run(
-    original: nn.Module,
-    train: ImageSet,
-    valid: ImageSet | None = None,
-    test: ImageSet | None = None,
-    old: OldTask | None = None,
-    *,
-    way: str,
-    lr: float,
-    seed: int = 0,
-    labels: int | None = None,
-    epochs: int = 4,
-    batch_size: int = 32,
-    shifted: bool = False,
-    precision: str = "auto",
-    **more: Any,
-) -> tuple[nn.Module, dict[str, float]]:
-    """Tune a copy of a pretrained classifier one way and score it: one point of
-    this chapter's comparisons.
-
-    Parameters
-    ----------
-    original : nn.Module
-        Copied, never changed.
-    valid, test : ImageSet, optional
-        Scored after tuning.
-    old : OldTask, optional
-    labels : int, optional
-        Draw so many training images per class with `seed`; default: all.
-    shifted : bool
-        Also score the test images under every one of `SHIFTS`.
-    **more
-        Passed to `tune_way`.
-
-    Returns
-    -------
-    model, metrics
-        ``trained`` parameters, ``seconds`` of processor time, ``train_loss_1``
-        ... per epoch, and the scores.
-    """
-    model = fresh_head(
-        original, len(train.classes), seed, scratch=way == "scratch"
-    )
-    few = train if labels is None else train.per_class(labels, seed=seed)
-    augment = (
-        Augment(light=1.5, contrast=0.3, blur=0.3, noise=0.15)
-        if way == "full, augmented"
-        else None
-    )
-    start = time.process_time()
-    histories = tune_way(
-        model,
-        few,
-        way,
-        lr=lr,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        settings=Settings(
-            schedule="cosine",
-            precision=precision,
-            transform=augment,
-            progress=False,
-        ),
-        **more,
-    )
-    metrics = {
-        "seconds": time.process_time() - start,
-        "trained": sum(
-            p.numel() for p in model.parameters() if p.requires_grad
-        ),
-    }
-    losses = [value for history in histories for value in history["train_loss"]]
-    metrics |= (
-        {f"train_loss_{i}": v for i, v in enumerate(losses, 1)}
-        if len(losses) <= 10
-        else {}
-    )
-    return model, metrics | _scores_of(
-        model, valid, test, old, shifted, precision
-    )
-
-# %% ../nbs/09_vision.ipynb #122b9c57
-def _scores_of(
-    model: nn.Module,
-    valid: ImageSet | None,
-    test: ImageSet | None,
-    old: OldTask | None,
-    shifted: bool,
-    precision: str,
-) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for name, part in {"valid": valid, "test": test}.items():
-        if part is not None:
-            scores = evaluate(model, part, batch_size=128, precision=precision)
-            metrics |= {f"{name}_{k}": scores[k] for k in ("loss", "accuracy")}
-    if shifted and test is not None:
-        for name, change in SHIFTS.items():
-            scores = evaluate(
-                model,
-                (change(test.x), test.y),
-                batch_size=128,
-                precision=precision,
-            )
-            metrics[f"{name}_accuracy"] = scores["accuracy"]
-    return metrics | (old.measure(model) if old else {})
-
-# %% ../nbs/09_vision.ipynb #6e1d52b5
-def source_run(
-    train: ImageSet,
-    valid: ImageSet,
-    test: ImageSet | None = None,
-    *,
-    lr: float = 0.001,
-    optimizer: str = "sgd",
-    epochs: int = 10,
-    batch_size: int = 128,
-    seed: int = 0,
-    precision: str = "auto",
-    model: nn.Module | None = None,
-    **options: Any,
-) -> tuple[nn.Module, dict[str, float]]:
-    """Train a classifier from scratch as source 000 does (SGD with momentum
-    0.9), and evaluate it as it does not.
-
-    Parameters
-    ----------
-    model : nn.Module, optional
-        Default: `TwoConvCNN` for the images' size, inputs normalized to mean
-        0.5 and deviation 0.5.
-
-    Returns
-    -------
-    model, metrics
-        ``valid_accuracy_1`` ... per epoch, ``train_accuracy``,
-        ``valid_accuracy`` and, with `test`, ``test_accuracy``.
-    """
-    seed_everything(seed)
-    if model is None:
-        half = (0.5,) * train.x.shape[1]
-        channels = (train.x.shape[1], 64, 128)
-        model = Normalized(
-            TwoConvCNN(len(train.classes), channels, size=train.x.shape[-1]),
-            half,
-            half,
-        )
-    history = fit(
-        model,
-        train,
-        valid,
-        lr=lr,
-        optimizer=optimizer,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        metrics="accuracy",
-        settings=Settings(
-            weight_decay=0.0, precision=precision, progress=False
-        ),
-        **options,
-    )
-    metrics = {
-        f"valid_accuracy_{i}": v
-        for i, v in enumerate(history["valid_accuracy"], 1)
-    }
-    metrics |= {
-        "train_accuracy": history["train_accuracy"][-1],
-        "valid_accuracy": history["valid_accuracy"][-1],
-    }
-    if test is not None:
-        metrics["test_accuracy"] = evaluate(model, test, precision=precision)[
-            "accuracy"
-        ]
-    return model, metrics
+        if len(weight) == 1:  # two classes: w is the difference of two logits
+            weight = torch.cat([-weight, weight]) / 2
+            bias = torch.cat([-bias, bias]) / 2
+        with torch.no_grad():
+            head.get_parameter("weight").copy_(weight)
+            head.get_parameter("bias").copy_(bias)
+        unfreeze(model, head)
+        return []

@@ -9,13 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import confusion_matrix as reference_matrix
 from torch import nn
+from torch.nn import functional as F
 
+from ftbook import results
 from ftbook import vision as v
 from ftbook.data import ChecksumError, File
-from ftbook.finetune import SmallCNN
+from ftbook.finetune import SmallCNN, tune
 from ftbook.images import ImageSet, as_images
+from ftbook.studies import vision as study
 from ftbook.train import Settings, fit, predict
 
 QUIET = Settings(progress=False)
@@ -130,12 +132,11 @@ def test_weights_are_downloaded_up_to_their_size_and_checked(tmp_path, monkeypat
     assert [f for f in tmp_path.rglob("*") if f.is_file()] == []
     monkeypatch.setattr(v, "_official", lambda name: File("weights/resnet18-.pth", "", limit, (url,)))
     monkeypatch.setattr("ftbook.data.verify", lambda path, digits: path)
-    assert v.backbone("resnet18", progress=False).origin == "resnet18-.pth"
-
-
-def test_imagenet_has_its_classes():
-    names = v.imagenet_classes()
-    assert len(names) == 1000 and names[309:311] == ["bee", "ant"]
+    model = v.backbone("resnet18", progress=False)
+    assert model.origin == "resnet18-.pth" and len(model.classes) == 1000 and model.classes[309:311] == ["bee", "ant"]
+    monkeypatch.setattr(v, "verify", lambda path, digits: path)
+    assert not hasattr(v.backbone("resnet18", n_classes=2), "classes"), "a fresh head has no names"
+    assert v.predict_topk(model, torch.rand(1, 3, 32, 32)).names[0][0] in model.classes
 
 
 class Compiled(nn.Module):
@@ -224,21 +225,6 @@ def test_the_bundled_model_is_small_and_knows_ten_classes(root):
 # augmentation and shift
 
 
-def test_torchvision_draws_once_per_call_and_on_batch_says_so():
-    ramp = torch.linspace(0, 1, 8).expand(64, 3, 8, 8)
-    torch.manual_seed(0)
-    together = v.pipeline("flip", 8, per="batch")(ramp)
-    assert all(torch.equal(image, together[0]) for image in together)
-    alone = v.pipeline("flip", 8, per="image")(ramp)
-    assert 10 < sum(torch.equal(image, ramp[0]) for image in alone) < 54
-    assert v.pipeline("photo", 8)(ramp).shape == v.pipeline("crop", 8)(ramp).shape == ramp.shape
-    torch.testing.assert_close(v.pipeline("none", 8)(ramp), ramp)
-    with pytest.raises(ValueError, match="flip, crop, photo"):
-        v.pipeline("spin", 8)
-    with pytest.raises(ValueError, match="image"):
-        v.OnBatch(nn.Identity(), per="epoch")
-
-
 def test_augment_without_draws_is_the_identity_and_mirrors_exactly():
     x = torch.rand(16, 3, 9, 9)
     torch.testing.assert_close(v.Augment(zoom=0, shift=0, flip=0)(x), x, rtol=0, atol=1e-5)
@@ -302,25 +288,10 @@ def test_topk_is_sorted_named_and_sums_to_one():
         v.predict_topk(model, x, k=5)
     with pytest.raises(ValueError, match="k is 0"):
         v.predict_topk(model, x, k=0)
+    model.classes = ["a", "b"]  # left over from another head: numbers are no lie
+    assert v.predict_topk(model, images(3, classes=3), k=1).names[0][0].isdigit()
     with pytest.raises(ValueError, match="2 class names for 4 outputs"):
         v.predict_topk(model, x, k=1, classes=["a", "b"])
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60))
-def test_the_confusion_matrix_is_scikit_learns(pairs):
-    target, predicted = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    expected = reference_matrix(target.numpy(), predicted.numpy(), labels=range(5))
-    assert np.array_equal(v.confusion_matrix(target, predicted, 5).numpy(), expected)
-
-
-def test_confusion_matrix_refuses_and_is_drawn():
-    with pytest.raises(ValueError, match="3 true labels|\\(3,\\)"):
-        v.confusion_matrix(torch.zeros(3, dtype=torch.long), torch.zeros(2, dtype=torch.long), 2)
-    with pytest.raises(ValueError, match="n_classes is 2"):
-        v.confusion_matrix(torch.tensor([2]), torch.tensor([0]), 2)
-    ax = v.plot_confusion(torch.tensor([[3, 1], [0, 0]]), ["ant", "bee"])
-    assert [t.get_text() for t in ax.texts] == ["75", "25", "0", "0"]
 
 
 def test_saliency_is_the_gradient_of_the_logit():
@@ -333,6 +304,22 @@ def test_saliency_is_the_gradient_of_the_logit():
     top = expected.flatten().quantile(0.99)
     torch.testing.assert_close(found, (expected / top).clamp(max=1).detach())
     assert net[1].weight.grad is None
+
+
+def test_saliency_and_grad_cam_are_those_of_captum():
+    from captum.attr import LayerGradCam, Saliency
+
+    for model, size in ((small(3), 16), (v.backbone("mobilenet_v2", weights=None, n_classes=3).eval(), 64)):
+        x = torch.rand(3, 3, size, size)
+        layer = v._last_spatial_layer(model, x)
+        for target in (1, torch.tensor([2, 0, 1])):
+            reference = Saliency(model).attribute(x.clone(), target).amax(1)
+            top = reference.flatten(1).quantile(0.99, dim=1)[:, None, None]
+            torch.testing.assert_close(v.saliency(model, x, target), (reference / top).clamp(max=1), rtol=0, atol=1e-5)
+            cam = LayerGradCam(model, layer).attribute(x, target, relu_attributions=True).detach()
+            cam = F.interpolate(cam, x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+            cam = cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
+            torch.testing.assert_close(v.grad_cam(model, x, target), cam, rtol=0, atol=1e-5)
 
 
 def test_explaining_leaves_the_model_as_it_was():
@@ -371,97 +358,66 @@ def test_features_are_what_the_head_sees():
     torch.testing.assert_close(model.head(seen), model(x), rtol=1e-4, atol=1e-5)
 
 
+QUICK = Settings(precision="fp32", progress=False)
+
+
 def test_a_head_on_cached_features_is_the_head_trained_in_place():
-    part = images(32)
-    results = []
-    for way in ("cached", "in place"):
+    part, heads = images(32), []
+    for how in (v.CachedHead(), "head"):
         model = small(2)
-        if way == "cached":
-            v.fit_cached_head(
-                model, part, lr=0.05, epochs=3, batch_size=8, settings=Settings(precision="fp32", progress=False)
-            )
-        else:
-            v.tune(
-                model,
-                part,
-                how="head",
-                lr=0.05,
-                epochs=3,
-                batch_size=8,
-                settings=Settings(precision="fp32", progress=False),
-            )
-        results.append(model.state_dict())
-    for key in results[0]:
-        torch.testing.assert_close(results[0][key], results[1][key], rtol=1e-4, atol=1e-5)
+        histories = tune(model, part, part, how=how, lr=0.05, epochs=3, batch_size=8, settings=QUICK)
+        heads.append(model.state_dict() | {"loss": torch.tensor(histories[0]["valid_loss"])})
+    for key in heads[0]:
+        torch.testing.assert_close(heads[0][key], heads[1][key], rtol=1e-4, atol=1e-5)
+
+
+def test_what_cached_features_cannot_do_is_refused():
+    for settings_ in (Settings(transform=v.Augment()), Settings(params=[])):
+        with pytest.raises(ValueError, match='settings.transform and settings.params must be left out; how="head"'):
+            tune(small(2), images(8), how=v.CachedHead(), lr=0.1, settings=settings_)
 
 
 def test_dropout_before_the_head_is_kept_in_cached_training():
     model = v.backbone("mobilenet_v2", weights=None, n_classes=2)
-    part = images(8, size=32)
-    torch.manual_seed(0)
-    history = v.fit_cached_head(model, part, lr=0.01, epochs=1, settings=Settings(progress=False))
+    (history,) = tune(model, images(8, size=32), how=v.CachedHead(), lr=0.01, settings=QUIET)
     assert len(history) == 1 and all(not p.requires_grad for n, p in model.named_parameters() if "classifier" not in n)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_probe_is_scikit_learns(classes):
     model, part = small(classes), images(30, classes=classes)
-    v.fit_probe(model, part, strength=1.0)
+    assert tune(model, part, how=v.LinearProbe(strength=1.0), lr=0.1) == []
     seen = v.features(model, part).numpy()
     reference = LogisticRegression(C=1.0, max_iter=2000).fit(seen, part.y.numpy())
     ours = predict(model, as_images(part.x), precision="fp32").softmax(1)
     np.testing.assert_allclose(ours.numpy(), reference.predict_proba(seen), rtol=1e-3, atol=1e-4)
 
 
-MOVES = {
-    "scratch": "all",
-    "linear probe": "head",
-    "head": "head",
-    "last block": "last",
-    "gradual": "all",
-    "layer-wise": "all",
-    "full": "all",
-    "full, augmented": "all",
-}
+# the chapter's study
 
 
-@pytest.mark.parametrize("way", list(v.WAYS))
+MOVES = dict.fromkeys(study.WAYS, {"body.0", "body.1", "body.2"})
+MOVES |= {"linear probe": set(), "head": set(), "last block": {"body.2"}}
+
+
+@pytest.mark.parametrize("way", list(study.WAYS))
 def test_every_way_moves_what_it_says(way):
     original, part = small(5), images(16)
     before = copy.deepcopy(original.state_dict())
-    model, metrics = v.way_run(
-        original, part, part, part, way=way, lr=0.01, epochs=4, batch_size=8, seed=3, shifted=way == "head"
-    )
+    strength = 0.1 if way == "linear probe" else None
+    model, spent = study.tuned_by(way, original, part, seed=3, lr=0.01, strength=strength, epochs=4, batch_size=8)
     assert all(torch.equal(t, before[k]) for k, t in original.state_dict().items()), "the original was changed"
-    moved = {
-        k.split(".")[0] + "." + k.split(".")[1]
-        for k, t in model.state_dict().items()
-        if k.startswith("body") and not torch.equal(t, before[k])
-    }
-    expected = {"all": {"body.0", "body.1", "body.2"}, "head": set(), "last": {"body.2"}}[MOVES[way]]
-    assert moved == expected and 0 <= metrics["test_accuracy"] <= 1 and metrics["trained"] > 0
-    assert ("blurred_accuracy" in metrics) == (way == "head")
-    assert ("train_loss_4" in metrics) == (way != "linear probe")
-
-
-def test_a_way_with_few_labels_and_a_rate_for_the_head():
-    part = images(24)
-    model, metrics = v.way_run(small(5), part, way="full", lr=0.0, head_lr=0.05, labels=4, epochs=30, batch_size=8)
-    fresh, _ = v.way_run(small(5), part, way="full", lr=0.0, head_lr=0.0, labels=4, epochs=1, batch_size=8)
-    same = [torch.equal(a, b) for a, b in zip(model.body.parameters(), fresh.body.parameters(), strict=True)]
-    assert all(same) and not torch.equal(model.head.weight, fresh.head.weight)
-    assert "train_loss_1" not in metrics  # longer than ten epochs
-    augmented = v.tune_way(
-        small(2), part, "head", lr=0.1, epochs=1, settings=Settings(transform=v.Augment(), progress=False)
-    )
-    assert len(augmented) == 1
-    with pytest.raises(ValueError, match="how is 'magic'"):
-        v.tune_way(small(2), part, "magic", lr=0.1, epochs=1)
+    changed = [k for k, t in model.state_dict().items() if k.startswith("body") and not torch.equal(t, before[k])]
+    if way == "head, moving statistics":
+        assert changed and all(k.endswith(("running_mean", "running_var", "num_batches_tracked")) for k in changed)
+    else:
+        assert {k[:6] for k in changed} == MOVES[way]
+    assert spent["trained"] > 0 and ("train_loss_4" in spent) == (way != "linear probe")
 
 
 def test_the_old_task_sees_forgetting():
     original, part = small(4), images(24, classes=3)
-    old = v.OldTask(original, part, part)
+    old = study.OldTask(original, part, part)
     assert old.measure(original)["agreement"] == 1.0
     other = small(4, seed=9)
     assert 0 <= old.measure(other)["agreement"] <= 1 and 0 <= old.measure(other)["old_probe"] <= 1
@@ -470,19 +426,57 @@ def test_the_old_task_sees_forgetting():
 def test_folds_cover_every_image_once():
     part = images(26)
     part = ImageSet(torch.arange(26, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2), part.y, part.classes)
-    seen = [v.hold_out(part, i, folds=4) for i in range(4)]
+    seen = [study.hold_out(part, i, folds=4) for i in range(4)]
     assert sorted(int(i) for _, valid in seen for i in valid.x[:, 0, 0, 0]) == list(range(26))
     assert all(len(train) + len(valid) == 26 for train, valid in seen)
     assert all(not set(t.x[:, 0, 0, 0].tolist()) & set(w.x[:, 0, 0, 0].tolist()) for t, w in seen)
     with pytest.raises(ValueError, match="fold 4 of 4"):
-        v.hold_out(part, 4)
+        study.hold_out(part, 4)
 
 
-def test_the_source_recipe_is_evaluated():
-    part = images(16)
-    model, metrics = v.source_run(part, part, part, epochs=2, batch_size=8)
-    assert isinstance(model.net, v.TwoConvCNN) and {"valid_accuracy_1", "valid_accuracy_2", "test_accuracy"} <= set(
-        metrics
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_one_run_of_every_study_scores_the_images_of_its_split(split):
+    runs = {
+        "source": study.source_run(0, split, lr=0.01),
+        "classes": study.classes_run(1, split, way="head", lr=1e-3, labels=2),
+        "photos": study.photo_run(0, split, way="head", lr=0.01),
+        "probe": study.photo_run(0, split, way="linear probe", strength=0.1),
+    }
+    for name, scores in runs.items():
+        assert f"{split}_accuracy" in scores and all(0 <= s <= 1 for k, s in scores.items() if "accuracy" in k), name
+        assert split == "test" or not any("test" in k for k in scores), "validation runs touch no test image"
+    assert ("old_accuracy" in runs["classes"]) == ("blurred_accuracy" in runs["photos"]) == (split == "test")
+    assert ("agreement" in runs["probe"]) == (split == "test") and "blurred_accuracy" not in runs["probe"]
+
+
+def test_the_study_of_photos_takes_rates_of_others_and_knows_its_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    asked = []
+
+    def run(seed, split, way, lr=None, strength=None):
+        asked.append((split, way, lr or strength))
+        return {f"{split}_loss": abs((lr or strength) - 0.01), f"{split}_accuracy": 0.5}
+
+    monkeypatch.setattr(study, "photo_run", run)
+    study.main("photos")
+    found = results.load_study(study.CHAPTER, "photos")
+    rows = {r["way"]: r for r in found.rows("test_accuracy")}
+    assert list(rows) == [r["way"] for r in study.PHOTO_ROWS] and set(rows) == set(study.WAYS)
+    assert rows["full, augmented"]["lr"] == rows["full"]["lr"] == 0.01 == rows["linear probe"]["strength"]
+    assert len(asked) == 7 * 3 + 9 * 3 and not any(s == "valid" and "augmented" in w for s, w, _ in asked)
+    with pytest.raises(ValueError, match="no study 'photo' in chapter 9; allowed are source, classes, photos"):
+        study.main("photo")
+
+
+def test_the_other_studies_fill_their_rows(monkeypatch, tmp_path):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "source_run", lambda seed, split, lr: {f"{split}_accuracy": lr})
+    monkeypatch.setattr(study, "untuned", lambda seed: {"old_accuracy": 0.6})
+    monkeypatch.setattr(study, "memory_run", lambda seed, way: {"peak_mb": 1.0})
+    monkeypatch.setattr(
+        study, "classes_run", lambda seed, split, way, lr, labels: {f"{split}_loss": lr, f"{split}_accuracy": 1 - lr}
     )
-    _, metrics = v.source_run(part, part, model=small(2), optimizer="adamw", lr=1e-2, epochs=1)
-    assert "test_accuracy" not in metrics
+    study.main("source", "classes", "memory")
+    assert results.load_study(study.CHAPTER, "source").row("test_accuracy", lr=0.03).mean == 0.03
+    assert [r["lr"] for r in results.load_study(study.CHAPTER, "classes").rows("test_accuracy")] == [3e-4] * 3
+    assert len(results.load_sweep(study.CHAPTER, "memory").rows) == 7
