@@ -25,6 +25,7 @@ __all__ = [
     "start_at",
     "generators_of",
 ]
+import random
 from collections.abc import Mapping
 
 import numpy as np
@@ -342,8 +343,20 @@ def start_at(batches, epoch: int, position: int):
     return iterator
 
 
+_GENERATORS = (
+    torch.Generator,
+    np.random.Generator,
+    np.random.RandomState,
+    random.Random,
+)
+
+
 def generators_of(*loaders) -> list:
-    """The torch generators that DataLoaders draw their order from."""
+    """The generators that loaders draw their order from.
+
+    Those of torch, numpy and Python that a loader, its samplers or its data
+    set hold as attributes.
+    """
     found: list = []
     for loader in loaders:
         sampler, batched = (
@@ -354,8 +367,9 @@ def generators_of(*loaders) -> list:
             getattr(batched, "sampler", None),
         )
         for owner in (loader, sampler, batched, inner, dataset):
-            generator = getattr(owner, "generator", None)
-            known = any(generator is g for g in found)
-            if isinstance(generator, torch.Generator) and not known:
-                found.append(generator)
+            held = [*getattr(owner, "__dict__", {}).values()]
+            for value in (getattr(owner, "generator", None), *held):
+                known = any(value is g for g in found)
+                if isinstance(value, _GENERATORS) and not known:
+                    found.append(value)
     return found

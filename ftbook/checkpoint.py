@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from .batches import length_of
 from .compute import match_layout, rng_state, set_rng_state
@@ -41,7 +42,8 @@ class Checkpoint:
 
     Passed among the callbacks. Written after every epoch, and read when `fit`
     is called with the same settings and the file is there; the order of a
-    DataLoader is restored too, through its generator or `set_epoch`.
+    DataLoader is restored too, through `set_epoch` or the generators (of torch,
+    numpy or Python) that it, its sampler or its data set hold.
 
     Parameters
     ----------
@@ -114,10 +116,16 @@ def _state_of(callback) -> Any:
     return _plain(callback.state_dict(), where)
 
 
-def check_states(callbacks) -> None:
-    """Refuse callbacks whose state a checkpoint would lose."""
-    for callback in callbacks:
-        held = [k for k, v in _attributes(callback).items() if not callable(v)]
+def check_states(run) -> None:
+    """Refuse what a checkpoint would lose."""
+    inside = set(map(id, run.model.modules()))
+    for callback in run.callbacks:
+        held = [
+            name
+            for name, value in _attributes(callback).items()
+            if not callable(value)
+            or (isinstance(value, nn.Module) and id(value) not in inside)
+        ]
         both = (
             hasattr(callback, "state_dict"),
             hasattr(callback, "load_state_dict"),
@@ -129,11 +137,20 @@ def check_states(callbacks) -> None:
                 "load_state_dict(state); if nothing in it changes during "
                 "training, let state_dict return {}"
             )
+    if any(None in names for names in _group_names(run)):
+        raise ValueError(
+            "the optimizer holds a parameter of neither model nor loss, which "
+            "a checkpoint would lose: make what it belongs to a part of the "
+            "model"
+        )
 
 
 def _attributes(thing) -> dict:
     """The attributes of an object, as far as it has any."""
-    return getattr(thing, "__dict__", {})
+    slots = (vars(c).get("__slots__", ()) for c in type(thing).__mro__)
+    names = [n for s in slots for n in ([s] if isinstance(s, str) else s)]
+    found = {n: getattr(thing, n) for n in names if hasattr(thing, n)}
+    return found | getattr(thing, "__dict__", {})
 
 # %% ../nbs/04_train.ipynb #bac232ee
 def _name(f):
@@ -212,6 +229,7 @@ _PARTS = (
     "scaler",
     "optimizer",
     "model",
+    "loss",
     *_COUNTERS,
 )
 
@@ -237,15 +255,49 @@ def save_checkpoint(run) -> None:
         "callbacks": [_state_of(c) for c in run.callbacks],
         "scaler": run._scaler.state_dict(),
         "optimizer": _plain(run.optimizer.state_dict(), "the optimizer"),
-        "model": model.state_dict(),
+        "model": _plain_extras(model.state_dict()),
+        "loss": _loss_state(run),
     }
     with atomic_write(Path(run._checkpoint.path)) as path:
         torch.save(state, path)
 
 
+def _plain_extras(state):
+    """A model's state, of which `get_extra_state` may be anything."""
+    for name, value in state.items():
+        if not torch.is_tensor(value):
+            state[name] = _plain(value, f"the model's state {name!r}")
+    return state
+
+
+def _loss_state(run) -> dict:
+    """What training may change in a loss that is a module."""
+    model = run.model
+    inside = {id(t) for t in (*model.parameters(), *model.buffers())}
+    return {
+        name: t.detach()
+        for name, t in _tensors_of_loss(run).items()
+        if id(t) not in inside
+        and (t.requires_grad or not isinstance(t, nn.Parameter))
+    }
+
+
+def _tensors_of_loss(run) -> dict:
+    if not isinstance(run.loss, nn.Module):
+        return {}
+    return dict([*run.loss.named_parameters(), *run.loss.named_buffers()])
+
+
+def _named_parameters(run) -> dict:
+    """The parameters of the loss and of the model, the model's last."""
+    loss = _tensors_of_loss(run).items()
+    own = {f"loss.{n}": t for n, t in loss if isinstance(t, nn.Parameter)}
+    return own | dict(run.model.named_parameters())
+
+
 def _group_names(run) -> list:
     """The optimizer's parameters by name, group by group."""
-    names = {id(p): name for name, p in run.model.named_parameters()}
+    names = {id(p): name for name, p in _named_parameters(run).items()}
     groups = run.optimizer.param_groups
     return [[names.get(id(p)) for p in group["params"]] for group in groups]
 
@@ -297,6 +349,10 @@ def go_on(run) -> None:
     for name, module in run.model.named_modules():
         module.training = state["modes"].get(name, module.training)
     run.model.load_state_dict(state["model"])
+    with torch.no_grad():
+        own = _tensors_of_loss(run)
+        for name, value in state["loss"].items():
+            own[name].copy_(value)
     _restore_groups(run, state["groups"], path)
     run.optimizer.load_state_dict(state["optimizer"])
     match_layout(run.optimizer)
@@ -312,7 +368,7 @@ def go_on(run) -> None:
 # %% ../nbs/04_train.ipynb #e5207cd8
 def _restore_groups(run, saved: list, path) -> None:
     """Give the optimizer the parameters that callbacks added since."""
-    named = dict(run.model.named_parameters())
+    named = _named_parameters(run)
     groups = run.optimizer.param_groups
     for i, names in enumerate(saved):
         have = _group_names(run)[i] if i < len(groups) else []

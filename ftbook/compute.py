@@ -49,11 +49,56 @@ def rng_state(device, generators=()) -> dict:
         "torch": torch.get_rng_state(),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": random.getstate(),
-        "generators": [g.get_state() for g in generators],
+        "generators": [_stream(g) for g in generators],
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def _stream(generator):
+    """The state of a generator of torch, numpy or Python, arrays as tensors."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(value.astype(np.int64))
+        return value
+
+    return plain(_numpy_stream(generator))
+
+
+def _numpy_stream(generator) -> dict:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state(legacy=False)
+
+
+def _set_stream(generator, state) -> None:
+    """Put a generator back to what `_stream` saw."""
+    if isinstance(generator, torch.Generator):
+        return generator.set_state(state)
+    if isinstance(generator, random.Random):
+        version, internal, gauss = state
+        return generator.setstate((version, tuple(internal), gauss))
+
+    def like(value, mine):
+        if isinstance(mine, dict):
+            return {k: like(value[k], mine[k]) for k in mine}
+        if isinstance(mine, np.ndarray):
+            return value.numpy().astype(mine.dtype)
+        return value
+
+    state = like(state, _numpy_stream(generator))
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
 
 
 def set_rng_state(state: dict, device, generators=()) -> None:
@@ -64,7 +109,7 @@ def set_rng_state(state: dict, device, generators=()) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     for generator, its in zip(generators, state["generators"], strict=True):
-        generator.set_state(its)
+        _set_stream(generator, its)
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 

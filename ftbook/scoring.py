@@ -17,6 +17,7 @@ __all__ = [
     "class_target",
     "resolve_loss",
     "logits_of",
+    "one_tensor",
     "forward",
     "accuracy",
     "resolve_metrics",
@@ -179,6 +180,18 @@ def logits_of(output):
     return output
 
 
+def one_tensor(output) -> torch.Tensor:
+    """The output, where it is what named losses and metrics read."""
+    if torch.is_tensor(output):
+        return output
+    raise TypeError(
+        f"the model returned a {type(output).__name__}; named losses, metrics "
+        "and predict read one tensor, or an output with 'logits': let the "
+        "model return one, or pass as loss (and in metrics=) functions "
+        "(output, target) that take what it returns"
+    )
+
+
 def _own_loss(output):
     """The loss that a model returned."""
     value = getattr(output, "loss", None)
@@ -220,6 +233,8 @@ def forward(model, batch, loss, autocast=None) -> tuple:
     if loss is None:
         return logits_of(output), _own_loss(output), target
     output = logits_of(output)
+    if not torch.is_tensor(output) and any(f is loss for f in _LOSSES.values()):
+        one_tensor(output)
     return output, loss(output, target), target
 
 # %% ../nbs/04_train.ipynb #6128e98a
@@ -244,7 +259,7 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> float:
     >>> accuracy(scores, torch.tensor([0, -100]))
     1.0
     """
-    dim = class_dim(output, target) if output.ndim else 0
+    dim = class_dim(output, target) if one_tensor(output).ndim else 0
     if output.shape == target.shape:
         if not _is_soft(target, dim):
             return _binary_accuracy(output, target)
@@ -478,7 +493,7 @@ def predict(
             kwargs.pop("labels", None)
             with autocast:
                 output = model(*args, **kwargs)
-            outputs.append(logits_of(output).cpu())
+            outputs.append(one_tensor(logits_of(output)).cpu())
     if not outputs:
         raise ValueError("x has nothing to predict: the iterable gave no batch")
     return torch.cat(outputs)

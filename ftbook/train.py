@@ -91,6 +91,7 @@ from ftbook.scoring import (
     evaluate,
     forward,
     means_of,
+    one_tensor,
     predict,
     resolve_loss,
     resolve_metrics,
@@ -421,8 +422,9 @@ class Run:
         Returns a context manager, in which the model holds the weights that
         the callback will leave at the end, for example an average. Validation
         and every `on_epoch_end` happen inside; so early stopping compares and
-        keeps what the user will get. It restores last, after every other
-        `on_train_end`.
+        keeps what the user will get. At the end a callback with this method
+        is called before those without, and early stopping last: who has kept
+        weights brings them back over the average.
     state_dict(), load_state_dict(state)
         What a checkpoint keeps: tensors, numbers, text, lists and dicts.
         Loaded after `on_train_begin`. With a `Checkpoint`, a callback that has
@@ -485,8 +487,17 @@ class Run:
 
 # %% ../nbs/04_train.ipynb #db16c9d4
 def _call(run: Run, hook: str) -> None:
-    """Call a method of every callback that has it."""
-    for callback in run.callbacks:
+    """Call a method of every callback that has it.
+
+    At the end those come first that leave other weights, such as an average:
+    whoever kept some in `evaluation_weights` brings them back over these.
+    """
+    callbacks = run.callbacks
+    if hook == "on_train_end":
+        callbacks = sorted(
+            callbacks, key=lambda c: not hasattr(c, "evaluation_weights")
+        )
+    for callback in callbacks:
         method = getattr(callback, hook, None)
         if method is not None:
             method(run)
@@ -850,8 +861,9 @@ def _checked_once(run: Run, loss):
 
     def check(output, target):
         run._loss = loss
-        if not (torch.is_tensor(output) and torch.is_tensor(target)):
+        if not torch.is_tensor(target):
             return loss(output, target)
+        one_tensor(output)
         dim = class_dim(output, target)
         shape = output.shape[:dim] + output.shape[dim + 1 :]
         whole = not target.is_floating_point()
@@ -887,7 +899,7 @@ def _check_scored(run: Run) -> None:
 
 
 def _check_last_batch(run: Run) -> None:
-    """Refuse a last batch of one example that batch normalization dislikes."""
+    """Refuse a batch of one example that batch normalization dislikes."""
     norms = [
         m
         for m in run.model.modules()
@@ -904,9 +916,10 @@ def _check_last_batch(run: Run) -> None:
     except Exception as error:  # any other will come back in the first step
         if "more than 1 value per channel" in str(error):
             raise ValueError(
-                "the last batch of an epoch has one example, and batch "
-                "normalization needs two to estimate a variance: use another "
-                "batch_size, one row less, or a DataLoader with drop_last=True"
+                "an epoch has a batch of one example, mostly the last, and "
+                "batch normalization needs two to estimate a variance: use "
+                "another batch_size, one row less, or a DataLoader with "
+                "drop_last=True"
             ) from error
     finally:
         with torch.no_grad():
@@ -915,8 +928,11 @@ def _check_last_batch(run: Run) -> None:
 
 
 def _last_batch(run: Run) -> tuple:
-    """Rows of an epoch's last batch here, and how to get one row."""
+    """Rows of an epoch's smallest batch here, and how to get one row."""
     data, n = run._batches, None
+    if isinstance(data, list):  # any of its batches may be the small one
+        small = min(data, key=rows_of)
+        return _own_rows(run, rows_of(small)), lambda: small
     batches = data.batches if isinstance(data, DictBatches) else data
     if isinstance(batches, Batches):
         n, size = len(batches.tensors[0]), batches.batch_size
@@ -939,10 +955,13 @@ def _last_batch(run: Run) -> tuple:
         return 0, None
     if batches.drop_last or n is None:
         return 0, None
-    rows = n % size or size
-    if run._size > 1 and not run._sharded and rows >= run._size:
-        rows //= run._size
-    return rows, batch
+    return _own_rows(run, n % size or size), batch
+
+
+def _own_rows(run: Run, rows: int) -> int:
+    """The rows of a batch that this process takes."""
+    cut = run._size > 1 and not run._sharded and rows >= run._size
+    return rows // run._size if cut else rows
 
 # %% ../nbs/04_train.ipynb #9473d9fd
 def _prepare(run: Run) -> Run:
@@ -995,7 +1014,6 @@ def _sort_callbacks(run: Run) -> None:
     for stopper in stoppers:
         _check_monitor(stopper, run, len(others) > len(stoppers))
     if files:
-        check_states(run.callbacks)
         run._checkpoint = files[0]
 
 
@@ -1113,7 +1131,9 @@ def _running(run: Run):
         stack.callback(_tidy_up, run)
         _prepare_speed(run)
         run.model.train()
-        run._signature = signature_of(run) if saving is not None else None
+        if saving is not None:
+            check_states(run)
+            run._signature = signature_of(run)
         try:
             for callback in run.callbacks:
                 if hasattr(callback, "close"):

@@ -1705,3 +1705,177 @@ def test_attention_is_plain_while_training_in_bf16_on_a_cpu(precision, inside):
     assert seen == [inside] * 2 and model.config._attn_implementation == "sdpa"
     history = quiet(model, [batch], precision=precision)
     assert history.settings["plain_attention"] == (inside == "eager")
+
+
+# -------------------------------------------- what a reviewer tried and broke
+
+
+class RandomOrder(torch.utils.data.Sampler):
+    """An order from a generator of its own, which is not one of torch."""
+
+    def __init__(self, n, rng):
+        self.n, self.rng = n, rng
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        order = list(range(self.n))
+        self.rng.shuffle(order)
+        return iter(order)
+
+
+@pytest.mark.parametrize(
+    "rng",
+    [
+        lambda: np.random.default_rng(3),
+        lambda: np.random.Generator(np.random.MT19937(3)),
+        lambda: np.random.RandomState(3),
+        lambda: random.Random(3),
+    ],
+    ids=["numpy", "mersenne", "old numpy", "python"],
+)
+@pytest.mark.parametrize("step", [2, 5, 8])
+def test_an_order_drawn_by_numpy_or_python_goes_on_too(tmp_path, rng, step):
+    def loader():
+        data = torch.utils.data.TensorDataset(*toy(40))
+        return torch.utils.data.DataLoader(data, batch_size=10, sampler=RandomOrder(40, rng()))
+
+    file = Checkpoint(tmp_path / "run.pt", every=1)
+    whole, broken = net(dropout=0.1), net(dropout=0.1)
+    quiet(whole, loader(), epochs=3, lr=0.05)
+    with pytest.raises(Stop):
+        quiet(broken, loader(), epochs=3, lr=0.05, callbacks=[Bomb(step), file])
+    broken = net(dropout=0.1)
+    quiet(broken, loader(), epochs=3, lr=0.05, callbacks=[Bomb(-1), file])
+    assert same(whole, broken)
+
+
+class Scaled(nn.Module):
+    """A loss with a weight and a buffer of its own, which training changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, output, target):
+        self.seen += 1
+        return F.cross_entropy(output * self.log_scale.exp(), target)
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_loss_with_weights_of_its_own_goes_on_too(tmp_path, step):
+    def run(*callbacks):
+        model, loss = net(), Scaled()
+        params = [*model.parameters(), *loss.parameters()]
+        how = {"epochs": 3, "batch_size": 25, "lr": 0.05, "params": params}
+        with contextlib.suppress(Stop):
+            quiet(model, toy(), loss=loss, callbacks=callbacks, **how)
+        return model, loss
+
+    file = Checkpoint(tmp_path / "run.pt", every=1)
+    whole, loss = run(Bomb(-1))
+    run(Bomb(step), file)
+    again, restored = run(Bomb(-1), file)
+    assert same(whole, again) and same(loss, restored) and restored.seen == 12
+
+
+def test_weights_that_a_checkpoint_would_lose_are_refused(tmp_path):
+    class Shadow:
+        def __init__(self, model):
+            self.shadow = copy.deepcopy(model)
+
+    class Slotted:
+        __slots__ = ("count",)
+
+        def __init__(self):
+            self.count = 0
+
+    class Looks:
+        def __init__(self, model):
+            self.model = model
+
+    model, other, file = net(), nn.Linear(2, 2), Checkpoint(tmp_path / "run.pt")
+    with pytest.raises(TypeError, match=r"Shadow has attributes \(shadow\)"):
+        quiet(model, toy(), callbacks=[Shadow(model), file])
+    with pytest.raises(TypeError, match=r"Slotted has attributes \(count\)"):
+        quiet(model, toy(), callbacks=[Slotted(), file])
+    with pytest.raises(ValueError, match="neither model nor loss"):
+        quiet(model, toy(), params=[*model.parameters(), *other.parameters()], callbacks=[file])
+    assert same(model, net()) and list(tmp_path.iterdir()) == []
+    assert quiet(model, toy(), callbacks=[Looks(model[0]), file]).rows
+
+
+def test_extra_state_of_a_module_is_kept_as_plain_values(tmp_path):
+    class Counted(nn.Linear):
+        calls: object = 0
+
+        def forward(self, x):
+            self.calls = np.int64(self.calls + 1)
+            return super().forward(x)
+
+        def get_extra_state(self):
+            return {"calls": self.calls}
+
+        def set_extra_state(self, state):
+            self.calls = state["calls"]
+
+    file = Checkpoint(tmp_path / "run.pt")
+    quiet(Counted(6, 3), toy(), batch_size=50, callbacks=[file])
+    model = Counted(6, 3)
+    quiet(model, toy(), batch_size=50, epochs=2, callbacks=[file])
+    assert model.calls == 4
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_whoever_keeps_the_best_weights_restores_them_over_an_average(order):
+    class Best:
+        best, weights = math.inf, None
+
+        def on_epoch_end(self, run):
+            if run.row["valid_loss"] < self.best:
+                self.best, self.weights = run.row["valid_loss"], copy.deepcopy(run.model.state_dict())
+
+        def on_train_end(self, run):
+            run.model.load_state_dict(self.weights)
+
+    class Spoil:
+        def on_epoch_begin(self, run):
+            if run.epoch == 2:
+                with torch.no_grad():
+                    for p in run.model.parameters():
+                        p.add_(torch.randn_like(p))
+
+    model, valid, best = net(), toy(40, 1), Best()
+    quiet(model, toy(), valid, epochs=3, lr=0.05, batch_size=20, callbacks=[Spoil(), *[Average(), best][::order]])
+    assert evaluate(model, valid)["loss"] == pytest.approx(best.best)
+
+
+def test_outputs_that_are_no_tensor_name_the_cure():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    x, y = toy()
+    for call in (
+        lambda: quiet(Pair(6, 3), (x, y)),
+        lambda: quiet(Pair(6, 3), (x, y), loss=nn.CrossEntropyLoss()),
+        lambda: quiet(Pair(6, 6), (x, x), loss="mse"),
+        lambda: evaluate(Pair(6, 3), (x, y)),
+        lambda: predict(Pair(6, 3), x),
+    ):
+        with pytest.raises(TypeError, match="returned a tuple.*'logits'"):
+            call()
+    assert quiet(Pair(6, 3), (x, y), loss=lambda out, target: F.cross_entropy(out[0], target)).rows
+
+
+def test_a_list_with_a_batch_of_one_example_is_refused_before_the_first_step():
+    model, (x, y) = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), toy(33)
+    before = copy.deepcopy(model)
+    for cuts in ([16, 16, 1], [16, 1, 16]):
+        parts = list(zip(x.split(cuts), y.split(cuts), strict=True))
+        with pytest.raises(ValueError, match="one example.*another batch_size"):
+            quiet(model, parts)
+        assert same(model, before)
+    assert quiet(model, [(x[:16], y[:16]), (x[16:], y[16:])]).rows
