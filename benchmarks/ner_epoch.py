@@ -7,7 +7,7 @@ from _corpus import conll_like, tokenizer
 from ner_prepare import LABELS
 
 from ftbook.mlm import small_bert
-from ftbook.ner import BucketBatches, PaddedBatches, encode, token_classifier
+from ftbook.ner import BucketBatches, encode, token_classifier
 
 
 def stepper(tiny: bool):
@@ -34,7 +34,8 @@ def main(argv=None):
     encoded = encode(words, tokenizer(), tags, LABELS, max_length=128)
     sample, repeats = (2, 1) if args.tiny else (9, 4)
     bucket = BucketBatches(encoded, 32, shuffle=False).rows()
-    random = PaddedBatches(encoded, 32).rows()
+    order = np.random.default_rng(0).permutation(len(encoded))
+    random = [order[i : i + 32] for i in range(0, len(order), 32)]
     step, epochs = stepper(args.tiny), []
     step(encoded.batch(bucket[-1]))
     for i in range(repeats):

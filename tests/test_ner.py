@@ -1,5 +1,6 @@
 """ftbook.ner: alignment, batches, decoding, the tagger, and the study of chapter 10."""
 
+import importlib.util
 import itertools
 import random
 from collections import Counter
@@ -17,8 +18,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from ftbook import Settings, ner
-from ftbook.corpus import Corpus, Sentence
+from ftbook import Settings, data, ner, results
+from ftbook.corpus import Corpus, Sentence, read_conll
 from ftbook.ner import (
     BucketBatches,
     NERTagger,
@@ -27,11 +28,11 @@ from ftbook.ner import (
     decode,
     encode,
     iob2_transitions,
-    learn_transitions,
     mistakes,
     token_classifier,
     viterbi,
 )
+from ftbook.studies import ner as study
 from ftbook.tags import entity_f1, label_list, to_iob2
 from ftbook.train import Checkpoint, fit
 
@@ -353,7 +354,9 @@ def test_bucket_batches(tokenizer):
 @given(st.integers(1, 5), st.integers(0, 10_000), st.booleans())
 def test_viterbi_finds_the_best_of_all_sequences(T, seed, learnt):
     rng, labels = np.random.default_rng(seed), label_list(["A", "B"])
-    step, start = learn_transitions([["O", "B-A", "I-A"], ["B-B"], []], labels) if learnt else iob2_transitions(labels)
+    step, start = (
+        study.learn_transitions([["O", "B-A", "I-A"], ["B-B"], []], labels) if learnt else iob2_transitions(labels)
+    )
     scores, lengths = rng.normal(size=(3, T, 5)), rng.integers(1, T + 1, 3)
     found = viterbi(scores, step, start, lengths)
     for row, n, s in zip(found, lengths, scores, strict=True):
@@ -400,7 +403,7 @@ def test_constrained_output_is_always_iob2(seed):
 
 
 def test_learnt_transitions_are_probabilities():
-    step, start = learn_transitions([["B-LOC", "I-LOC", "O"], ["O"]], LABELS)
+    step, start = study.learn_transitions([["B-LOC", "I-LOC", "O"], ["O"]], LABELS)
     assert np.allclose(np.exp(step).sum(1), 1) and np.exp(start).sum() == pytest.approx(1)
     assert np.isinf(step[0, LABELS.index("I-LOC")]) and step[1, 2] > step[1, 1]
 
@@ -618,72 +621,131 @@ def test_tagger_input_types(tagger):
         tagger.predict([["a", "list"]])
 
 
-# ---------------------------------------------------------------- the experiment
+# ---------------------------------------------------------------- the study
 
 
-def test_zipped_labels_are_one_off(tokenizer):
+def test_labels_laid_from_zero_are_one_off(tokenizer):
     e = encode([["Paris", "zebras", "the"], ["the"]], tokenizer, [["B-LOC", "O", "B-PER"], ["B-ORG"]], LABELS)
-    z = ner.relabel(e, "zipped")
+    z = study.laid_from_zero(e)
     assert [z.labels[a:b][:4].tolist() for a, b in itertools.pairwise(z.starts)] == [
         [LABELS.index("B-LOC"), 0, LABELS.index("B-PER"), -100],
         [LABELS.index("B-ORG"), -100, -100],
     ]
-    assert ner.relabel(e, "right") is e and (e.labels[e.starts[:-1]] == -100).all()
-    with pytest.raises(ValueError, match="'zipped'"):
-        ner.relabel(e, "other")
+    assert (e.labels[e.starts[:-1]] == -100).all()
 
 
 def test_padded_batches_label_the_padding(tokenizer, town_corpus):
     e = encode(town_corpus, tokenizer)
-    batches = ner.PaddedBatches(e, 50, length=64, label=0)
+    batches = study.PaddedBatches(e, 50, length=64, label=0)
     seen = list(batches)
     assert [b["labels"].shape for b in seen] == [(50, 64), (50, 64), (20, 64)]
     assert all((b["labels"][b["attention_mask"] == 0] == 0).all() for b in seen)
     assert sorted(np.concatenate(batches.rows())) == list(range(120))
 
 
-def test_what_is_trained(tokenizer):
-    model = token_classifier(small_body(tokenizer), LABELS)
-    counts = [ner.train_only(model, part) for part in ("head", "top", "full")]
-    assert counts[0] == 33 * len(LABELS) < counts[1] < counts[2] == sum(p.numel() for p in model.parameters())
-    with pytest.raises(ValueError, match="'head', 'top', 'full'"):
-        ner.train_only(model, "none")
-
-
 def test_noise_changes_types_and_nothing_else(town_corpus):
-    noisy = ner.shuffle_types(town_corpus, 0.5, seed=1)
+    noisy = study.shuffle_types(town_corpus, 0.5, seed=1)
     pairs = [
         (a, b) for s, t in zip(town_corpus, noisy, strict=True) for a, b in zip(s.entities, t.entities, strict=True)
     ]
     assert all(a[1:] == b[1:] for a, b in pairs) and 0.4 < np.mean([a != b for a, b in pairs]) < 0.6
-    assert list(ner.shuffle_types(town_corpus, 0.0)) == list(town_corpus)
+    assert list(study.shuffle_types(town_corpus, 0.0)) == list(town_corpus)
 
 
 @pytest.mark.parametrize("target", ["right", "zipped", "padded", "all pieces", "noisy types"])
-def test_a_run_of_the_experiment(tokenizer, town_corpus, target):
-    few = Corpus(town_corpus[:24])
-    options = {
-        "body": small_body(tokenizer).config,
-        "tokenizer": tokenizer,
-        "train_set": few,
-        "valid": few,
-        "epochs": 1,
-        "max_length": 32,
-        "target": target,
-    }
-    tagger, found = ner.tagging_run(1, **options, test=few)
-    assert set(found) == {
-        "valid_f1",
-        "test_f1",
-        "test_precision",
-        "test_recall",
-        "test_f1_argmax",
-        "test_word_accuracy",
-        "broken_sentences",
-    }
-    assert found["valid_f1"] == found["test_f1"] and 0 <= found["broken_sentences"] <= 1
-    if target == "right":
-        assert ner.tagging_run(1, **options)[1] == {"valid_f1": found["valid_f1"]}
+def test_a_tagger_is_fine_tuned_on_every_kind_of_labels(tokenizer, town_corpus, target):
+    few, body = Corpus(town_corpus[:24]), small_body(tokenizer).config
+    options = {"epochs": 1, "lr": 5e-4, "max_length": 32, "target": target}
+    tagger, again = (study.fine_tuned(1, body, tokenizer, few, **options) for _ in range(2))
+    same = again.model.state_dict()
+    assert all(torch.equal(v, same[k]) for k, v in tagger.model.state_dict().items())
+    assert tagger.max_length == 32 and tagger.stride == 8
+
+
+def test_only_the_part_that_is_named_is_trained(tokenizer, town_corpus):
+    few, body = Corpus(town_corpus[:8]), small_body(tokenizer)
+    counts = []
+    for part in ("head", "top", "full"):
+        tagger = study.fine_tuned(1, body, tokenizer, few, part, epochs=1, lr=1e-3, max_length=32)
+        counts.append(sum(p.numel() for p in tagger.model.parameters() if p.requires_grad))
+    assert counts[0] == 33 * len(few.labels) and counts[0] <= counts[1] < counts[2]
+    assert counts[2] == sum(p.numel() for p in tagger.model.parameters())
+
+
+def test_scores_are_sums_over_sentences(tagger, town_corpus):
+    few = Corpus([*town_corpus[:6], Sentence([], []), *town_corpus[6:9], Sentence([], [])])
+    found = study.scores(tagger, few)
+    whole = tagger.evaluate(few)
+    for name, value in (("f1", whole.f1), ("precision", whole.precision), ("recall", whole.recall)):
+        above, below = found[f"test_{name}"]
+        assert len(above) == len(below) == 11 and above.sum() / below.sum() == pytest.approx(value)
+    right, words = found["test_word_accuracy"]
+    assert (right <= words).all() and words.tolist() == list(map(len, few))
+    assert len(found["broken_sentences"]) == 11 and set(found) == SCORES
+
+
+SCORES = {"test_f1", "test_f1_argmax", "test_precision", "test_recall", "test_word_accuracy", "broken_sentences"}
+
+
+def test_a_run_of_either_study_scores_what_its_split_says(monkeypatch):
+    parts = [Corpus(part[:12]) for part in study.corpora()]
+    monkeypatch.setattr(study, "corpora", lambda: parts)
+    for run, row in ((study.run, study.ROWS[1]), (study.run_minilm, study.MINILM_ROWS[0])):
+        row = {**row, "lr": row["lr"][0]}
+        assert set(run(0, "valid", **row)) == {"valid_f1"}
+        found = run(1, "test", **row)
+        assert set(found) == SCORES and len(found["test_f1"][0]) == 12
+
+
+def made_up(seed, split, lr, target, **row):
+    """Scores in place of a run."""
+    if split == "valid":
+        return {"valid_f1": 0.5 - lr}
+    hits = np.arange(len(study.corpora()[2])) % 2 * (0 if target == "zipped" else 1)
+    return {"test_f1": (2 * hits, 2 + 0 * hits)}
+
+
+def test_the_studies_store_a_row_for_each_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "run", made_up)
+    monkeypatch.setattr(study, "run_minilm", made_up)
+    study.main()
+    for name, rows in (("ways", study.ROWS), ("minilm", study.MINILM_ROWS)):
+        found = results.load_study("10_ner", name, "quick")
+        assert len(found.rows("test_f1")) == len(rows) == 8
+        assert found.row("test_f1", target="zipped")["mean"] == 0.0
+        assert all(r["seeds"] == [1, 2, 3] and r["n"] == len(study.corpora()[2]) for r in found.rows("test_f1"))
+    with pytest.raises(ValueError, match="no study 'bert'; use ways, minilm"):
+        study.main("bert")
+
+
+def columns(sentences):
+    """CoNLL-2003's four columns with IOB1 tags, as its original files have them."""
+    rows = [
+        [f"{w} NNP I-NP {t.replace('B-', 'I-')}\n" for w, t in zip(s.words, s.tags, strict=True)] for s in sentences
+    ]
+    return ("-DOCSTART- -X- -X- O\n\n" + "\n".join("".join(lines) for lines in rows)).encode()
+
+
+def test_the_study_on_conll_2003_in_the_gpu_profile(fake, tokenizer, tmp_path, monkeypatch):
+    corpus = read_conll(data.asset("ner_corpus/train.conll"))
+    parts = {"train": 0, "valid": 8, "test": 16}
+    fake("conll2003", "bio", {f"{name}.txt": columns(corpus[i : i + 8]) for name, i in parts.items()})
+    monkeypatch.setenv("FTBOOK_PROFILE", "gpu")
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path / "results"))
+    spec = importlib.util.spec_from_file_location("ftbook.studies.ner_gpu", study.__file__)
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)  # a second copy, with the settings of the gpu profile
+    monkeypatch.setattr(gpu, "_base", {"bert_base_cased": (small_body(tokenizer), tokenizer)}.get)
+    monkeypatch.setitem(gpu.SETTINGS, "epochs", 1)
+    monkeypatch.setattr(gpu, "ROWS", gpu.ROWS[:2])
+    assert gpu.SENTENCES is None and gpu.SETTINGS["dropout"] == 0.1
+    gpu.main("ways")
+    found = results.load_study("10_ner", "ways", "gpu")
+    assert [r["init"] for r in found.rows("test_f1")] == ["random", "pretrained"]
+    row = found.row("test_f1", init="random")
+    assert row["n"] == 8 and row["tried"] == 5 and row["budget"].startswith("all sentences")
+    assert len(found.search.runs) == 10 and len(found.final.runs) == 6
 
 
 # ---------------------------------------------------------------- mistakes
@@ -718,8 +780,8 @@ def test_recall_by_length_and_novelty():
     )
     training = Corpus([Sentence(["ROME", "Oslo"], ["B-LOC", "B-PER"])])
     pred = [["B-PER", "I-PER", "O", "O"], ["B-LOC"]]
-    assert {k: v["found"] for k, v in ner.by_length(corpus, pred).items()} == {1: 1, 2: 1}
-    assert {k: v["recall"] for k, v in ner.by_novelty(corpus, pred, training).items()} == {
+    assert {k: v["found"] for k, v in study.by_length(corpus, pred).items()} == {1: 1, 2: 1}
+    assert {k: v["recall"] for k, v in study.by_novelty(corpus, pred, training).items()} == {
         "other type": 1.0,
         "seen": 0.0,
         "unseen": 1.0,
