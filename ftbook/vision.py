@@ -49,8 +49,8 @@ from .train import History, Settings, fit, predict
 
 # %% ../nbs/09_vision.ipynb #5587ace2
 class TwoConvCNN(nn.Module):
-    """The network of source 000: two 3 × 3 convolutions, each followed by max
-    pooling and ReLU, two linear layers.
+    """A plain CNN as tutorials on CIFAR-10 have it: two 3 × 3 convolutions,
+    each followed by max pooling and ReLU, two linear layers.
 
     Parameters
     ----------

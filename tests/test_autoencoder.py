@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from ftbook import autoencoder as ae
-from ftbook import data
+from ftbook import data, images, results
+from ftbook.studies import autoencoder as study
 from ftbook.train import Settings, evaluate, fit
 
 SMALL = (64, 16, 4)
@@ -108,7 +109,9 @@ def test_masked_patches_hides_whole_patches_in_equal_number(batch, patch, rows, 
 
 def test_corruptions_are_reproducible_and_bounded():
     x = torch.rand(4, 1, 8, 8)
-    seeded = [ae._noisy(x, torch.Generator().manual_seed(3))[0] for _ in range(2)]
+    noise = ae._CORRUPTIONS["noise"]
+    seeded = [noise(x, torch.Generator().manual_seed(3))[0] for _ in range(2)]
+    assert torch.equal(seeded[0], images.add_noise(x, 0.3, torch.Generator().manual_seed(3))), "the book has one noise"
     assert torch.equal(*seeded) and seeded[0].min() >= 0 and seeded[0].max() <= 1 and not torch.equal(seeded[0], x)
     with pytest.raises(ValueError, match="divides both sides"):
         ae.masked_patches(x, patch=3)
@@ -262,17 +265,19 @@ def test_few_label_run_scores_and_leaves_the_encoder_alone(digits):
     train, valid = digits.split([1000, 200], seed=0)
     encoder = ae.Autoencoder(SMALL, SHAPE).encoder
     before = copy.deepcopy(encoder.state_dict())
-    run = ae.few_label_run(encoder, train, valid, valid, labels=5, steps=60, lr=1e-2, seed=1)
-    assert run == ae.few_label_run(encoder, train, valid, valid, labels=5, steps=60, lr=1e-2, seed=1)
+    run = study.few_label_run(encoder, train, valid, valid, labels=5, steps=60, lr=1e-2, seed=1)
+    assert run == study.few_label_run(encoder, train, valid, valid, labels=5, steps=60, lr=1e-2, seed=1)
     assert run["valid_accuracy"] == run["test_accuracy"] > 0.3
-    assert set(ae.few_label_run(encoder, train, valid, labels=5, steps=5, freeze=True)) == {"valid_accuracy"}
+    assert set(study.few_label_run(encoder, train, valid, labels=5, lr=1e-3, steps=5, freeze=True)) == {
+        "valid_accuracy"
+    }
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
 def test_probe_on_latents_equals_the_frozen_classifier(digits):
     train, valid = digits.split([1000, 200], seed=0)
     encoder = ae.Autoencoder(SMALL, SHAPE).encoder
-    probe = ae.few_label_run(encoder, train, valid, labels=8, steps=40, lr=1e-2, seed=3, freeze=True)
+    probe = study.few_label_run(encoder, train, valid, labels=8, steps=40, lr=1e-2, seed=3, freeze=True)
     torch.manual_seed(3)
     model = ae.classifier_from(encoder, 10, freeze=True)
     few = train.per_class(8, seed=3)
@@ -289,3 +294,31 @@ def test_probe_on_latents_equals_the_frozen_classifier(digits):
     encoder.train().layers[1].eval()
     assert ae.latents(encoder, valid).shape == (200, 4)
     assert encoder.training and not encoder.layers[1].training, "every part is in its own mode again"
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_one_run_of_every_study_scores_the_images_of_its_split(split):
+    point = {"architecture": "conv", "method": "probe", "pool": 100, "labels": 2, "lr": 1e-2}
+    scores = study.label_run(0, split, **point)
+    assert set(scores) == {"valid_accuracy"} | {f"{split}_accuracy"} and all(0 <= s <= 1 for s in scores.values())
+    for features in ("pixels", "pca"):
+        scores = study.baseline_run(0, split, features=features, labels=2, C=1.0)
+        assert set(scores) == {f"{split}_accuracy"} and 0.2 < scores[f"{split}_accuracy"] < 1
+
+
+def test_the_studies_fill_their_rows(monkeypatch, tmp_path):
+    def run(seed, split, architecture, method, pool, labels, lr, corruption=None):
+        return {"valid_accuracy": 0.5 + lr, f"{split}_accuracy": 0.5 + lr}
+
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "label_run", run)
+    monkeypatch.setattr(study, "baseline_run", lambda seed, split, features, labels, C: {f"{split}_accuracy": 0.5 - C})
+    with pytest.warns(UserWarning, match="at the edge"):
+        study.main()
+    rows = results.load_study(study.CHAPTER, "label_efficiency").rows("test_accuracy")
+    assert len(rows) == 2 * 5 * len(study.LABELS) and all(r["lr"] == 0.01 and r["tried"] == 3 for r in rows)
+    best = results.load_sweep(study.CHAPTER, "ablation").best("valid_accuracy", by=("corruption", "method"))
+    assert len(best) == 6 and all(r["lr"] == 0.01 and len(r["values"]) == 3 for r in best)
+    assert [r["C"] for r in results.load(study.CHAPTER, "baselines")] == [0.01] * 2 * len(study.LABELS)
+    with pytest.raises(ValueError, match="no study 'label' in chapter 5; allowed are label_efficiency, ablation, base"):
+        study.main("label")
