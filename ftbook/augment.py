@@ -788,11 +788,13 @@ def text_policy(
     n_classes: int = 2,
     strength: float | None = None,
 ) -> Any:
-    """A transform of token batches for `fit` by name: one of `_TEXT_STRENGTHS`;
-    None for "none".
+    """A transform of token batches for `fit` by name; None for "none".
 
     Parameters
     ----------
+    name : str
+        "masking" or "dropout" of words, "swap" of neighbors, "embedding mixup"
+        of two sentences, or "none".
     vocab : from `ftbook.mlm.vocabulary`
     model : Module
         Its input embedding is mixed by "embedding mixup".

@@ -40,32 +40,33 @@ def _through(layers, hidden, mask):
     return hidden
 
 
-@cache
 @torch.no_grad()
-def task():
-    """Short sentences of each split, after the frozen layers.
-
-    Vectors (N, T, C), mask (N, T) and labels (N,).
+def _frozen(split):
+    """Short sentences of a split: vectors after the frozen layers (N, T, C),
+    mask (N, T), labels (N,).
     """
     model, tokenizer = bundled()
+    quick = runtime.profile() == "quick"
+    texts = data.load("sst2", split, bundled=quick)
+    pieces = tokenizer(texts.texts)["input_ids"]
+    short = [i for i, ids in enumerate(pieces) if len(ids) <= PIECES]
+    short = short[: runtime.pick(quick=96, cpu=len(short))]
     how = {"padding": "max_length", "truncation": True, "max_length": PIECES}
-    quick, splits = runtime.profile() == "quick", {}
-    for split in ("train", "valid", "test"):
-        texts = data.load("sst2", split, bundled=quick)
-        pieces = tokenizer(texts.texts)["input_ids"]
-        short = [i for i, ids in enumerate(pieces) if len(ids) <= PIECES]
-        short = short[: runtime.pick(quick=96, cpu=len(short))]
-        rows = [texts.texts[i] for i in short]
-        rows = tokenizer(rows, return_tensors="pt", **how)
-        ids, mask = rows["input_ids"], rows["attention_mask"]
-        lower = [
-            _through(
-                model.bert.encoder.layer[:FROZEN], model.bert.embeddings(p), m
-            )
-            for p, m in zip(ids.split(64), mask.split(64), strict=True)
-        ]
-        splits[split] = torch.cat(lower), mask, texts.y[short]
-    return splits
+    rows = [texts.texts[i] for i in short]
+    rows = tokenizer(rows, return_tensors="pt", **how)
+    parts = rows["input_ids"].split(64), rows["attention_mask"].split(64)
+    below, layers = model.bert.embeddings, model.bert.encoder.layer[:FROZEN]
+    lower = [
+        _through(layers, below(ids), mask)
+        for ids, mask in zip(*parts, strict=True)
+    ]
+    return torch.cat(lower), rows["attention_mask"], texts.y[short]
+
+
+@cache
+def task():
+    """What `_frozen` makes of each split."""
+    return {split: _frozen(split) for split in ("train", "valid", "test")}
 
 # %% ../../nbs/03_optim.ipynb #13bc4d27
 def batches(hidden, mask, y, order, size=BATCH, pool=64):
