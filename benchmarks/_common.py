@@ -1,4 +1,4 @@
-"""What all measurements share: arguments, paired timing, peers that may be missing, fresh processes, result files."""
+"""What all measurements share: arguments, paired timing, peers that may be missing, fresh processes, stored rows."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ftbook import runtime
+from ftbook import results, runtime
 
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
@@ -41,6 +41,7 @@ def arguments(doc: str, argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.out is None:
         args.out = Path(tempfile.mkdtemp(prefix="ftbook-bench-")) if args.tiny else RESULTS
+    os.environ["FTBOOK_RESULTS"] = str(args.out)
     warnings.filterwarnings("ignore")
     return args
 
@@ -146,22 +147,12 @@ def machine() -> dict:
     }
 
 
-def save(name: str, rows: list, args, **extra) -> Path:
-    """Write the result file in one step; `make bench` turns all of them into the table."""
-    seconds = time.perf_counter() - STARTED
-    content = {
-        "name": name,
-        "rows": rows,
-        "tiny": args.tiny,
-        "seconds": round(seconds, 1),
-        "machine": machine(),
-        **extra,
-    }
-    path = args.out / f"{name}.json"
-    with runtime.atomic_write(path) as file:
-        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def save(name: str, rows: list, args, **extra) -> None:
+    """Store what was measured; `make bench` turns all of it into the table."""
+    seconds = round(time.perf_counter() - STARTED, 1)
+    content = {"rows": rows, "tiny": args.tiny, "seconds": seconds, "machine": machine(), **extra}
+    results.record(name, "measured", content, substitute="; ".join(results.substituted()) or None)
     print(f"  {name}: {seconds:.0f} s", flush=True)
-    return path
 
 
 STARTED = time.perf_counter()

@@ -1,11 +1,13 @@
 """Write benchmarks/README.md from the result files: called by tools/bench.py after the last script."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import _common as bench
 
+from ftbook import results
 from ftbook.runtime import atomic_write
 
 ORDER = [
@@ -44,19 +46,25 @@ script runs.
 
 
 def load(folder: Path) -> dict:
-    """name -> content of every result file."""
-    found = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
+    """name -> what was measured, of every result file."""
+    os.environ["FTBOOK_RESULTS"] = str(folder)
+    found = {p.stem: results.load(p.stem, "measured") for p in sorted(folder.glob("*.json"))}
     return {name: content for name, content in found.items() if not content["tiny"]}
 
 
-def line(row: dict) -> str:
-    """A row of the table."""
+def cells(row: dict) -> dict:
+    """A row of the table: heading -> text."""
     met = {True: "met", False: "**not met**", None: "–"}[row["met"]]
     why = NOTES.get(row["what"], "") if row["met"] is False else ""
     note = " ".join(filter(None, (why, row["note"])))
-    met += f": {note}" if note else ""
-    cells = row["what"], row["target"] or "–", bench.shown(row), row["peer"] or "–", row["limit"] or "–", met
-    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+    return {
+        "question": row["what"],
+        "target": row["target"] or "–",
+        "measured: median [quartiles]": bench.shown(row),
+        "peer": row["peer"] or "–",
+        "how far from the limit": row["limit"] or "–",
+        "met": f"{met}: {note}" if note else met,
+    }
 
 
 NOTES: dict[str, str] = {}  # row -> why its target is not met, from benchmarks/notes.json
@@ -80,8 +88,9 @@ def conditions(found: dict) -> str:
 
 def growth(content: dict) -> list[str]:
     out = ["## Growth\n"]
-    for name, part in content["figures"].items():
-        out.append(f"{part['says']}\n\n![{GROWTH[name]}](figures/growth_{name}.svg)\n")
+    for name in (n for n in GROWTH if n in content["figures"]):
+        says = content["figures"][name]["says"]
+        out.append(f"{says}\n\n![{GROWTH[name]}](figures/growth_{name}.svg)\n")
     return out
 
 
@@ -98,8 +107,9 @@ def gpu(found: dict) -> list[str]:
         ]
     content = found["gpu"]
     out.append(f"{content['gpu']}, measured bf16 matrix-product peak {content['matmul_peak_tflops']:.0f} TFLOP/s.\n")
-    out += ["| work and setting | speed over the peer [quartiles] | peer | measured |", "|---|---|---|---|"]
-    return out + [f"| {r['what']} | {bench.shown(r)} | {r['peer']} | {r['limit']} |" for r in content["rows"]] + [""]
+    columns = {"question": "work and setting", "measured: median [quartiles]": "speed over the peer [quartiles]"}
+    columns |= {"peer": "peer", "how far from the limit": "measured"}
+    return out + [str(results.table([cells(r) for r in content["rows"]], columns=columns)), ""]
 
 
 def render(folder: Path) -> str:
@@ -113,10 +123,8 @@ def render(folder: Path) -> str:
         INTRO,
         conditions(found),
         f"{NOTES.get('remark', '')}\n".lstrip(),
-        "| question | target | measured: median [quartiles] | peer | how far from the limit | met |",
-        "|---|---|---|---|---|---|",
+        str(results.table([cells(r) for name in ORDER if name in found for r in found[name]["rows"]])),
     ]
-    out += [line(row) for name in ORDER if name in found for row in found[name]["rows"]]
     missing = [name for name in ORDER if name not in found]
     out.append(f"\nNot run: {', '.join(missing)}.\n" if missing else "")
     out += growth(found["growth"]) if "growth" in found else []

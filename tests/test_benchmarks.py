@@ -1,12 +1,12 @@
 """Every script of benchmarks/ runs in its tiny setting, offline, with or without its peers; speed is not tested."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from ftbook import results
 from tools.settings import ROOT
 
 FOLDER = ROOT / "benchmarks"
@@ -21,15 +21,21 @@ def on_the_path():
     sys.path.remove(str(FOLDER))
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """The scripts say where results go; after the test that is forgotten."""
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+
+
 def run(name: str, out: Path) -> dict:
     importlib.import_module(name).main(["--tiny", "--out", str(out)])
-    return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+    return results.load(name, "measured")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_script_runs(name, tmp_path):
     content = run(name, tmp_path)
-    assert content["tiny"] and content["name"] == name and content["machine"]["threads"] >= 1
+    assert content["tiny"] and content.source["chapter"] == name and content["machine"]["threads"] >= 1
     assert content["rows"] or content["figures"]
     for row in content["rows"]:
         assert row["what"] and (row["measured"] is None or len(row["measured"]) == 3)
@@ -39,12 +45,11 @@ def test_the_script_runs(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["adapters", "entity_f1", "lora_inference", "lora_step", "ner_prepare"])
 def test_a_missing_peer_leaves_its_rows_empty(name, tmp_path, monkeypatch, capsys):
-    module = importlib.import_module(name)
+    importlib.import_module(name)
     for missing in ("peft", "seqeval", "seqeval.metrics", "datasets"):
         monkeypatch.setitem(sys.modules, missing, None)
-    module.main(["--tiny", "--out", str(tmp_path)])
+    content = run(name, tmp_path)
     assert "is not installed" in capsys.readouterr().out
-    content = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
     assert all(row["met"] is None for row in content["rows"] if row["target"] and row["measured"] is None)
 
 
