@@ -79,7 +79,7 @@ def image_batches(tiny: bool, n: int) -> list:
 
 def with_lora(model: nn.Module) -> nn.Module:
     conv = any(isinstance(m, nn.Conv2d) for m in model.modules())
-    target = r"layer\d\..*conv\d" if conv else ("query", "key", "value", "dense")
+    target = "layer[0-9].*conv[0-9]" if conv else ("query", "key", "value", "dense")
     return lora.apply(model, lora.LoRA(target, r=8, alpha=16), head="fc" if conv else "classifier").model
 
 

@@ -2,7 +2,8 @@
 
 `apply` puts one into any model and freezes the rest, `load` reads one from a
 file of this library or of Hugging Face peft, and the `Adapter` that both return
-switches it off, merges it, saves it and takes it out again.
+switches it off, merges it, saves it and takes it out again. To train, give a
+method to `ftbook.finetune.tune` as `how`.
 
 >>> from torch import nn
 >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -15,8 +16,8 @@ True
 
 # %% ../nbs/11_peft.ipynb #adfcd4c9
 __all__ = [
-    "apply", "load", "handle", "Adapter", "LoRA", "DoRA", "IA3", "BitFit",
-    "Houlsby", "Pfeiffer", "PromptTuning", "PrefixTuning", "quantize", "tune",
+    "LoRA", "apply", "Adapter", "handle", "load", "Method", "DoRA", "IA3",
+    "BitFit", "Houlsby", "Pfeiffer", "PromptTuning", "PrefixTuning", "quantize",
     "training_memory",
 ]  # fmt: skip
 
@@ -27,10 +28,16 @@ import hashlib
 import inspect
 import json
 import math
-import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,9 +54,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from .finetune import freeze, hold_batchnorm, unfreeze
-from .runtime import atomic_write, seed_everything
-from .train import Settings, fit
+from .finetune import find_head, hold_batchnorm, select
+from .runtime import atomic_write
 
 # %% ../nbs/11_peft.ipynb #a4371281
 _Weighted = Any  # a module with a weight, perhaps with a bias
@@ -396,6 +402,108 @@ class LoRALayer(Layer):
             names = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
         return {names.get(k, k): t for k, t in self.state_dict().items()}
 
+# %% ../nbs/11_peft.ipynb #098b9dce
+Target = str | Sequence[str]
+
+
+def _as_list(value: Target | None) -> list[str]:
+    """None, one string or several as a list."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What all methods share: `target` names the modules to adapt.
+
+    A target is one pattern of `ftbook.finetune.select` or several: a module's
+    full name, or the end of it after a dot (``"query"``), with the shell's
+    wildcards; ``"!..."`` takes modules away. Each has to find something.
+    ``"all-linear"`` stands for all linear layers but the output layer.
+    """
+
+    target: Target = "all-linear"
+    fits: ClassVar[Callable] = staticmethod(lambda m: kind(m) is not None)
+    knows: ClassVar[str] = (
+        "nn.Linear, nn.Conv2d with groups=1, nn.Embedding, transformers' "
+        "Conv1D and QuantLinear"
+    )
+    builder: ClassVar[type]
+
+    def layer(self, name: str, base: nn.Module, dtype: torch.dtype) -> Layer:
+        """The layer for one module; ValueError where sizes do not fit it."""
+        return self.builder(self, base, dtype)
+
+    def of(self, names: Collection[str]) -> "Method":
+        """The method for a model whose modules have these names."""
+        return self
+
+    def apply(self, model: nn.Module) -> "Adapter":
+        """Put an adapter into a model, with a copy of the model's head.
+
+        The head is what `ftbook.finetune.find_head` finds. That is what
+        `ftbook.finetune.tune` does with a method; `handle` gives the adapter.
+        """
+        model = _uncompiled(model)
+        return apply(model, self, head=find_head(model)[0])
+
+
+def check_positive(**numbers: float) -> None:
+    """Raise ValueError for the first number that is not above 0."""
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value}: give a number above 0")
+
+# %% ../nbs/11_peft.ipynb #9d3e7f6f
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank adaptation: W + scale B A, A (r, n_in) and B (n_out, r).
+
+    Parameters
+    ----------
+    target
+        Which modules (see `Method`): nn.Linear, nn.Conv2d, nn.Embedding,
+        transformers' Conv1D, `QuantLinear`.
+    r
+        Rank, 1 to the smaller side of the matrix.
+    alpha
+        Numerator of the scale.
+    dropout
+        Probability of dropping an entry of the update's input in training.
+    rslora
+        The scale is alpha/√r instead of alpha/r.
+
+    Examples
+    --------
+    >>> LoRA(r=8, alpha=16).scale, LoRA(r=16, alpha=16, rslora=True).scale
+    (2.0, 4.0)
+    """
+
+    target: Target = ("query", "value")
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rslora: bool = False
+    builder: ClassVar[type] = LoRALayer
+
+    def __post_init__(self):
+        if self.r < 1 or self.r != int(self.r):
+            raise ValueError(
+                f"rank r={self.r}: give a whole number of at least 1"
+            )
+        check_positive(alpha=self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"dropout={self.dropout}: give a probability from 0 up to, not "
+                "including, 1"
+            )
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of B A, equation (11.3)."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
 # %% ../nbs/11_peft.ipynb #42d470ed
 class DoRALayer(LoRALayer):
     """LoRA for the direction of each row of W, and a number for its length."""
@@ -457,6 +565,16 @@ class DoRALayer(LoRALayer):
     def absorbed(self, base: nn.Module) -> nn.Module:
         return self.merged(base)
 
+# %% ../nbs/11_peft.ipynb #984029b7
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """LoRA of the rows' directions, with their lengths trained apart.
+
+    The parameters are LoRA's.
+    """
+
+    builder: ClassVar[type] = DoRALayer
+
 # %% ../nbs/11_peft.ipynb #2a646829
 class IA3Layer(Layer):
     """One factor per output or, with `inside`, per input; 1 at the start."""
@@ -517,6 +635,76 @@ class BitFitLayer(Layer):
         """The base with the changed bias."""
         return with_weights(base, bias=exact(base.bias) + exact(self.bias))
 
+# %% ../nbs/11_peft.ipynb #c19f8ca8
+_FEED_FORWARD = "output.dense", "!attention.output.dense"
+_SCALABLE = (
+    "nn.Linear, nn.Conv2d with groups=1, transformers' Conv1D, QuantLinear"
+)
+
+
+def scalable(module: nn.Module) -> bool:
+    """Whether (IA)³ and the bottlenecks know the module."""
+    return kind(module) in ("linear", "conv1d", "conv2d")
+
+
+@dataclass(frozen=True)
+class IA3(Method):
+    """(IA)³: one trained factor per key, value and feed-forward unit.
+
+    Parameters
+    ----------
+    target
+        Modules whose outputs are scaled.
+    feedforward
+        Those among them whose inputs are scaled instead; patterns, too.
+    """
+
+    target: Target = ("key", "value", *_FEED_FORWARD)
+    feedforward: Target = _FEED_FORWARD
+    fits: ClassVar[Callable] = staticmethod(scalable)
+    knows: ClassVar[str] = _SCALABLE
+
+    def of(self, names: Collection[str]) -> "IA3":
+        patterns = _as_list(self.feedforward)
+        if set(patterns) <= set(names):
+            return self
+        try:
+            inside = select(names, *patterns, what="module, as feedforward")
+        except ValueError:
+            if self.feedforward != _FEED_FORWARD:
+                raise
+            inside = []  # the default, in a model with other names
+        return replace(self, feedforward=tuple(inside))
+
+    def layer(self, name: str, base: nn.Module, dtype: torch.dtype) -> Layer:
+        return IA3Layer(name in _as_list(self.feedforward), base, dtype)
+
+# %% ../nbs/11_peft.ipynb #44707eb4
+_NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+
+
+def _shiftable(module: nn.Module) -> bool:
+    """Whether BitFit knows the module and where its bias is added."""
+    if getattr(module, "bias", None) is None:
+        return False
+    norm = isinstance(module, _NORMS) and not _own_forward(module)
+    return norm or scalable(module)
+
+
+@dataclass(frozen=True)
+class BitFit(Method):
+    """Train the biases of linear layers, 2-D convolutions and normalizations.
+
+    Of every one that has a bias, or of those that `target` names.
+    """
+
+    target: Target = "*"
+    fits: ClassVar[Callable] = staticmethod(_shiftable)
+    knows: ClassVar[str] = (
+        f"{_SCALABLE}, layer, group and batch norms, with a bias"
+    )
+    builder: ClassVar[type] = BitFitLayer
+
 # %% ../nbs/11_peft.ipynb #c567b043
 class BottleneckLayer(Layer):
     """A small two-layer network after the module, with a residual around it.
@@ -548,6 +736,46 @@ class BottleneckLayer(Layer):
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         y = base(x)
         return y + self.up(self.act(self.down(y)))
+
+# %% ../nbs/11_peft.ipynb #56e40928
+@dataclass(frozen=True)
+class Houlsby(Method):
+    """Bottleneck adapters in two places of each Transformer layer.
+
+    After attention and after the feed-forward part.
+
+    Parameters
+    ----------
+    target
+        Modules after which a bottleneck is put.
+    size
+        Width of the bottleneck.
+    act
+        "relu", "gelu" or "tanh".
+    """
+
+    target: Target = ("output.dense",)
+    size: int = 16
+    act: str = "gelu"
+    fits: ClassVar[Callable] = staticmethod(scalable)
+    knows: ClassVar[str] = _SCALABLE
+    builder: ClassVar[type] = BottleneckLayer
+
+    def __post_init__(self):
+        if self.act not in ("relu", "gelu", "tanh"):
+            raise ValueError(
+                f'act={self.act!r}: choose "relu", "gelu" or "tanh"'
+            )
+
+# %% ../nbs/11_peft.ipynb #46d1fa47
+@dataclass(frozen=True)
+class Pfeiffer(Houlsby):
+    """One bottleneck adapter per layer, after the feed-forward part.
+
+    The parameters are Houlsby's.
+    """
+
+    target: Target = _FEED_FORWARD
 
 # %% ../nbs/11_peft.ipynb #cd605828
 def lengthen(mask: Tensor | None, n: int, queries: bool) -> Tensor | None:
@@ -596,6 +824,29 @@ class PromptLayer(Layer):
         output = base(longer, mask, *args, **kwargs)
         output["last_hidden_state"] = output["last_hidden_state"][:, n:]
         return output
+
+# %% ../nbs/11_peft.ipynb #4179b45f
+@dataclass(frozen=True)
+class PromptTuning(Method):
+    """`length` trained vectors before a transformers encoder's first layer.
+
+    `std` is their size at the start.
+    """
+
+    target: Target = ("encoder",)
+    length: int = 16
+    std: float = 0.5
+    fits: ClassVar[Callable] = staticmethod(
+        lambda m: (
+            hasattr(m, "layer")
+            and hasattr(getattr(m, "config", None), "hidden_size")
+        )
+    )
+    knows: ClassVar[str] = "the encoder of a BERT-like model of transformers"
+    builder: ClassVar[type] = PromptLayer
+
+    def __post_init__(self):
+        check_positive(length=self.length, std=self.std)
 
 # %% ../nbs/11_peft.ipynb #cd88b898
 class PrefixCache:
@@ -676,6 +927,30 @@ class PrefixLayer(Layer):
         kwargs[self.argument] = PrefixCache(*self.prefix)
         return base(hidden, attention_mask=mask, **kwargs)
 
+# %% ../nbs/11_peft.ipynb #b92c3b4f
+@dataclass(frozen=True)
+class PrefixTuning(PromptTuning):
+    """`length` trained keys and values in a BERT encoder's self-attentions."""
+
+    target: Target = ("attention.self",)
+    std: float = 0.1
+    fits: ClassVar[Callable] = staticmethod(
+        lambda m: (
+            hasattr(m, "num_attention_heads")
+            and hasattr(m, "attention_head_size")
+        )
+    )
+    knows: ClassVar[str] = "the self-attention of a BERT-like encoder"
+    builder: ClassVar[type] = PrefixLayer
+
+
+_METHODS = {
+    m.__name__: m
+    for m in (
+        LoRA, DoRA, IA3, BitFit, Houlsby, Pfeiffer, PromptTuning, PrefixTuning
+    )
+}  # fmt: skip
+
 # %% ../nbs/11_peft.ipynb #57849274
 class HeadLayer(Layer):
     """A trained copy of a whole module: the classifier of one adapter."""
@@ -701,279 +976,6 @@ class HeadLayer(Layer):
     def tensors(self) -> dict[str, Tensor]:
         """The module's own state, without further names."""
         return self.module.state_dict()
-
-# %% ../nbs/11_peft.ipynb #098b9dce
-Target = str | Sequence[str]
-
-
-def _as_list(value: Target | None) -> list[str]:
-    """None, one string or several as a list."""
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
-
-
-@dataclass(frozen=True)
-class Method:
-    """What all methods share: `target` names the modules to adapt.
-
-    A target is a module's full name, the end of it after a dot (``"query"``), a
-    regular expression for the full name, several of these, each of which has
-    to find something, or ``"all-linear"``: all but the output layer.
-    """
-
-    target: Target = "all-linear"
-    fits: ClassVar[Callable] = staticmethod(lambda m: kind(m) is not None)
-    knows: ClassVar[str] = (
-        "nn.Linear, nn.Conv2d with groups=1, nn.Embedding, transformers' "
-        "Conv1D and QuantLinear"
-    )
-    builder: ClassVar[type]
-
-    def layer(self, name: str, base: nn.Module, dtype: torch.dtype) -> Layer:
-        """The layer for one module; ValueError where sizes do not fit it."""
-        return self.builder(self, base, dtype)
-
-# %% ../nbs/11_peft.ipynb #9893cb0f
-def _meaning(target: str) -> Callable[[str], bool]:
-    """Whether one target means a module of a given full name."""
-    end = "." + target
-    if target.isidentifier():
-        return lambda name: name == target or name.endswith(end)
-    try:
-        fits = re.compile(target).fullmatch
-    except re.error as error:
-        raise ValueError(
-            f"target {target!r} is neither a name nor a regular expression "
-            f"({error}): give a module's name, the end of one after a dot, or "
-            "an expression such as r'.*layer\\.[01]\\..*'"
-        ) from None
-    return lambda name: name == target or name.endswith(end) or bool(fits(name))
-
-
-def matches(target: Target, name: str) -> bool:
-    """Whether a module's full name is meant by a target.
-
-    Examples
-    --------
-    >>> name = "bert.layer.0.query"
-    >>> some = "query", "uery", r".*\\.[01]\\..*", ("key", name)
-    >>> [matches(target, name) for target in some]
-    [True, False, True, True]
-    """
-    return any(_meaning(t)(name) for t in _as_list(target))
-
-# %% ../nbs/11_peft.ipynb #3b81d5f3
-def check_positive(**numbers: float) -> None:
-    """Raise ValueError for the first number that is not above 0."""
-    for name, value in numbers.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value}: give a number above 0")
-
-# %% ../nbs/11_peft.ipynb #9d3e7f6f
-@dataclass(frozen=True)
-class LoRA(Method):
-    """Low-rank adaptation: W + scale B A, A (r, n_in) and B (n_out, r).
-
-    Parameters
-    ----------
-    target
-        Which modules (see `Method`): nn.Linear, nn.Conv2d, nn.Embedding,
-        transformers' Conv1D, `QuantLinear`.
-    r
-        Rank, 1 to the smaller side of the matrix.
-    alpha
-        Numerator of the scale.
-    dropout
-        Probability of dropping an entry of the update's input in training.
-    rslora
-        The scale is alpha/√r instead of alpha/r.
-
-    Examples
-    --------
-    >>> LoRA(r=8, alpha=16).scale, LoRA(r=16, alpha=16, rslora=True).scale
-    (2.0, 4.0)
-    """
-
-    target: Target = ("query", "value")
-    r: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    rslora: bool = False
-    builder: ClassVar[type] = LoRALayer
-
-    def __post_init__(self):
-        if self.r < 1 or self.r != int(self.r):
-            raise ValueError(
-                f"rank r={self.r}: give a whole number of at least 1"
-            )
-        check_positive(alpha=self.alpha)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"dropout={self.dropout}: give a probability from 0 up to, not "
-                "including, 1"
-            )
-
-    @property
-    def scale(self) -> float:
-        """The factor in front of B A, equation (11.3)."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
-
-# %% ../nbs/11_peft.ipynb #984029b7
-@dataclass(frozen=True)
-class DoRA(LoRA):
-    """LoRA of the rows' directions, with their lengths trained apart.
-
-    The parameters are LoRA's.
-    """
-
-    builder: ClassVar[type] = DoRALayer
-
-# %% ../nbs/11_peft.ipynb #c19f8ca8
-FEED_FORWARD_OUT = r".*layer\.\d+\.output\.dense"
-_SCALABLE = (
-    "nn.Linear, nn.Conv2d with groups=1, transformers' Conv1D, QuantLinear"
-)
-
-
-def scalable(module: nn.Module) -> bool:
-    "Whether (IA)³ and the bottlenecks know the module: linear, 2-D"
-    "convolution."
-    return kind(module) in ("linear", "conv1d", "conv2d")
-
-
-@dataclass(frozen=True)
-class IA3(Method):
-    """(IA)³: one trained factor per key, value and feed-forward unit.
-
-    Parameters
-    ----------
-    target
-        Modules whose outputs are scaled.
-    feedforward
-        Those among them whose inputs are scaled instead.
-    """
-
-    target: Target = ("key", "value", FEED_FORWARD_OUT)
-    feedforward: Target = (FEED_FORWARD_OUT,)
-    fits: ClassVar[Callable] = staticmethod(scalable)
-    knows: ClassVar[str] = _SCALABLE
-
-    def layer(self, name: str, base: nn.Module, dtype: torch.dtype) -> Layer:
-        return IA3Layer(matches(self.feedforward, name), base, dtype)
-
-# %% ../nbs/11_peft.ipynb #44707eb4
-_NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
-
-
-def _shiftable(module: nn.Module) -> bool:
-    """Whether BitFit knows the module and where its bias is added."""
-    if getattr(module, "bias", None) is None:
-        return False
-    norm = isinstance(module, _NORMS) and not _own_forward(module)
-    return norm or scalable(module)
-
-
-@dataclass(frozen=True)
-class BitFit(Method):
-    """Train the biases of linear layers, 2-D convolutions and normalizations.
-
-    Of every one that has a bias, or of those that `target` names.
-    """
-
-    target: Target = ".*"
-    fits: ClassVar[Callable] = staticmethod(_shiftable)
-    knows: ClassVar[str] = (
-        f"{_SCALABLE}, layer, group and batch norms, with a bias"
-    )
-    builder: ClassVar[type] = BitFitLayer
-
-# %% ../nbs/11_peft.ipynb #56e40928
-@dataclass(frozen=True)
-class Houlsby(Method):
-    """Bottleneck adapters in two places of each Transformer layer.
-
-    After attention and after the feed-forward part.
-
-    Parameters
-    ----------
-    target
-        Modules after which a bottleneck is put.
-    size
-        Width of the bottleneck.
-    act
-        "relu", "gelu" or "tanh".
-    """
-
-    target: Target = ("output.dense",)
-    size: int = 16
-    act: str = "gelu"
-    fits: ClassVar[Callable] = staticmethod(scalable)
-    knows: ClassVar[str] = _SCALABLE
-    builder: ClassVar[type] = BottleneckLayer
-
-    def __post_init__(self):
-        if self.act not in ("relu", "gelu", "tanh"):
-            raise ValueError(
-                f'act={self.act!r}: choose "relu", "gelu" or "tanh"'
-            )
-
-# %% ../nbs/11_peft.ipynb #46d1fa47
-@dataclass(frozen=True)
-class Pfeiffer(Houlsby):
-    """One bottleneck adapter per layer, after the feed-forward part.
-
-    The parameters are Houlsby's.
-    """
-
-    target: Target = (FEED_FORWARD_OUT,)
-
-# %% ../nbs/11_peft.ipynb #4179b45f
-@dataclass(frozen=True)
-class PromptTuning(Method):
-    """`length` trained vectors before a transformers encoder's first layer.
-
-    `std` is their size at the start.
-    """
-
-    target: Target = ("encoder",)
-    length: int = 16
-    std: float = 0.5
-    fits: ClassVar[Callable] = staticmethod(
-        lambda m: (
-            hasattr(m, "layer")
-            and hasattr(getattr(m, "config", None), "hidden_size")
-        )
-    )
-    knows: ClassVar[str] = "the encoder of a BERT-like model of transformers"
-    builder: ClassVar[type] = PromptLayer
-
-    def __post_init__(self):
-        check_positive(length=self.length, std=self.std)
-
-# %% ../nbs/11_peft.ipynb #b92c3b4f
-@dataclass(frozen=True)
-class PrefixTuning(PromptTuning):
-    """`length` trained keys and values in a BERT encoder's self-attentions."""
-
-    target: Target = ("attention.self",)
-    std: float = 0.1
-    fits: ClassVar[Callable] = staticmethod(
-        lambda m: (
-            hasattr(m, "num_attention_heads")
-            and hasattr(m, "attention_head_size")
-        )
-    )
-    knows: ClassVar[str] = "the self-attention of a BERT-like encoder"
-    builder: ClassVar[type] = PrefixLayer
-
-
-METHODS = {
-    m.__name__: m
-    for m in (
-        LoRA, DoRA, IA3, BitFit, Houlsby, Pfeiffer, PromptTuning, PrefixTuning
-    )
-}  # fmt: skip
 
 # %% ../nbs/11_peft.ipynb #1d9a7c3e
 _SAFE = {
@@ -1078,29 +1080,32 @@ def walk(
 
 # %% ../nbs/11_peft.ipynb #17111786
 class _Survey:
-    """A model's modules without adapters, each once, and all names that it has.
+    """A model's modules without adapters, each once, and all names they have.
 
-    `modules` and `aliases` are by a module's first name.
+    `modules` are by their first names; `first` is that of every name.
     """
 
     def __init__(self, model: nn.Module, places: list[Place]):
-        self.model, self.modules, self.aliases = type(model).__name__, {}, {}
-        first: dict[int, str] = {}
+        self.whole, self.model = model, type(model).__name__
+        self.modules: dict[str, nn.Module] = {}
+        self.first: dict[str, str] = {}
+        known: dict[int, str] = {}
         for name, _, _, module in places:
             module = plain(module)
-            known = first.setdefault(id(module), name)
-            if known == name:
-                self.modules[name], self.aliases[name] = module, [name]
-            else:
-                self.aliases[known].append(name)
+            first = self.first[name] = known.setdefault(id(module), name)
+            if first == name:
+                self.modules[name] = module
 
-    def meant(self, target: str) -> list[str]:
-        """First names of the modules that a target means by any name."""
-        means = _meaning(target)
-        return [
-            n for n, names in self.aliases.items()
-            if means(n) or len(names) > 1 and any(map(means, names))
-        ]  # fmt: skip
+    def meant(self, pattern: str) -> list[str]:
+        """First names of the modules that a pattern means by any name."""
+        try:
+            found = select(self.first, pattern)
+        except ValueError:
+            raise ValueError(
+                f"pattern {pattern!r} matches no module of {self.model}; near "
+                f"names: {near(pattern, list(self.first))}"
+            ) from None
+        return list(dict.fromkeys(map(self.first.__getitem__, found)))
 
 
 def named(
@@ -1179,28 +1184,61 @@ def _check_fits(method: Method, name: str, module: nn.Module) -> None:
 
 
 def _find(
-    target: str, method: Method, survey: _Survey, outside: dict
+    pattern: str, method: Method, survey: _Survey, outside: dict
 ) -> set[str]:
-    """The modules outside of heads that one target means and a method fits.
+    """The modules outside of heads that one pattern means and a method fits.
 
-    A pattern passes over what does not fit; a layer that is named is an error.
+    A wildcard passes over what does not fit; a layer that is named is an error.
     """
-    meant = [n for n in survey.meant(target) if n in outside]
+    meant = [n for n in survey.meant(pattern) if n in outside]
     found = {n for n in meant if method.fits(outside[n])}
     if not found:
         known = [n for n, m in outside.items() if method.fits(m)]
-        what = f"target {target!r} matches no module of {survey.model}"
+        what = f"no module of {survey.model} outside of the head"
         if meant:
             what = (
-                f"target {target!r} matches {meant[0]}, "
-                f"{_what(outside[meant[0]])}, which {type(method).__name__} "
-                f"cannot adapt; it knows {method.knows}"
+                f"{meant[0]}, {_what(outside[meant[0]])}, which "
+                f"{type(method).__name__} cannot adapt; it knows {method.knows}"
             )
-        raise ValueError(f"{what}; near names: {near(target, known)}")
-    if len(found) < len(meant) and not set(target) & set("*+?|()[]{}\\^$"):
+        raise ValueError(
+            f"target {pattern!r} matches {what}; near names: "
+            f"{near(pattern, known)}"
+        )
+    if len(found) < len(meant) and not set(pattern) & set("*?["):
         for n in meant:
             if isinstance(outside[n], (nn.Linear, _ConvNd, nn.EmbeddingBag)):
                 _check_fits(method, n, outside[n])
+    return found
+
+# %% ../nbs/11_peft.ipynb #36c97c8b
+def _gather(
+    patterns: Iterable[str],
+    find: Callable[[str], Iterable[str]],
+    survey: _Survey,
+    known: Iterable[str],
+) -> set[str]:
+    """What `find` finds for all patterns; "!..." takes away, first from all."""
+    found: set[str] = set()
+    for k, pattern in enumerate(patterns):
+        if pattern.startswith("!"):
+            found = found if k else set(known)
+            found = found.difference(survey.meant(pattern[1:]))
+        else:
+            found.update(find(pattern))
+    return found
+
+
+def _all_linear(method: Method, survey: _Survey, outside: dict) -> set[str]:
+    """The linear layers that the method fits, without the output layer."""
+    last = outputs(survey.whole, survey.modules)
+    linear = {n: m for n, m in outside.items() if _linear(m) and n not in last}
+    found = {n for n, m in linear.items() if method.fits(m)}
+    if not found:
+        raise ValueError(
+            f"target 'all-linear' matches no module of {survey.model} that "
+            f"{type(method).__name__} can adapt, the output layer apart; it "
+            f"knows {method.knows}"
+        )
     return found
 
 
@@ -1214,24 +1252,22 @@ def chosen(
     survey = survey or _Survey(model, walk(model))
     outside = survey.modules
     if heads:
-        outside = {
-            n: m for n, m in outside.items()
-            if not any(within(a, heads) for a in survey.aliases[n])
-        }  # fmt: skip
-    found: set[str] = set()
-    if method.target != "all-linear":
-        for target in _as_list(method.target):
-            found |= _find(target, method, survey, outside)
-        return {n: m for n, m in outside.items() if n in found}
-    last = outputs(model, survey.modules)
-    linear = {n: m for n, m in outside.items() if _linear(m) and n not in last}
-    if not any(map(method.fits, linear.values())):
+        inside = {f for n, f in survey.first.items() if within(n, heads)}
+        outside = {n: m for n, m in outside.items() if n not in inside}
+
+    def find(pattern: str) -> set[str]:
+        if pattern == "all-linear":
+            return _all_linear(method, survey, outside)
+        return _find(pattern, method, survey, outside)
+
+    fitting = (n for n, m in outside.items() if method.fits(m))
+    found = _gather(_as_list(method.target), find, survey, fitting)
+    if not found and method.target:
         raise ValueError(
-            f"target 'all-linear' matches no module of {survey.model} that "
-            f"{type(method).__name__} can adapt, the output layer apart; it "
-            f"knows {method.knows}"
+            f"target {method.target!r} leaves no module of {survey.model}: "
+            'take fewer away with "!..."'
         )
-    return {n: m for n, m in linear.items() if method.fits(m)}
+    return {n: m for n, m in outside.items() if n in found}
 
 # %% ../nbs/11_peft.ipynb #bbde99cb
 def find_heads(survey: _Survey, head: Target | None) -> list[str]:
@@ -1248,16 +1284,18 @@ def find_heads(survey: _Survey, head: Target | None) -> list[str]:
             "is meant",
             stacklevel=3,
         )
-    found: set[str] = set()
-    for wanted in _as_list(head):
-        meant = survey.meant(wanted)
+
+    def find(pattern: str) -> set[str]:
+        meant = survey.meant(pattern)
         hits = {n for n in meant if any(True for _ in modules[n].parameters())}
         if not hits:
             raise ValueError(
-                f"head {wanted!r} matches no module with parameters; near "
-                f"names: {near(wanted, list(modules))}"
+                f"head {pattern!r} matches no module with parameters; near "
+                f"names: {near(pattern, list(modules))}"
             )
-        found |= hits
+        return hits
+
+    found = _gather(_as_list(head), find, survey, modules)
     return [n for n in modules if n in found and not within(n, found - {n})]
 
 # %% ../nbs/11_peft.ipynb #d2a9dae5
@@ -1307,6 +1345,138 @@ def freeze_base(model: nn.Module, places: list[Place]) -> None:
 
 def _nests(encoder: nn.TransformerEncoder) -> bool:
     return bool(getattr(encoder, "use_nested_tensor", False))
+
+# %% ../nbs/11_peft.ipynb #883b89ce
+def restore(model: nn.Module, places: list[Place]) -> None:
+    """Undo `freeze_base`, but for what an adapter of a part still needs."""
+    before = vars(model).pop("peft_before")
+    del model.peft_adapters
+    modules, kept = _bases(model, places), set()
+    for m in modules:  # outer ones first
+        if "peft_before" in vars(m):
+            inside = _bases(m, walk(m))
+            ids = {id(t) for t in (*inside, *_own_parameters(inside))} - kept
+            _hand_over(before, vars(m)["peft_before"], ids)
+            kept |= ids
+    for parameter in _own_parameters(modules):
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+    for parameter in before["trainable"]:
+        parameter.requires_grad_(True)
+    for module, cls, training in before["batchnorm"]:
+        module.__class__ = cls
+        module.train(model.training and training)
+    for encoder in before["nested"]:
+        encoder.use_nested_tensor = True
+
+
+def _hand_over(
+    before: dict[str, list], to: dict[str, list], ids: set[int]
+) -> None:
+    """Move the notes about some objects, by id, from one record to another."""
+    for what, notes in before.items():
+        about = [id(n[0] if isinstance(n, tuple) else n) for n in notes]
+        to[what] += [n for n, i in zip(notes, about, strict=True) if i in ids]
+        before[what] = [
+            n for n, i in zip(notes, about, strict=True) if i not in ids
+        ]
+
+# %% ../nbs/11_peft.ipynb #0f6668d4
+def check_name(
+    model: nn.Module, name: str, places: list[Place] | None = None
+) -> None:
+    """Raise ValueError for a name that is taken or cannot be one.
+
+    Also for a model with merged weights.
+    """
+    usable = isinstance(name, str) and name.isidentifier()
+    if not usable or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"adapter name {name!r}: use letters, digits and _ that make a "
+            "Python identifier, and no name that nn.ModuleDict has itself, as "
+            '"training"'
+        )
+    inside = wrappers(model, places).values()
+    own = vars(model).get("peft_adapters", {})
+    if name in own or any(name in w.layers for w in inside):
+        raise ValueError(
+            f"the model already has an adapter {name!r}, by itself or in one "
+            "of its parts: choose another name, or remove() it first"
+        )
+    if any(w.aside for w in inside):
+        raise ValueError(
+            "an adapter is merged into the weights: unmerge() it before adding "
+            "another"
+        )
+
+# %% ../nbs/11_peft.ipynb #c3460308
+def build(
+    names: dict,
+    method: Method,
+    modules: dict,
+    heads: Sequence[str],
+    dtype: torch.dtype | None,
+    start: bool = True,
+) -> dict[str, Layer]:
+    """Every layer that will be attached, by module name.
+
+    All errors are raised here, before the model changes.
+    """
+    method = method.of(names)
+    layers: dict[str, Layer] = {}
+    for path, module in modules.items():
+        own = module._parameters.values() if not module._modules else ()
+        floats = (
+            p.dtype for p in own or module.parameters()
+            if p is not None and p.is_floating_point()
+        )  # fmt: skip
+        like = dtype or next(floats, torch.float32)
+        try:
+            layers[path] = method.layer(path, module, like)
+            if start:
+                layers[path].start()
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from None
+    return layers | {h: HeadLayer(names[h]) for h in heads}
+
+# %% ../nbs/11_peft.ipynb #c510e67c
+def attach(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    heads: list[str],
+    layers: dict[str, Layer],
+    places: list[Place],
+) -> "Adapter":
+    """Freeze the base, put each layer at its place, switch to the adapter."""
+    freeze_base(model, places)
+    wrapped: dict[int, Adapted] = {}
+    for path, parent, attribute, module in places:
+        key = id(plain(module))
+        if key not in wrapped and (
+            path in layers or isinstance(module, Adapted)
+        ):
+            new = module if isinstance(module, Adapted) else Adapted(module)
+            if path in layers:
+                new.layers[name] = layers[path].train(module.training)
+            wrapped[key] = new
+        if key in wrapped:
+            parent._modules[attribute] = wrapped[key]
+    model.peft_adapters[name] = method, heads, frozenset(layers)
+    switch(wrapped.values(), name)
+    return Adapter(model, name, method, heads)
+
+
+def switch(places: Iterable[Adapted], active: str) -> None:
+    """Let every place compute with the adapter of this name if it has it.
+
+    That one trains, all others rest.
+    """
+    for w in places:
+        vars(w)["active"] = active if active in w.layers else None
+        for name, layer in w.layers.items():
+            for parameter in layer.parameters():
+                parameter.requires_grad = name == active
 
 # %% ../nbs/11_peft.ipynb #84594eb3
 def apply(
@@ -1369,102 +1539,6 @@ def apply(
     modules = chosen(model, method, heads, survey)
     layers = build(survey.modules, method, modules, heads, dtype)
     return attach(model, method, name, heads, layers, places)
-
-# %% ../nbs/11_peft.ipynb #0f6668d4
-def check_name(
-    model: nn.Module, name: str, places: list[Place] | None = None
-) -> None:
-    """Raise ValueError for a name that is taken or cannot be one.
-
-    Also for a model with merged weights.
-    """
-    usable = isinstance(name, str) and name.isidentifier()
-    if not usable or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"adapter name {name!r}: use letters, digits and _ that make a "
-            "Python identifier, and no name that nn.ModuleDict has itself, as "
-            '"training"'
-        )
-    inside = wrappers(model, places).values()
-    own = vars(model).get("peft_adapters", {})
-    if name in own or any(name in w.layers for w in inside):
-        raise ValueError(
-            f"the model already has an adapter {name!r}, by itself or in one "
-            "of its parts: choose another name, or remove() it first"
-        )
-    if any(w.aside for w in inside):
-        raise ValueError(
-            "an adapter is merged into the weights: unmerge() it before adding "
-            "another"
-        )
-
-# %% ../nbs/11_peft.ipynb #c3460308
-def build(
-    names: dict,
-    method: Method,
-    modules: dict,
-    heads: Sequence[str],
-    dtype: torch.dtype | None,
-    start: bool = True,
-) -> dict[str, Layer]:
-    """Every layer that will be attached, by module name.
-
-    All errors are raised here, before the model changes.
-    """
-    layers: dict[str, Layer] = {}
-    for path, module in modules.items():
-        own = module._parameters.values() if not module._modules else ()
-        floats = (
-            p.dtype for p in own or module.parameters()
-            if p is not None and p.is_floating_point()
-        )  # fmt: skip
-        like = dtype or next(floats, torch.float32)
-        try:
-            layers[path] = method.layer(path, module, like)
-            if start:
-                layers[path].start()
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{path}: {error}") from None
-    return layers | {h: HeadLayer(names[h]) for h in heads}
-
-# %% ../nbs/11_peft.ipynb #c510e67c
-def attach(
-    model: nn.Module,
-    method: Method,
-    name: str,
-    heads: list[str],
-    layers: dict[str, Layer],
-    places: list[Place],
-) -> "Adapter":
-    """Freeze the base, put each layer at its place, switch to the adapter."""
-    freeze_base(model, places)
-    wrapped: dict[int, Adapted] = {}
-    for path, parent, attribute, module in places:
-        key = id(plain(module))
-        if key not in wrapped and (
-            path in layers or isinstance(module, Adapted)
-        ):
-            new = module if isinstance(module, Adapted) else Adapted(module)
-            if path in layers:
-                new.layers[name] = layers[path].train(module.training)
-            wrapped[key] = new
-        if key in wrapped:
-            parent._modules[attribute] = wrapped[key]
-    model.peft_adapters[name] = method, heads, frozenset(layers)
-    switch(wrapped.values(), name)
-    return Adapter(model, name, method, heads)
-
-
-def switch(places: Iterable[Adapted], active: str) -> None:
-    """Let every place compute with the adapter of this name if it has it.
-
-    That one trains, all others rest.
-    """
-    for w in places:
-        vars(w)["active"] = active if active in w.layers else None
-        for name, layer in w.layers.items():
-            for parameter in layer.parameters():
-                parameter.requires_grad = name == active
 
 # %% ../nbs/11_peft.ipynb #ebadde32
 class Adapter:
@@ -1619,7 +1693,7 @@ def activated(
     switch(wrapped.values(), adapter.name)
     return _places(adapter, wrapped)
 
-# %% ../nbs/11_peft.ipynb #49916024
+
 @contextmanager
 def _disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block every place calls its base; encoders nest again."""
@@ -1636,6 +1710,73 @@ def _disabled(model: nn.Module) -> Iterator[None]:
             w.active, w.base = active, base
         for encoder in nested:
             encoder.use_nested_tensor = False
+
+# %% ../nbs/11_peft.ipynb #b7d909fd
+def _counts(adapter: Adapter) -> dict[str, float]:
+    """The numbers of `Adapter.counts`."""
+    layers, model = adapter.layers, adapter.model
+    head = sum(p.numel() for h in adapter.heads for p in layers[h].parameters())
+    own = sum(p.numel() for p in adapter.parameters()) - head
+    parts = wrappers(model).values()
+    inside = {id(p) for w in parts for p in w.layers.parameters()}
+    base = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    tensors = [t for layer in layers.values() for t in layer.tensors().values()]
+    return {
+        "adapter": own, "head": head, "total": base + own,
+        "share": (own + head) / (base + own),
+        "bytes": sum(t.numel() * t.element_size() for t in tensors),
+    }  # fmt: skip
+
+
+def handle(model: nn.Module, name: str = "default") -> Adapter:
+    """The handle of an adapter that a model holds, as in a deep copy of it.
+
+    Raises
+    ------
+    ValueError
+        If the model has no adapter of that name; the message lists those it
+        has.
+    """
+    model = _uncompiled(model)
+    known = vars(model).get("peft_adapters", {})
+    if name not in known:
+        raise ValueError(
+            f"no adapter {name!r} in this model; it has: "
+            f"{', '.join(known) or 'none'}"
+        )
+    method, heads, _ = known[name]
+    return Adapter(model, name, method, heads)
+
+# %% ../nbs/11_peft.ipynb #cef2f9fb
+def _take_out(adapter: Adapter, keep_merged: bool) -> nn.Module:
+    """Undo `attach`, or leave the merged modules where they are."""
+    model, name = adapter.model, adapter.name
+    places, loose = walk(model), []
+    wrapped = wrappers(model, places)
+    if keep_merged:
+        others = {n for w in wrapped.values() for n in w.layers}
+        others = sorted((others | model.peft_adapters.keys()) - {name})
+        if others:
+            raise ValueError(
+                "remove the other adapters first, they belong to the original "
+                f"weights: {', '.join(others)}"
+            )
+        loose = absorb(adapter, places)
+    else:
+        adapter.unmerge()
+    for w in _places(adapter, wrapped).values():
+        del w.layers[name]
+        if w.active == name:
+            w.active, w.aside = None, []
+    for _, parent, attribute, module in places:
+        if isinstance(module, Adapted) and not len(module.layers):
+            parent._modules[attribute] = module.base
+    model.peft_adapters.pop(name)
+    if not model.peft_adapters:
+        restore(model, walk(model) if keep_merged and adapter.heads else places)
+    for m in loose:
+        _untie(m)
+    return model
 
 # %% ../nbs/11_peft.ipynb #2a3543e4
 def absorb(adapter: Adapter, places: list[Place]) -> list[nn.Module]:
@@ -1668,37 +1809,6 @@ def absorb(adapter: Adapter, places: list[Place]) -> list[nn.Module]:
             if any(new is not t and id(t) in known for t in was):
                 trainable.append(new)
     return loose
-
-# %% ../nbs/11_peft.ipynb #cef2f9fb
-def _take_out(adapter: Adapter, keep_merged: bool) -> nn.Module:
-    """Undo `attach`, or leave the merged modules where they are."""
-    model, name = adapter.model, adapter.name
-    places, loose = walk(model), []
-    wrapped = wrappers(model, places)
-    if keep_merged:
-        others = {n for w in wrapped.values() for n in w.layers}
-        others = sorted((others | model.peft_adapters.keys()) - {name})
-        if others:
-            raise ValueError(
-                "remove the other adapters first, they belong to the original "
-                f"weights: {', '.join(others)}"
-            )
-        loose = absorb(adapter, places)
-    else:
-        adapter.unmerge()
-    for w in _places(adapter, wrapped).values():
-        del w.layers[name]
-        if w.active == name:
-            w.active, w.aside = None, []
-    for _, parent, attribute, module in places:
-        if isinstance(module, Adapted) and not len(module.layers):
-            parent._modules[attribute] = module.base
-    model.peft_adapters.pop(name)
-    if not model.peft_adapters:
-        restore(model, walk(model) if keep_merged and adapter.heads else places)
-    for m in loose:
-        _untie(m)
-    return model
 
 # %% ../nbs/11_peft.ipynb #6b0e2f4d
 def _loosened(
@@ -1755,77 +1865,6 @@ def _untie(model: nn.Module) -> None:
             copied = nn.Parameter(t.detach().clone(), t.requires_grad)
             model.get_submodule(path)._parameters[attribute] = copied
         seen.add(id(t))
-
-# %% ../nbs/11_peft.ipynb #883b89ce
-def restore(model: nn.Module, places: list[Place]) -> None:
-    """Undo `freeze_base`, but for what an adapter of a part still needs."""
-    before = vars(model).pop("peft_before")
-    del model.peft_adapters
-    modules, kept = _bases(model, places), set()
-    for m in modules:  # outer ones first
-        if "peft_before" in vars(m):
-            inside = _bases(m, walk(m))
-            ids = {id(t) for t in (*inside, *_own_parameters(inside))} - kept
-            _hand_over(before, vars(m)["peft_before"], ids)
-            kept |= ids
-    for parameter in _own_parameters(modules):
-        if id(parameter) not in kept:
-            parameter.requires_grad_(False)
-    for parameter in before["trainable"]:
-        parameter.requires_grad_(True)
-    for module, cls, training in before["batchnorm"]:
-        module.__class__ = cls
-        module.train(model.training and training)
-    for encoder in before["nested"]:
-        encoder.use_nested_tensor = True
-
-
-def _hand_over(
-    before: dict[str, list], to: dict[str, list], ids: set[int]
-) -> None:
-    """Move the notes about some objects, by id, from one record to another."""
-    for what, notes in before.items():
-        about = [id(n[0] if isinstance(n, tuple) else n) for n in notes]
-        to[what] += [n for n, i in zip(notes, about, strict=True) if i in ids]
-        before[what] = [
-            n for n, i in zip(notes, about, strict=True) if i not in ids
-        ]
-
-# %% ../nbs/11_peft.ipynb #b7d909fd
-def _counts(adapter: Adapter) -> dict[str, float]:
-    """The numbers of `Adapter.counts`."""
-    layers, model = adapter.layers, adapter.model
-    head = sum(p.numel() for h in adapter.heads for p in layers[h].parameters())
-    own = sum(p.numel() for p in adapter.parameters()) - head
-    parts = wrappers(model).values()
-    inside = {id(p) for w in parts for p in w.layers.parameters()}
-    base = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    tensors = [t for layer in layers.values() for t in layer.tensors().values()]
-    return {
-        "adapter": own, "head": head, "total": base + own,
-        "share": (own + head) / (base + own),
-        "bytes": sum(t.numel() * t.element_size() for t in tensors),
-    }  # fmt: skip
-
-# %% ../nbs/11_peft.ipynb #0460de62
-def handle(model: nn.Module, name: str = "default") -> Adapter:
-    """The handle of an adapter that a model holds, as in a deep copy of it.
-
-    Raises
-    ------
-    ValueError
-        If the model has no adapter of that name; the message lists those it
-        has.
-    """
-    model = _uncompiled(model)
-    known = vars(model).get("peft_adapters", {})
-    if name not in known:
-        raise ValueError(
-            f"no adapter {name!r} in this model; it has: "
-            f"{', '.join(known) or 'none'}"
-        )
-    method, heads, _ = known[name]
-    return Adapter(model, name, method, heads)
 
 # %% ../nbs/11_peft.ipynb #7f37982c
 def normal_float(bits: int = 4) -> Tensor:
@@ -2064,6 +2103,43 @@ def _save(adapter: Adapter, folder: Path) -> Path:
         file.write_text(text, encoding="utf-8")
     return folder
 
+# %% ../nbs/11_peft.ipynb #1b60279f
+def training_memory(
+    model: nn.Module, batch: dict[str, Tensor]
+) -> dict[str, float]:
+    """Megabytes of one training step besides the weights.
+
+    Activations kept for the backward pass; gradients and Adam's
+    moments.
+
+    Counted exactly, tensor by tensor (shared storage once), so the numbers do
+    not depend on the machine's load.
+    """
+    weights = {
+        t.untyped_storage().data_ptr()
+        for t in [*model.parameters(), *model.buffers()]
+    }
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = model(**batch)
+    del output
+    trained = sum(
+        p.numel() * p.element_size()
+        for p in model.parameters()
+        if p.requires_grad
+    )
+    return {
+        "activations": sum(kept.values()) / 2**20,
+        "optimizer": 3 * trained / 2**20,
+    }
+
 # %% ../nbs/11_peft.ipynb #96c32ba1
 class _File:
     """A saved adapter whose tensors are not read yet.
@@ -2170,7 +2246,7 @@ def _check_config(config: dict[str, Any]) -> None:
 
 # %% ../nbs/11_peft.ipynb #2c8e5a91
 _OWN: dict[str, Any] = {
-    n: m for n, m in METHODS.items() if not issubclass(m, (LoRA, IA3))
+    n: m for n, m in _METHODS.items() if not issubclass(m, (LoRA, IA3))
 }
 
 
@@ -2261,7 +2337,7 @@ class _Layout:
     def __init__(self, model: nn.Module, places: list[Place], file: _File):
         survey = _Survey(model, places)
         self.modules = survey.modules
-        first = {a: n for n, known in survey.aliases.items() for a in known}
+        first = survey.first
         known = _TENSORS.get(file.config["peft_type"])
         saved = tuple(_as_list(file.config.get("modules_to_save")))
         self.heads: list[str] = []
@@ -2558,95 +2634,3 @@ def _check_start(start: str, modules: dict, paths: Sequence[str]) -> None:
                 "path_initial_model_for_weight_conversion=..., which makes an "
                 "ordinary LoRA of it"
             )
-
-# %% ../nbs/11_peft.ipynb #4b757bb6
-def tune(
-    model: nn.Module,
-    method: Method | str,
-    batches,
-    *,
-    lr: float,
-    epochs: int = 1,
-    seed: int = 0,
-    **options: Any,
-):
-    """Train one way with linear warm-up and decay.
-
-    Returns the `Adapter`, or None without one.
-
-    Parameters
-    ----------
-    model
-        A transformers classifier: its output carries the loss, its head is
-        named "classifier".
-    method
-        ``LoRA(...)`` or another method, ``"full"`` for all weights,
-        ``"head"`` for the classifier alone.
-    batches
-        Of dicts that the model takes as arguments.
-    options
-        Passed to `ftbook.train.fit`; `settings` instead of those above.
-    """
-    seed_everything(seed)
-    if method == "head":
-        freeze(model)
-        unfreeze(model, "classifier")
-    elif method == "full":
-        model.requires_grad_(True)
-    elif not isinstance(method, Method):
-        raise ValueError(
-            f'method={method!r}: give LoRA(...) or another method, "full" or '
-            '"head"'
-        )
-    adapter = (
-        apply(model, method, head="classifier")
-        if isinstance(method, Method)
-        else None
-    )
-    settings = Settings(
-        schedule="linear",
-        warmup=0.1,
-        weight_decay=0.0,
-        clip_norm=1.0,
-        progress=False,
-    )
-    how = {"loss": None, "settings": settings, **options}
-    fit(model, batches, epochs=epochs, lr=lr, seed=seed, **how)
-    return adapter
-
-# %% ../nbs/11_peft.ipynb #1b60279f
-def training_memory(
-    model: nn.Module, batch: dict[str, Tensor]
-) -> dict[str, float]:
-    """Megabytes of one training step besides the weights.
-
-    Activations kept for the backward pass; gradients and Adam's
-    moments.
-
-    Counted exactly, tensor by tensor (shared storage once), so the numbers do
-    not depend on the machine's load.
-    """
-    weights = {
-        t.untyped_storage().data_ptr()
-        for t in [*model.parameters(), *model.buffers()]
-    }
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output = model(**batch)
-    del output
-    trained = sum(
-        p.numel() * p.element_size()
-        for p in model.parameters()
-        if p.requires_grad
-    )
-    return {
-        "activations": sum(kept.values()) / 2**20,
-        "optimizer": 3 * trained / 2**20,
-    }

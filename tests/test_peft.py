@@ -14,12 +14,13 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from ftbook import peft
+from ftbook import finetune, peft, results
+from ftbook.finetune import select
 from ftbook.peft import IA3, BitFit, DoRA, Houlsby, LoRA, Pfeiffer, PrefixTuning, PromptTuning
+from ftbook.studies import peft as study
+from ftbook.train import Settings
 
-LINEAR = (r".*(query|value|dense|c_attn|c_fc|lin\d)",)
-WIDE = (r".*(query|value|dense|c_attn|c_fc|lin\d|conv\d|emb|word_embeddings)",)
-SCALED = (r".*(query|value|dense|c_attn|lin\d|conv\d)",)
+EVERY = "*"  # layer that the method fits, outside of the head
 
 
 class Conv(nn.Module):
@@ -97,12 +98,12 @@ def run(model, name, dtype=torch.float32):
 
 
 METHODS = {
-    "lora": LoRA(LINEAR, r=2),
-    "lora_all": LoRA(WIDE, r=2, alpha=3, rslora=True),
-    "dora": DoRA(WIDE, r=2),
-    "ia3": IA3(SCALED, feedforward=(r".*(dense|lin1|conv2)",)),
+    "lora": LoRA("all-linear", r=2),
+    "lora_all": LoRA(EVERY, r=2, alpha=3, rslora=True),
+    "dora": DoRA(EVERY, r=2),
+    "ia3": IA3(EVERY, feedforward="*[a-z][12en]"),
     "bitfit": BitFit(),
-    "houlsby": Houlsby(SCALED, size=3),
+    "houlsby": Houlsby(EVERY, size=3),
     "pfeiffer": Pfeiffer(size=3),
     "prompt": PromptTuning(length=3),
     "prefix": PrefixTuning(length=3),
@@ -751,6 +752,57 @@ def test_adapter_trains_with_fit():
     assert all(torch.equal(b, frozen[n]) for n, b in model.named_buffers())
 
 
+def tagged_batches():
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 40, (4, 3, 6), generator=g)
+    return [{"input_ids": i, "labels": i % 4} for i in ids]
+
+
+@pytest.mark.parametrize("loss", [None, "cross_entropy"])
+@pytest.mark.parametrize("how", ["full", "head", "lora", "bitfit", "prefix"])
+def test_the_one_tuner_trains_a_model_that_returns_its_own_loss(how, loss):
+    model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    quiet = Settings(schedule="linear", warmup=0.1, weight_decay=0.0, clip_norm=1.0, progress=False)
+    start = {n: t.clone() for n, t in model.state_dict().items()}
+    options = dict(lr=1e-2, epochs=3, loss=loss, settings=quiet)
+    (history,) = finetune.tune(model, tagged_batches(), how=METHODS.get(how, how), **options)
+    assert history["train_loss"][-1] < history["train_loss"][0]
+    if how == "head":
+        moved = [n for n, t in model.state_dict().items() if not torch.equal(t, start[n])]
+        assert moved == ["classifier.weight", "classifier.bias"]
+    elif how != "full":
+        adapter = peft.handle(model)
+        assert adapter.heads == ["classifier"] and adapter.method == METHODS[how]
+        with adapter.disable():
+            assert all(torch.equal(p, start[n]) for n, p in adapter.remove().state_dict().items())
+
+
+def test_the_one_tuner_trains_pixels_and_repeats_by_its_seed():
+    x, y = torch.randn(32, 3, 8, 8), torch.arange(32) % 4
+    losses = []
+    for seed in (1, 1, 2):
+        model = make("cnn")
+        how = LoRA("*", r=2)
+        (history,) = finetune.tune(
+            model, (x, y), how=how, lr=1e-2, epochs=2, seed=seed, settings=Settings(progress=False, precision="fp32")
+        )
+        losses.append(history["train_loss"])
+        assert peft.handle(model).heads == ["classifier"]
+    assert losses[0] == losses[1] != losses[2]
+    with pytest.raises(ValueError, match="already has an adapter 'default'"):
+        finetune.tune(model, (x, y), how=how, lr=1e-2, settings=Settings(progress=False, precision="fp32"))
+
+
+def test_a_method_applies_itself_with_the_models_own_head():
+    model = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), backend="eager")
+    adapter = LoRA("0", r=2).apply(model)
+    assert adapter.heads == ["1"] and list(adapter.layers) == ["0", "1"]
+    with pytest.raises(ValueError, match="a backbone without a classifier"):
+        LoRA("0", r=2).apply(
+            nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.ReLU(), nn.LayerNorm(4)).append(nn.LSTM(4, 4))
+        )
+
+
 # ---- what the wrapped layer itself does
 
 
@@ -964,7 +1016,7 @@ def test_a_transformer_layer_compiles_with_an_adapter():
         assert torch.allclose(compiled(x), layer(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("target", [("out_proj",), ("linear1", "out_proj"), r".*out_proj"])
+@pytest.mark.parametrize("target", [("out_proj",), ("linear1", "out_proj"), "*out_proj"])
 def test_the_output_layer_of_attention_is_refused(target):
     model = nn.TransformerEncoderLayer(8, 2, 16)
     before = [id(m) for m in model.modules()]
@@ -1261,7 +1313,7 @@ class Shared(nn.Module):
         return self.d(self.c(self.b(self.a(x))))
 
 
-@pytest.mark.parametrize("target", ["a.0", "b.0", "c", ("a.0", "b.0", "c"), "all-linear", r"[abc].*"])
+@pytest.mark.parametrize("target", ["a.0", "b.0", "c", ("a.0", "b.0", "c"), "all-linear", "[abc]*"])
 def test_a_module_under_several_names_is_adapted_once_and_at_all_of_them(target):
     model, x = Shared(), torch.randn(3, 4)
     start, lin = model(x), model.c
@@ -1290,7 +1342,7 @@ def test_a_module_that_a_head_shares_is_not_adapted_besides(head):
     with pytest.raises(ValueError, match="matches no module"):
         peft.apply(model, LoRA("0.0", r=2), head=head)
     assert [id(m) for m in model.modules()] == before
-    adapter = peft.apply(model, LoRA(r"1|0\.0", r=2), head=head)
+    adapter = peft.apply(model, LoRA("[01]*", r=2), head=head)
     assert {n: type(x) for n, x in adapter.layers.items()} == {
         "1": peft.LoRALayer, adapter.heads[0]: peft.HeadLayer
     }  # fmt: skip
@@ -1329,15 +1381,39 @@ def test_a_layer_that_is_named_and_cannot_be_adapted_is_an_error():
         peft.apply(grouped(), LoRA(("0", "1"), r=2))
     with pytest.raises(ValueError, match="'5' matches no module"):
         peft.apply(grouped(), LoRA(("0", "5"), r=2))
-    assert list(peft.apply(grouped(), LoRA(".*", r=2)).layers) == ["0"]  # a pattern selects
-    several = nn.ModuleDict({"x": nn.ModuleDict({"conv": nn.Conv2d(4, 4, 1)}), "conv": nn.Conv2d(4, 4, 1, groups=2)})
-    with pytest.raises(ValueError, match="conv is a Conv2d with groups=2"):
+    assert list(peft.apply(grouped(), LoRA("*", r=2)).layers) == ["0"]  # a pattern selects
+    two = {"x": nn.Conv2d(4, 4, 1), "y": nn.Conv2d(4, 4, 1, groups=2)}
+    several = nn.ModuleDict({name: nn.ModuleDict({"conv": conv}) for name, conv in two.items()})
+    with pytest.raises(ValueError, match="y.conv is a Conv2d with groups=2"):
         peft.apply(several, LoRA("conv", r=2))
 
 
-def test_a_target_that_is_no_expression_is_named():
-    with pytest.raises(ValueError, match=r"'\*.query' is neither a name nor a regular expression"):
-        peft.apply(make("bert"), LoRA("*.query"), head=())
+def test_targets_speak_the_pattern_language_of_the_book():
+    model = bert()
+    wanted = {
+        "query": 2,
+        "bert.encoder.layer.0.*": 6,
+        ("output.dense", "!attention.output.dense"): 2,
+        ("all-linear", "!layer.1.*"): 6,
+        "!*.intermediate.dense": 13,
+        "*.layer.[0-9].*.[kv]?*": 4,
+    }
+    for target, n in wanted.items():
+        names = list(peft.chosen(model, LoRA(target, r=1), ["classifier"]))
+        fitting = [k for k, m in peft.named(model).items() if peft.kind(m) and k != "classifier"]
+        if target != ("all-linear", "!layer.1.*"):
+            assert names == [
+                k for k in select(peft.named(model), *[target] * isinstance(target, str) or target) if k in fitting
+            ]
+        assert len(names) == n, (target, names)
+    with pytest.raises(ValueError, match=r"'\(a\|b\)' matches no module of BertForTokenClassification; near names"):
+        peft.apply(model, LoRA("(a|b)"), head=())
+    with pytest.raises(ValueError, match="leaves no module"):
+        peft.apply(model, LoRA(("query", "!query")), head=())
+    with pytest.raises(ValueError, match="'kye' matches no module, as feedforward"):
+        peft.apply(model, IA3("key", feedforward="kye"), head=())
+    inner = peft.apply(model, IA3(), head=()).layers
+    assert [n for n, layer in inner.items() if layer.inside] == [f"bert.encoder.layer.{i}.output.dense" for i in (0, 1)]
 
 
 def test_every_module_that_a_head_name_means_is_trained():
@@ -1387,7 +1463,7 @@ def words(cls="BertForMaskedLM", **changes):
 
 TIED = [
     ("BertForMaskedLM", "word_embeddings", ()),
-    ("BertForMaskedLM", r"cls\.predictions\.decoder", ()),
+    ("BertForMaskedLM", "cls.predictions.decoder", ()),
     ("BertForMaskedLM", "query", "cls"),
     ("T5ForConditionalGeneration", "embed_tokens", ()),
     ("T5ForConditionalGeneration", "shared", ()),
@@ -1635,3 +1711,59 @@ def test_files_with_tensors_that_belong_nowhere(tmp_path):
     save_file({k: t for k, t in tensors.items() if "layer.0.attention.self.query.lora_A" not in k}, file)
     with pytest.raises(ValueError, match="lacks .*query.lora_A.weight"):
         peft.load(make("bert"), tmp_path)
+
+
+# ---- the study
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_run_of_the_study_scores_its_split_and_nothing_else(split):
+    whole = study.run(1, split, "LoRA", 6e-3, bits=4, size=24)
+    assert 0 <= whole.pop(f"{split}_f1") <= 1
+    assert sorted(whole) == (["file_kb", "mlm_loss", "trained"] if split == "test" else [])
+    if split == "test":
+        assert whole["file_kb"] * 1024 == 4 * whole["trained"] and whole["mlm_loss"] > 0
+    assert 0 <= study.run_tone(1, split, "LoRA", 6e-3)["accuracy"] <= 1
+
+
+def test_the_study_chooses_a_rate_for_every_method_and_others_take_it(tmp_path, monkeypatch):
+    asked = []
+
+    def run(seed, split, method, lr, bits=32, size=0, **shape):
+        asked.append((split, seed, method, lr, bits, size))
+        assert size or shape or (split == "valid") == (seed == 0)
+        return {f"{split}_f1": 0.5 - abs(lr - study.RATES[method][1]) + 0.001 * seed}
+
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "run_tone", lambda seed, split, method, lr: {"accuracy": lr})
+    monkeypatch.setattr(study, "forgetting", lambda body: 3.0)
+    threads = torch.get_num_threads()
+    try:
+        study.main("methods", "tasks", "labels", "ranks")
+    finally:
+        torch.set_num_threads(threads)
+    rows = results.load_study("11_peft", "methods").rows("test_f1")
+    assert [(r["method"], r["bits"]) for r in rows] == [(r["method"], r["bits"]) for r in study.rows()]
+    assert all(r["lr"] == study.RATES[r["method"]][1] and r["tried"] == 3 and not r["edge"] for r in rows)
+    assert all(r["seeds"] == study.SEEDS for r in rows) and rows[-1]["bits"] == 4
+    few = results.load_study("11_peft", "labels").rows("test_f1")
+    assert [(r["method"], r["lr"]) for r in few] == [("full", 3e-4), ("LoRA", 6e-3)]
+    tone = results.load_study("11_peft", "tasks").rows("accuracy")
+    assert [r.mean for r in tone] == [6e-3, 3e-4]
+    assert len(results.load_sweep("11_peft", "ranks").rows) == 12
+    with pytest.raises(ValueError, match="no study 'sizes'; use methods, costs, spectrum, tasks, labels, ranks"):
+        study.main("sizes")
+
+
+def test_costs_and_singular_values_are_stored_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "_rate", lambda method: 1e-4)
+    study._costs()
+    study._spectrum()
+    costs = results.load("11_peft", "costs")
+    assert [(c["method"], c["bits"]) for c in costs] == [(r["method"], r["bits"]) for r in study.rows()]
+    full, lora = costs[0], costs[1]
+    assert full["relative_time"] == 1 and lora["optimizer"] < full["optimizer"] / 50
+    spectrum = results.load("11_peft", "spectrum")
+    assert len(spectrum) == 8 and all(v["change"][0] >= v["change"][-1] >= 0 for v in spectrum.values())
