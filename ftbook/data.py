@@ -18,22 +18,17 @@ __all__ = [
     "names",
     "card",
     "TextSet",
-    "Text",
     "Batches",
     "Card",
     "File",
-    "CARDS",
-    "READERS",
     "register",
-    "fetch",
+    "Registry",
     "download",
     "verify",
     "ChecksumError",
     "asset",
     "status",
     "status_text",
-    "cards_table",
-    "counts_table",
 ]
 
 # %% ../nbs/A1_data.ipynb #f568234d
@@ -42,7 +37,6 @@ import gzip
 import hashlib
 import lzma
 import math
-import re
 import tarfile
 import threading
 import time
@@ -149,11 +143,11 @@ class Card:
 
         rows = [
             ("task", cell(self.task)),
-            ("origin", _linked(cell(self.origin))),
+            ("origin", cell(self.origin)),
             ("license", cell(self.license)),
             ("size", _examples(self)),
             ("classes", cell(", ".join(self.classes))),
-            ("cite", _linked(cell(self.cite))),
+            ("cite", cell(self.cite)),
             ("substitute", cell(self.substitute)),
         ]
         lines = [
@@ -164,7 +158,7 @@ class Card:
         ]
         lines += [f"| {key} | {value} |" for key, value in rows if value]
         lines += ["", "Known flaws:", ""]
-        lines += [f"- {_linked(cell(flaw))}" for flaw in self.flaws]
+        lines += [f"- {cell(flaw)}" for flaw in self.flaws]
         if files := _file_rows(self):
             lines += [
                 "",
@@ -175,23 +169,67 @@ class Card:
         return "\n".join(lines)
 
 # %% ../nbs/A1_data.ipynb #fbeae9c4
-CARDS: dict[str, Card] = {}
+class Registry(dict):
+    """Cards by name; what is no name in it raises ValueError with those that
+    are.
+
+    Parameters
+    ----------
+    kind : str
+        What the cards describe, for its errors.
+
+    Examples
+    --------
+    >>> Registry("data set")["digit"]
+    Traceback (most recent call last):
+    ValueError: unknown data set 'digit'; known: none
+    """
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def __missing__(self, name: str) -> Any:
+        known = ", ".join(self) or "none"
+        raise ValueError(f"unknown {self.kind} {name!r}; known: {known}")
+
+    def register(self, card: Any) -> Any:
+        """Add `card` to the registry and return it.
+
+        Raises
+        ------
+        ValueError
+            If another card of that name is registered.
+        """
+        if self.get(card.name, card) != card:
+            raise ValueError(
+                f"another {self.kind} named {card.name!r} is registered; "
+                "choose another name"
+            )
+        self[card.name] = card
+        return card
 
 
-def register(card: Card) -> Card:
-    """Add `card` to the registry and return it.
+_CARDS = Registry("data set")
+_READERS: dict[str, Callable[..., Any]] = {}
+
+
+def register(card: Card, reader: Callable[..., Any] | None = None) -> Card:
+    """Add a data set of one's own to those that `load` knows.
+
+    Parameters
+    ----------
+    reader : callable (files, split, size=..., skip_corrupt=...)
+        Gets verified files by name, gives what `load` shall give.
 
     Raises
     ------
     ValueError
         If another card of that name is registered.
     """
-    if CARDS.get(card.name, card) != card:
-        raise ValueError(
-            f"another data set named {card.name!r} is registered; choose "
-            "another name"
-        )
-    CARDS[card.name] = card
+    _CARDS.register(card)
+    if reader is not None:
+        _READERS[card.name] = reader
     return card
 
 
@@ -203,7 +241,7 @@ def names() -> list[str]:
     >>> names()[:2]
     ['digits', 'fashion_mnist']
     """
-    return list(CARDS)
+    return list(_CARDS)
 
 # %% ../nbs/A1_data.ipynb #43f572e1
 def card(name: str) -> Card:
@@ -219,11 +257,7 @@ def card(name: str) -> Card:
     >>> card("fashion_mnist").splits
     {'train': 60000, 'test': 10000}
     """
-    if name not in CARDS:
-        raise ValueError(
-            f"unknown data set {name!r}; known: {', '.join(CARDS)}"
-        )
-    return CARDS[name]
+    return _CARDS[name]
 
 # %% ../nbs/A1_data.ipynb #0453fe34
 def _human_size(size: int) -> str:
@@ -244,11 +278,6 @@ def _human_size(size: int) -> str:
         if mb >= 0.95
         else f"{mb:.1g} MB"
     )
-
-
-def _linked(text: str) -> str:
-    """Markdown in which web addresses are links."""
-    return re.sub(r"https?://[^\s;,)]*[^\s;,.)]", r"<\g<0>>", text)
 
 
 def _examples(card: Card) -> str:
@@ -592,7 +621,7 @@ def _get(file: File, progress: bool) -> list[str]:
     return _from_servers(file, cache_dir(), progress)
 
 
-def fetch(
+def _fetch(
     name: str, variant: str | None = None, progress: bool = True
 ) -> dict[str, Path]:
     """Verified files of a data set, from the cache folder or downloaded.
@@ -617,11 +646,6 @@ def fetch(
     FileNotFoundError
         A file is missing, and no address delivered it or FTBOOK_OFFLINE
         forbids to ask; the message says what to put where.
-
-    Examples
-    --------
-    >>> fetch("digits")
-    {}
     """
     files, folder = card(name).variants[_choose(name, variant)], cache_dir()
     missing = [file for file in files if not (folder / file.path).is_file()]
@@ -678,13 +702,13 @@ class TextSet(Labeled):
         )
 
 
-class Text(str):
+class _Text(str):
     """A str that remembers its data set (`name`) and its `source`."""
 
     name: str
     source: str
 
-    def __new__(cls, text: str, name: str = "", source: str = "") -> "Text":
+    def __new__(cls, text: str, name: str = "", source: str = "") -> "_Text":
         self = super().__new__(cls, text)
         self.name, self.source = name, source
         return self
@@ -852,7 +876,7 @@ def _read_conll2003(
     return read_conll(files[f"{split}.txt"])
 
 # %% ../nbs/A1_data.ipynb #d7090c1c
-READERS: dict[str, Callable[..., Any]] = {
+_READERS |= {
     "digits": _read_digits,
     "fashion_mnist": _read_fashion_mnist,
     "cifar10": _read_cifar10,
@@ -973,7 +997,7 @@ def _template_reviews(split: str) -> tuple[list[str], Tensor]:
 # %% ../nbs/A1_data.ipynb #acba59eb
 def _substitute(
     name: str, split: str, size: int | None = None
-) -> "ImageSet | TextSet | Text | Corpus":
+) -> "ImageSet | TextSet | str | Corpus":
     """The bundled substitute of a data set, in the type that `load` gives; one
     printed line says what it is.
     """
@@ -985,7 +1009,7 @@ def _substitute(
     if name in ("wnut17", "conll2003"):
         return _corpus(split, name, source)
     if name in ("wikitext2", "wiki_excerpt"):
-        return Text(_corpus_text(split), name, source)
+        return _Text(_corpus_text(split), name, source)
     if name == "sst2":
         texts, y = _template_reviews(split)
         return TextSet(texts, y, card(name).classes, name, source)
@@ -1013,10 +1037,10 @@ def _split_name(name: str, split: str) -> str:
 
 def _wrap(
     name: str, content: Any, source: str, size: int | None
-) -> "ImageSet | TextSet | Text | Corpus":
+) -> "ImageSet | TextSet | str | Corpus":
     """Put what a reader returned into the type that the book works with."""
     if isinstance(content, str):
-        return Text(content, name, source)
+        return _Text(content, name, source)
     if isinstance(content, (ImageSet, Corpus)):
         content.name, content.source = name, source
         return content
@@ -1037,9 +1061,9 @@ def load(
     variant: str | None = None,
     skip_corrupt: bool = False,
     progress: bool = True,
-) -> "ImageSet | TextSet | Text | Corpus":
-    """A data set, ready to use: ImageSet, TextSet, Text, or, for tagged
-    sentences, a Corpus.
+) -> "ImageSet | TextSet | str | Corpus":
+    """A data set, ready to use: ImageSet, TextSet, a str with `name` and
+    `source`, or, for tagged sentences, a Corpus.
 
     Parameters
     ----------
@@ -1082,15 +1106,19 @@ def load(
         else "download"
     )
     try:
-        files = fetch(name, chosen, progress)
+        files = _fetch(name, chosen, progress)
     except FileNotFoundError as error:
         if not allowed:
             raise
         results.substituted(name, str(error))
         return _substitute(name, split, size)
+    if name not in _READERS:
+        raise ValueError(
+            f"{name!r} has no reader; give one: data.register(card, reader)"
+        )
     return _wrap(
         name,
-        READERS[name](files, split, size=size, skip_corrupt=skip_corrupt),
+        _READERS[name](files, split, size=size, skip_corrupt=skip_corrupt),
         f"{chosen} ({origin})",
         size,
     )
@@ -1248,58 +1276,10 @@ def _column(
     return (t.index_select(0, part) for part in order.split(size))
 
 # %% ../nbs/A1_data.ipynb #679cf781
-def _markdown(text: str) -> Any:
-    from IPython.display import Markdown
-
-    return Markdown(text)
-
-
 def _download_size(name: str) -> int:
     """Bytes that the preferred variant of data set `name` downloads."""
     files = next(iter(card(name).variants.values()), ())
     return sum(file.size for file in files if file.urls)
-
-
-def cards_table() -> Any:
-    """All data sets in one Markdown table."""
-    from ftbook.results import Markdown
-
-    cell = Markdown.cell
-
-    lines = [
-        "| name | data set | size | download | license |",
-        "|---|---|---|---|---|",
-    ]
-    for c in CARDS.values():
-        size = _human_size(_download_size(c.name))
-        lines.append(
-            f"| `{c.name}` | {cell(f'{c.title}: {c.task}')} | {_examples(c)} | "
-            f"{size} | {cell(c.license)} |"
-        )
-    return _markdown("\n".join(lines))
-
-
-def counts_table(**sets: Labeled) -> Any:
-    """Examples per class of several sets, one column per set, as a Markdown
-    table.
-    """
-    from ftbook.results import Markdown
-
-    cell = Markdown.cell
-
-    first = next(iter(sets.values()))
-    counts = {name: part.counts() for name, part in sets.items()}
-    lines = [
-        "| class | " + " | ".join(map(cell, sets)) + " |",
-        "|---|" + "---:|" * len(sets),
-    ]
-    for label in first.classes:
-        lines.append(
-            f"| {cell(label)} | "
-            + " | ".join(f"{counts[name][label]:,}" for name in sets)
-            + " |"
-        )
-    return _markdown("\n".join(lines))
 
 # %% ../nbs/A1_data.ipynb #cc2b1a92
 def _last_run(chapter: str, profile: str) -> dict:

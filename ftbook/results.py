@@ -945,8 +945,10 @@ class Markdown:
 
     @staticmethod
     def cell(text: Any) -> str:
-        """A text as one cell of a table: one line, no HTML, `|` escaped."""
-        return _cell_text(text)
+        """A text as one cell of a table: one line, no HTML, `|` escaped, and
+        its addresses are links.
+        """
+        return _ADDRESS.sub(r"<\g<0>>", _cell_text(text))
 
     def __str__(self) -> str:
         return self.text
@@ -1005,6 +1007,7 @@ def _resolve(reference: dict, compared: dict | None = None) -> Any:
     return _wrap(found, source)
 
 # %% ../nbs/A4_results.ipynb #edc6f6ee
+_ADDRESS = re.compile(r"(?<![<`(])https?://[^\s;,)]*[^\s;,.:)]")
 _CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 
 

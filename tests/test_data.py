@@ -39,7 +39,7 @@ def toy(monkeypatch):
     def make(*urls, content=CONTENT):
         file = data.File("sub/toy.bin", sha(content), len(content), urls)
         card = dataclasses.replace(data.card("wnut17"), name="toy", variants={"v": (file,)}, substitute="")
-        monkeypatch.setitem(data.CARDS, "toy", card)
+        monkeypatch.setitem(data._CARDS, "toy", card)
         return file
 
     return make
@@ -57,7 +57,7 @@ def test_every_card_is_complete():
     assert wanted <= set(data.names())
     for name in data.names():
         card = data.card(name)
-        assert card.name == name and card.flaws and card.splits and name in data.READERS
+        assert card.name == name and card.flaws and card.splits and name in data._READERS
         assert all(len(text) > 3 for text in (card.title, card.task, card.origin, card.license, card.cite))
         for files in card.variants.values():
             assert len({file.path for file in files}) == len(files)
@@ -73,15 +73,26 @@ def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match="no split 'valid'; it has: train, test"):
         data.load("digits", "valid")
     with pytest.raises(ValueError, match="no variant 'large'; it has: full, subset"):
-        data.fetch("cifar10", "large")
+        data._fetch("cifar10", "large")
     assert data._split_name("wnut17", "dev") == data._split_name("wnut17", "validation") == "valid"
 
 
-def test_register_refuses_another_card_under_a_taken_name(monkeypatch):
-    monkeypatch.setattr(data, "CARDS", dict(data.CARDS))
+def test_register_refuses_another_card_under_a_taken_name():
     assert data.register(data.card("digits")) is data.card("digits")
     with pytest.raises(ValueError, match="another data set named 'digits'"):
         data.register(dataclasses.replace(data.card("digits"), title="Other"))
+
+
+def test_a_data_set_of_ones_own_is_loaded_by_its_reader(fake, monkeypatch):
+    monkeypatch.setattr(data, "_CARDS", data.Registry("data set"))
+    monkeypatch.setattr(data, "_READERS", {})
+    card = data.Card("mine", "Mine", "texts", "me", "CC0", {"train": 1}, ("few",), "me", {"v1": ()})
+    assert data.register(card) is data.card("mine") and data.names() == ["mine"]
+    with pytest.raises(ValueError, match=r"'mine' has no reader; give one: data.register\(card, reader\)"):
+        data.load("mine")
+    data.register(card, lambda files, split, **options: f"{split} {sorted(options)}")
+    text = data.load("mine")
+    assert text == "train ['size', 'skip_corrupt']" and text.source == "v1 (cache)"
 
 
 def test_cards_show_themselves():
@@ -91,8 +102,6 @@ def test_cards_show_themselves():
     assert "no address" in data.card("cifar10")._repr_markdown_()
     assert "variant" not in data.card("digits")._repr_markdown_()
     assert repr(data.card("digits")) == "Card(digits: Digits (scikit-learn))"
-    table = data.cards_table().data
-    assert all(f"`{name}`" in table for name in data.names()) and "170 MB" in table
     assert data._download_size("digits") == 0 and data._download_size("wiki_excerpt") == 0
 
 
@@ -102,10 +111,10 @@ def test_cards_show_themselves():
 def test_download_once_then_cache(cache, server, toy, capsys):
     toy(server.base + "/toy.bin")
     server.answers["/toy.bin"] = [(200, CONTENT, None)]
-    path = data.fetch("toy")["toy.bin"]
+    path = data._fetch("toy")["toy.bin"]
     assert path == cache / "sub" / "toy.bin" and path.read_bytes() == CONTENT
     assert "license: CC BY 4.0" in capsys.readouterr().out
-    assert data.fetch("toy", progress=False) == {"toy.bin": path}
+    assert data._fetch("toy", progress=False) == {"toy.bin": path}
     assert server.requests == ["/toy.bin"] and files_under(cache) == ["sub/toy.bin"]
 
 
@@ -113,7 +122,7 @@ def test_second_mirror_is_tried(cache, server, toy):
     toy(server.base + "/gone/toy.bin", server.base + "/bad/toy.bin", server.base + "/good/toy.bin")
     server.answers["/bad/toy.bin"] = [(200, b"other bytes", None)]
     server.answers["/good/toy.bin"] = [(200, CONTENT, None)]
-    assert data.fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
+    assert data._fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
     assert server.requests[-1] == "/good/toy.bin" and files_under(cache) == ["sub/toy.bin"]
 
 
@@ -121,7 +130,7 @@ def test_wrong_bytes_are_refused_and_not_kept(cache, server, toy):
     file = toy(server.base + "/toy.bin")
     server.answers["/toy.bin"] = [(200, b"other bytes", None)]
     with pytest.raises(FileNotFoundError) as caught:
-        data.fetch("toy", progress=False)
+        data._fetch("toy", progress=False)
     message = str(caught.value)
     assert f"expected {file.sha256}, got {sha(b'other bytes')}" in message and "another toy.bin" in message
     assert str(cache / "sub" / "toy.bin") in message and server.base + "/toy.bin" in message
@@ -132,7 +141,7 @@ def test_error_page_with_status_200_is_named(cache, server, toy):
     toy(server.base + "/toy.bin")
     server.answers["/toy.bin"] = [(200, b"\n<!DOCTYPE html><title>busy</title>", None)]
     with pytest.raises(FileNotFoundError, match="HTML page instead of toy.bin"):
-        data.fetch("toy", progress=False)
+        data._fetch("toy", progress=False)
     assert files_under(cache) == []
 
 
@@ -141,10 +150,10 @@ def test_broken_connection_is_retried_and_leaves_nothing(cache, server, toy):
     broken = (200, CONTENT[:1000], len(CONTENT))
     server.answers["/toy.bin"] = [broken]
     with pytest.raises(FileNotFoundError, match="tried http://127"):
-        data.fetch("toy", progress=False)
+        data._fetch("toy", progress=False)
     assert len(server.requests) == 2 and files_under(cache) == []
     server.answers["/toy.bin"] = [broken, (200, CONTENT, None)]
-    assert data.fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
+    assert data._fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
     assert len(server.requests) == 4 and files_under(cache) == ["sub/toy.bin"]
 
 
@@ -164,7 +173,7 @@ def test_interrupt_leaves_nothing(cache, server, toy):
     server.answers["/toy.bin"] = [drip]
     threading.Timer(0.3, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
-        data.fetch("toy", progress=False)
+        data._fetch("toy", progress=False)
     assert files_under(cache) == []
 
 
@@ -190,11 +199,11 @@ def test_a_body_that_is_larger_than_the_card_says_is_not_stored(cache, server, t
     with pytest.raises(
         FileNotFoundError, match="OSError: the server sends more than the 6,400 bytes that are on record"
     ):
-        data.fetch("toy", progress=False)
+        data._fetch("toy", progress=False)
     assert files_under(cache) == [] and sum(sent) < 50_000_000
     assert server.requests.count("/toy.bin") == 1  # such a server is not asked again
     server.answers["/good/toy.bin"] = [(200, CONTENT, None)]
-    assert data.fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
+    assert data._fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("before_headers", [False, True])
@@ -258,15 +267,15 @@ def test_nothing_is_written_through_a_link_out_of_the_cache(cache, server, toy, 
     cache.mkdir()
     (cache / "sub").symlink_to(outside)
     with pytest.raises(FileNotFoundError, match="sub is a link that leads out of .*put a folder in its place"):
-        data.fetch("toy", progress=False)
+        data._fetch("toy", progress=False)
     assert files_under(outside) == [] and server.requests == []
     (outside / "toy.bin").write_bytes(CONTENT)  # what lies there may be read: its sum is checked
-    assert data.fetch("toy") == {"toy.bin": cache / "sub" / "toy.bin"}
+    assert data._fetch("toy") == {"toy.bin": cache / "sub" / "toy.bin"}
     (outside / "toy.bin").unlink()
     (cache / "sub").unlink()
     (cache / "elsewhere").mkdir()
     (cache / "sub").symlink_to("elsewhere")  # a link that stays inside
-    assert data.fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
+    assert data._fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("value", ["0", "false", "No", ""])
@@ -274,7 +283,7 @@ def test_offline_set_to_no_means_online(cache, server, toy, monkeypatch, value):
     toy(server.base + "/toy.bin")
     server.answers["/toy.bin"] = [(200, CONTENT, None)]
     monkeypatch.setenv("FTBOOK_OFFLINE", value)
-    assert data.fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
+    assert data._fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
 
 
 def test_one_file_is_downloaded_checked_and_found_again(cache, server, monkeypatch):
@@ -304,11 +313,11 @@ def test_the_readers_own_file_is_kept(cache, server, toy):
     own.parent.mkdir(parents=True)
     own.write_bytes(b"my own work")
     with pytest.raises(data.ChecksumError) as caught:
-        data.fetch("toy")
+        data._fetch("toy")
     assert all(part in str(caught.value) for part in (str(own), file.sha256, sha(b"my own work")))
     assert own.read_bytes() == b"my own work" and server.requests == []
     own.write_bytes(CONTENT)  # changed since: hashed again
-    assert data.fetch("toy") == {"toy.bin": own}
+    assert data._fetch("toy") == {"toy.bin": own}
 
 
 def test_no_network_and_no_cache_says_what_to_put_where(cache, monkeypatch, toy):
@@ -323,7 +332,7 @@ def test_no_network_and_no_cache_says_what_to_put_where(cache, monkeypatch, toy)
     monkeypatch.delenv("FTBOOK_OFFLINE")
     toy("http://127.0.0.1:9/toy.bin")  # nobody listens there
     with pytest.raises(FileNotFoundError, match="tried http://127.0.0.1:9/toy.bin: ConnectionError"):
-        data.fetch("toy", progress=False)
+        data._fetch("toy", progress=False)
     with pytest.raises(FileNotFoundError, match="no address is on record"):
         data.load("wiki_excerpt")
 
@@ -333,7 +342,7 @@ def test_cache_folder_that_cannot_be_written(cache, server, toy, monkeypatch):
     (cache.parent / "file").write_text("in the way")
     monkeypatch.setenv("FTBOOK_DATA", str(cache.parent / "file" / "cache"))
     with pytest.raises(FileNotFoundError, match=r"tried \w+Error"):
-        data.fetch("toy", progress=False)
+        data._fetch("toy", progress=False)
     assert server.requests == []
 
 
@@ -498,7 +507,7 @@ def test_digits():
 
 def test_quick_profile_uses_substitutes_without_cache_or_network(cache, monkeypatch, capsys):
     monkeypatch.setenv("FTBOOK_PROFILE", "quick")
-    monkeypatch.setattr(data, "fetch", lambda *args: pytest.fail("the cache was touched"))
+    monkeypatch.setattr(data, "_fetch", lambda *args: pytest.fail("the cache was touched"))
     shapes = {"fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "hymenoptera": (3, 224, 224)}
     for name, shape in shapes.items():
         split = "valid" if name == "hymenoptera" else "test"
@@ -644,11 +653,6 @@ def test_batches_on_cuda(monkeypatch):
 # ---------------------------------------------------------------- tables
 
 
-def test_counts_table():
-    table = data.counts_table(train=image_set([0, 0, 1]), test=image_set([2])).data
-    assert "| a | 2 | 0 |" in table and "| c | 0 | 1 |" in table
-
-
 def test_status_before_and_after_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     monkeypatch.setenv("FTBOOK_PROFILE", "cpu")
@@ -674,10 +678,6 @@ def test_only_functions_of_the_book_are_rendered():
             results.Markdown({"call": {"function": function, "arguments": {}}})
 
 
-def test_no_class_name_or_card_brings_html_or_breaks_a_table():
-    labels = torch.tensor([0, 0, 1])
-    odd = data.ImageSet(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), labels, ["<b>ant</b>", "a|b\nc"])
-    lines = data.counts_table(train=odd).data.split("\n")
-    assert len(lines) == 4 and lines[2].startswith("| &lt;b>ant&lt;/b> |") and r"a\|b c" in lines[3]
+def test_no_card_brings_html():
     shown = dataclasses.replace(data.card("sst2"), task="<script>x</script>", flaws=("<img src=x>",))._repr_markdown_()
     assert "<script>" not in shown and "<img" not in shown

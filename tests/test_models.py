@@ -197,11 +197,18 @@ def test_unknown_names_list_the_known_ones():
 
 
 def test_register_refuses_another_card_under_a_taken_name(monkeypatch):
-    monkeypatch.setattr(models, "CARDS", dict(models.CARDS))
+    monkeypatch.setitem(models.CARDS, "resnet50", models.card("resnet50"))  # to have it back
     same = dataclasses.replace(models.card("resnet50"), network=lambda: None)
     assert models.register(same) is same, "a cell may run twice"
     with pytest.raises(ValueError, match="another model named 'minilm'"):
         models.register(dataclasses.replace(models.card("minilm"), title="Other"))
+
+
+def test_an_image_card_without_a_network_is_refused_when_its_files_are_read(tmp_path):
+    card = models.card("cnn_small")
+    object.__setattr__(broken := dataclasses.replace(card), "network", None)
+    with pytest.raises(ValueError, match="card of 'cnn_small': an image classifier needs network="):
+        models._read_image(broken, tmp_path)
 
 
 @pytest.mark.parametrize(
