@@ -127,7 +127,7 @@ class Card:
         return _card_text(self)
 
 # %% ../nbs/A2_models.ipynb #d1aee79d
-KINDS = "encoder", "masked", "causal", "image"
+_KINDS = "encoder", "masked", "causal", "image"
 
 
 def _check_card(card: Card) -> None:
@@ -135,9 +135,9 @@ def _check_card(card: Card) -> None:
     where = f"card of {card.name!r}: "
     if not re.fullmatch("[a-z0-9_]+", card.name):
         raise ValueError(where + "a name has small letters, digits and _ only")
-    if card.kind not in KINDS:
+    if card.kind not in _KINDS:
         raise ValueError(
-            where + f"kind is {card.kind!r}; allowed are " + ", ".join(KINDS)
+            where + f"kind is {card.kind!r}; allowed are " + ", ".join(_KINDS)
         )
     if card.kind == "image" and card.network is None:
         raise ValueError(
