@@ -41,6 +41,7 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_static_path = [str(SITE / "static")]
 html_css_files = ["book.css"]
+html_js_files = ["book.js"]
 html_extra_path = [str(EXTRA)]
 html_favicon = str(SITE / "static" / "favicon.svg")
 html_baseurl = cfg["site"]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tools.filter import options_of, transform
+from tools.filter import is_folded, options_of, outline, transform
 
 
 def code(source, outputs=()):
@@ -46,14 +46,76 @@ def test_hidden_cells_go_and_directives_with_them():
             code("#| default_exp x"),
             code("#| hide\na"),
             code("#| include: false\nb"),
-            code("#| export\nimport os"),
+            code("#| export\nx = os.sep"),
         ],
         "metadata": {},
     }
     for target in ("quarto", "sphinx"):
         kept = transform(nb, target)["cells"]
-        assert ["".join(c["source"]) for c in kept if c["cell_type"] == "code"] == ["import os"]
+        assert ["".join(c["source"]) for c in kept if c["cell_type"] == "code"] == ["x = os.sep"]
         assert all(isinstance(c["source"], list) for c in kept), "one long string would lose its line ends in Quarto"
+
+
+@pytest.mark.parametrize(
+    ("source", "folded"),
+    [
+        ("import os\nfrom math import pi", True),
+        ("'A docstring.'\n__all__ = ['f']\nimport os", True),
+        ("rows = load()\nresults.table(rows)", True),
+        ("ax = plot.curves(x)\nplot.show(ax, alt='a')", True),
+        ("from ftbook import data\n\ndata.status('01_x')", True),
+        ("def _help(x):\n    return x", True),
+        ("def helpful(x):\n    return x", False),
+        ("def _help(x):\n    return x\n\n\nassert _help(1)", False),
+        ("assert 1 < 2\nplot.show(ax, alt='a')", False),
+        ("history = fit(net, data)", False),
+        ("%time\nthis is no Python", False),
+    ],
+)
+def test_what_only_imports_helps_or_shows_is_folded(source, folded):
+    assert is_folded(source.split("\n")) is folded
+    for target in ("quarto", "sphinx"):
+        (cell,) = transform({"cells": [code(source)], "metadata": {}}, target)["cells"]
+        text = "".join(cell["source"])
+        assert ("code-fold: true" in text or "hide-input" in cell["metadata"].get("tags", [])) is folded
+
+
+def test_what_a_cell_says_about_folding_counts_more_than_the_rule():
+    for value, folded in (("true", True), ("false", False)):
+        nb = {"cells": [code(f"#| code-fold: {value}\nimport os")], "metadata": {}}
+        (cell,) = transform(nb, "sphinx")["cells"]
+        assert ("hide-input" in cell["metadata"].get("tags", [])) is folded
+
+
+LONG = '''@decorated
+class Box:
+    """What it holds.
+
+    More about it.
+    """
+
+    def __init__(self, size: int = 1):
+        self.size = size
+
+    def open(self, *, wide: bool = False) -> "Box":
+        """Open it."""
+{body}
+        return self
+
+    def _private(self):
+        return 1'''.format(body="\n".join(f"        x{i} = {i}" for i in range(20)))
+
+
+def test_of_a_long_definition_the_signature_stays():
+    assert outline("def f():\n    return 1".split("\n")) == []
+    shown = "\n".join(outline(LONG.split("\n")))
+    assert shown.startswith('@decorated\nclass Box:\n    """What it holds."""')
+    assert 'def open(self, *, wide: bool = False) -> "Box":' in shown and "__init__(self, size" in shown
+    assert "_private" not in shown and "x1" not in shown
+    for target in ("quarto", "sphinx"):
+        opening, body = transform({"cells": [code(LONG)], "metadata": {}}, target)["cells"]
+        assert opening["cell_type"] == "markdown" and "".join(opening["source"]).startswith("```python\n@decorated")
+        assert "Show the whole code" in str(body)
 
 
 def test_alerts_become_callouts_of_the_builder():

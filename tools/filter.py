@@ -3,9 +3,12 @@
 
 tools/stage.py calls `transform` with target="sphinx". Standard library only, because Quarto runs it with any Python.
 What it does: nbdev directives go, hidden cells go, `#| echo: false` and the like become what the builder understands, alerts
-(`> [!NOTE]`) become callouts, pictures become figures with their alt text, the file's number stands before the title.
+(`> [!NOTE]`) become callouts, pictures become figures with their alt text, the file's number stands before the title, and code
+that a reader need not see at once is folded: imports, private helpers, cells that only draw, tabulate or say. Of a long definition
+the signature and the first line of its docstring stay.
 """
 
+import ast
 import base64
 import html
 import json
@@ -20,6 +23,9 @@ IMAGES = "image/svg+xml", "image/png", "image/jpeg"
 INLINE = re.compile(r'src="data:(image/[\w+]+);base64,([^"]+)"')
 NUMBER = re.compile(r"(?<=\d) %|\[[-+\d.,]+ [-+\d.,]+\]")
 CHAPTER = re.compile(r"^(\d+|[A-Z]\d*)_")
+SHOWS = {"show", "status", "say", "table", "curves", "display", "render", "Image", "HTML", "Markdown", "interact", "plot", "bars"}
+LONG = 25  # lines of a definition that stand on the page
+DEFINITION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 
 
 def lines_of(source) -> list:
@@ -155,6 +161,72 @@ def shown(output: dict, target: str, save=None):
     return {**output, "data": data, "metadata": {}}
 
 
+def tree_of(lines: list) -> list:
+    """The statements of a cell without its magics; none where it is no Python."""
+    try:
+        return ast.parse("\n".join("" if line.startswith(("%", "!")) else line for line in lines)).body
+    except SyntaxError:
+        return []
+
+
+def _is_text(node) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _shows(node) -> bool:
+    """Whether a statement is a call that draws, tabulates or says."""
+    if isinstance(node, ast.Assign) or not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
+        return False
+    called = node.value.func
+    return getattr(called, "attr", getattr(called, "id", "")) in SHOWS
+
+
+def is_folded(lines: list) -> bool:
+    """Whether code is folded whole: it imports, it helps in private, or it ends by showing and checks nothing."""
+    body = [n for n in tree_of(lines) if not _is_text(n)]
+    if not body:
+        return False
+    listed = [n for n in body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"]
+    imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    named = [n for n in body if isinstance(n, DEFINITION)]
+    if len(imports) + len(listed) == len(body):
+        return True
+    if named and all(n.name.startswith("_") for n in named) and not any(map(_shows, body)):
+        return not any(isinstance(n, (ast.Assert, ast.Expr, ast.For, ast.With, ast.Try)) for n in body)
+    return not named and _shows(body[-1]) and not any(isinstance(n, ast.Assert) for n in body)
+
+
+def _first_line(node) -> str:
+    """The first line of a docstring."""
+    return (ast.get_docstring(node) or "").strip().split("\n")[0]
+
+
+def _opening(node, lines: list) -> list:
+    """The lines from a definition's decorators to the colon of its signature."""
+    start = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+    return lines[start : max(start + 1, node.body[0].lineno - 1)]
+
+
+def outline(lines: list) -> list:
+    """What stands on the page for a cell with long definitions: signatures and first lines; [] where nothing is long."""
+    body = tree_of(lines)
+    named = [n for n in body if isinstance(n, DEFINITION)]
+    if not named or not any(n.end_lineno - n.lineno >= LONG for n in named):
+        return []
+    shown: list = []
+    for node in named:
+        if node.name.startswith("_"):
+            continue
+        shown += ["", ""] * bool(shown) + _opening(node, lines)
+        text = _first_line(node)
+        shown += [f'    """{text}"""'] if text else []
+        inner = node.body if isinstance(node, ast.ClassDef) else []
+        for method in [m for m in inner if isinstance(m, DEFINITION) and (m.name[0] != "_" or m.name == "__init__")]:
+            shown += ["", *_opening(method, lines), "        ..."]
+        shown += [] if inner else ["    ..."]
+    return shown
+
+
 def code_cell(cell: dict, target: str, save=None):
     """A code cell without directives; None where the reader does not see it."""
     options, lines = options_of(lines_of(cell["source"]))
@@ -164,6 +236,11 @@ def code_cell(cell: dict, target: str, save=None):
     while lines and not lines[0].strip():
         lines = lines[1:]
     tags, meta = list(cell.get("metadata", {}).get("tags", [])), {}
+    short = outline(lines)
+    if "code-fold" not in options and (short or is_folded(lines)):
+        options["code-fold"] = "true"
+    if options.get("code-fold") == "true":
+        options.setdefault("code-summary", "Show the whole code" if short else "Show code")
     if target == "quarto":
         lines = [f"#| {k}: {v}" for k, v in options.items() if k in QUARTO and v] + lines
     else:
@@ -190,6 +267,15 @@ def code_cell(cell: dict, target: str, save=None):
     }
 
 
+def signature(cell: dict) -> list:
+    """The cell of prose that shows what a folded definition is called with."""
+    lines = outline([x for x in lines_of(cell["source"]) if not OPTION.match(x)]) if cell["cell_type"] == "code" else []
+    if not lines:
+        return []
+    text = ["```python", *lines, "```"]
+    return [{"cell_type": "markdown", "id": f"{cell['id']}-s", "metadata": {}, "source": source_of(text)}]
+
+
 def transform(nb: dict, target: str = "quarto", name: str = "", save=None) -> dict:
     """The notebook that the builder reads; `name` is the file's, `save` stores pictures."""
     cells, first = [], True
@@ -203,7 +289,7 @@ def transform(nb: dict, target: str = "quarto", name: str = "", save=None) -> di
             if first and target == "sphinx":
                 lines = numbered(lines, name)
             cell, first = {**cell, "source": source_of(lines), "metadata": {}}, False
-        cells.append(cell)
+        cells += [*signature(cell), cell]
     return {**nb, "cells": cells}
 
 

@@ -1,0 +1,25 @@
+// "Show all code": one switch for every folded cell, remembered; works from file:// too.
+(() => {
+  const KEY = "ftbook-code";
+  const folds = () => document.querySelectorAll("div.cell details, details.code-fold");
+  const remembered = () => { try { return localStorage.getItem(KEY) === "all"; } catch { return false; } };
+  const keep = (all) => { try { localStorage.setItem(KEY, all ? "all" : "some"); } catch { /* private window */ } };
+
+  const start = () => {
+    const title = document.querySelector("article section h1, h1.title");
+    if (!title || !folds().length) return;
+    let all = remembered();
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "code-switch";
+    const apply = () => {
+      for (const fold of folds()) fold.open = all;
+      button.textContent = all ? "Hide folded code" : "Show all code";
+      button.setAttribute("aria-pressed", String(all));
+    };
+    button.addEventListener("click", () => { all = !all; keep(all); apply(); });
+    title.insertAdjacentElement("afterend", button);
+    if (all) apply(); else { button.textContent = "Show all code"; button.setAttribute("aria-pressed", "false"); }
+  };
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start); else start();
+})();
