@@ -84,7 +84,7 @@ def fake(cache, monkeypatch):
             path.write_bytes(raw)
             files.append(dataclasses.replace(file, sha256=hashlib.sha256(raw).hexdigest(), size=len(raw)))
         variants = {**card.variants, variant: tuple(files)}
-        monkeypatch.setitem(data.CARDS, name, dataclasses.replace(card, variants=variants))
+        monkeypatch.setitem(data._CARDS, name, dataclasses.replace(card, variants=variants))
 
     return make
 
