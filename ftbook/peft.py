@@ -71,7 +71,7 @@ def _class(module: nn.Module) -> type:
     return cls.__bases__[0] if "parametrizations" in module._modules else cls
 
 
-def kind(module: nn.Module) -> str | None:
+def _kind(module: nn.Module) -> str | None:
     """What a module is to this chapter.
 
     "linear", "conv1d" (of transformers), "conv2d", "embedding", or None for
@@ -80,7 +80,7 @@ def kind(module: nn.Module) -> str | None:
 
     Examples
     --------
-    >>> kind(nn.Linear(2, 3)), kind(nn.ReLU())
+    >>> _kind(nn.Linear(2, 3)), _kind(nn.ReLU())
     ('linear', None)
     """
     cls = _class(module)
@@ -94,33 +94,33 @@ def kind(module: nn.Module) -> str | None:
     return "embedding" if issubclass(cls, nn.Embedding) else None
 
 # %% ../nbs/11_peft.ipynb #65a21507
-def matrix(module: _Weighted) -> Tensor:
+def _matrix(module: _Weighted) -> Tensor:
     """The weight as a matrix (n_out, n_in), whatever the layer's own layout.
 
     A view where there is one.
 
     Examples
     --------
-    >>> matrix(nn.Conv2d(3, 8, 5)).shape, matrix(nn.Embedding(100, 16)).shape
+    >>> _matrix(nn.Conv2d(3, 8, 5)).shape, _matrix(nn.Embedding(100, 16)).shape
     (torch.Size([8, 75]), torch.Size([16, 100]))
     """
     weight = module.weight
-    turned = kind(module) in ("conv1d", "embedding")
+    turned = _kind(module) in ("conv1d", "embedding")
     return weight.t() if turned else weight.flatten(1)
 
 
-def as_weight(module: _Weighted, m: Tensor) -> Tensor:
+def _as_weight(module: _Weighted, m: Tensor) -> Tensor:
     """A matrix (n_out, n_in) in the layout of the layer's weight."""
-    turned = kind(module) in ("conv1d", "embedding")
+    turned = _kind(module) in ("conv1d", "embedding")
     return m.t().contiguous() if turned else m.view(module.weight.shape)
 
 
-def exact(t: Tensor) -> Tensor:
+def _exact(t: Tensor) -> Tensor:
     """A tensor in the precision of merging: float32, or float64 as it is."""
     return t if t.dtype == torch.float64 else t.float()
 
 # %% ../nbs/11_peft.ipynb #e444eddb
-class LowRankLinear(torch.autograd.Function):
+class _LowRankLinear(torch.autograd.Function):
     """x W^T + b + scale x A^T B^T in one node, equations (11.2) and (11.4).
 
     `apply(x, A, B, bias, scale, decode, *stored)` for x of shape (N, n_in),
@@ -175,7 +175,7 @@ def _itself(weight: Tensor) -> Tensor:
 def _fused(
     x: Tensor, A: Tensor | None, B: Tensor | None, base: nn.Module, scale: float
 ) -> Tensor:
-    """`LowRankLinear` beside a linear layer, for x of shape (..., n_in)."""
+    """`_LowRankLinear` beside a linear layer, for x of shape (..., n_in)."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -183,8 +183,8 @@ def _fused(
     if isinstance(base, _Coded):
         stored = base.decode, base.codes, base.scale
     else:
-        stored = _itself, matrix(base)
-    y = LowRankLinear.apply(rows, A, B, base.bias, scale, *stored)
+        stored = _itself, _matrix(base)
+    y = _LowRankLinear.apply(rows, A, B, base.bias, scale, *stored)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 # %% ../nbs/11_peft.ipynb #7be4d2c9
@@ -198,7 +198,7 @@ _FORWARDS = {cls.forward for cls in _TORCH}
 def _own_forward(module: nn.Module) -> bool:
     """Whether a layer computes other than torch's layer of its kind."""
     cls: Any = _class(module)
-    known = cls.forward in _FORWARDS or kind(module) == "conv1d"
+    known = cls.forward in _FORWARDS or _kind(module) == "conv1d"
     return not (known or issubclass(cls, _Coded)) or "forward" in vars(module)
 
 
@@ -224,19 +224,19 @@ def _ordinary() -> bool:
     )
 
 # %% ../nbs/11_peft.ipynb #446608bb
-def low_rank(
+def _low_rank(
     base: _Weighted, x: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
     """The update's own output, scale B A x, by thin ordinary operations."""
-    if kind(base) == "embedding":
+    if _kind(base) == "embedding":
         return scale * F.linear(F.embedding(x, A.t(), base.padding_idx), B)
     A, B = A.to(x.dtype), B.to(x.dtype)
-    if kind(base) == "conv2d":
+    if _kind(base) == "conv2d":
         return scale * F.conv2d(base._conv_forward(x, A, None), B)
     return scale * F.linear(F.linear(x, A), B)
 
 # %% ../nbs/11_peft.ipynb #a392c424
-class Layer(nn.Module):
+class _Layer(nn.Module):
     """One method at one place.
 
     `forward(base, ...)` computes the new output with the frozen module `base`.
@@ -252,7 +252,7 @@ class Layer(nn.Module):
         """Raise TypeError where other weights of `base` cannot do the same."""
         if not self.mergeable:
             raise TypeError(
-                f"{type(self).__name__} does not merge: it adds computation "
+                f"{type(self).__name__[1:]} does not merge: it adds computation "
                 "that the base layer cannot hold; LoRA, DoRA, IA3 and BitFit do"
             )
         _refuse_merge(base)
@@ -271,7 +271,7 @@ class Layer(nn.Module):
         return self.state_dict()
 
 # %% ../nbs/11_peft.ipynb #6a585ec0
-def refuse_quantized(base: nn.Module) -> None:
+def _refuse_quantized(base: nn.Module) -> None:
     """Raise TypeError for a quantized layer: codes take no float update."""
     if isinstance(base, _Coded):
         raise TypeError(
@@ -283,7 +283,7 @@ def refuse_quantized(base: nn.Module) -> None:
 
 def _refuse_merge(base: nn.Module) -> None:
     """Raise TypeError for a layer whose output is not its formula's alone."""
-    refuse_quantized(base)
+    _refuse_quantized(base)
     why = ""
     if _own_forward(base):
         why = "it has a forward of its own: keep the adapter beside it"
@@ -303,7 +303,7 @@ def _refuse_merge(base: nn.Module) -> None:
         )
 
 
-def with_weights(base: nn.Module, **new: Tensor) -> nn.Module:
+def _with_weights(base: nn.Module, **new: Tensor) -> nn.Module:
     """A shallow copy of a module with some parameters replaced.
 
     The given module keeps its own. The copy has no parametrizations: it holds
@@ -323,7 +323,7 @@ def with_weights(base: nn.Module, **new: Tensor) -> nn.Module:
     return clone
 
 # %% ../nbs/11_peft.ipynb #d2ad2e00
-class LoRALayer(Layer):
+class _LoRALayer(_Layer):
     """The matrices A (r, n_in) and B (n_out, r), one of them 0 at first."""
 
     spec: "LoRA"
@@ -336,13 +336,13 @@ class LoRALayer(Layer):
 
     def __init__(self, spec: "LoRA", base: _Weighted, dtype: torch.dtype):
         super().__init__()
-        n_out, n_in = matrix(base).shape
+        n_out, n_in = _matrix(base).shape
         if not 1 <= spec.r <= min(n_out, n_in):
             raise ValueError(
                 f"rank r={spec.r} on a matrix of {n_out} × {n_in}: choose 1 to "
                 f"{min(n_out, n_in)}"
             )
-        which = kind(base)
+        which = _kind(base)
         plain = type(base) is nn.Linear or isinstance(base, _Coded)
         plain |= which == "conv1d" and type(base).__name__ == "Conv1D"
         vars(self).update(spec=spec, kind=which, plain=plain)
@@ -369,27 +369,30 @@ class LoRALayer(Layer):
             return _fused(x, A, B, base, scale)
         y = base(x)
         thin = F.dropout(x, drop) if drop and self.kind != "embedding" else x
-        return y + low_rank(base, thin, A, B, scale).to(y.dtype)
+        return y + _low_rank(base, thin, A, B, scale).to(y.dtype)
 
     def update(self, base: nn.Module) -> Tensor:
         """scale B A as a matrix (n_out, n_in): for study, never in training."""
         with torch.no_grad():
-            A, B = exact(self.lora_A.flatten(1)), exact(self.lora_B.flatten(1))
+            A, B = (
+                _exact(self.lora_A.flatten(1)),
+                _exact(self.lora_B.flatten(1)),
+            )
             return self.spec.scale * (B @ A)
 
     @torch.no_grad()
     def merged(self, base: nn.Module) -> nn.Module:
         """W + scale B A, added in float32 or better and rounded once."""
         self.check_merge(base)
-        A, B = exact(self.lora_A.flatten(1)), exact(self.lora_B.flatten(1))
-        W = torch.addmm(exact(matrix(base)), B, A, alpha=self.spec.scale)
-        return with_weights(base, weight=as_weight(base, W))
+        A, B = _exact(self.lora_A.flatten(1)), _exact(self.lora_B.flatten(1))
+        W = torch.addmm(_exact(_matrix(base)), B, A, alpha=self.spec.scale)
+        return _with_weights(base, weight=_as_weight(base, W))
 
     @torch.no_grad()
     def absorbed(self, base: nn.Module) -> nn.Module:
         """`merged` in W's own memory, where W is no lower in precision."""
-        A, B, W = self.lora_A.flatten(1), self.lora_B.flatten(1), matrix(base)
-        same = A.dtype == B.dtype == W.dtype == exact(W).dtype
+        A, B, W = self.lora_A.flatten(1), self.lora_B.flatten(1), _matrix(base)
+        same = A.dtype == B.dtype == W.dtype == _exact(W).dtype
         if not same or _class(base) is not type(base):
             return self.merged(base)
         W.addmm_(B, A, alpha=self.spec.scale)
@@ -403,10 +406,10 @@ class LoRALayer(Layer):
         return {names.get(k, k): t for k, t in self.state_dict().items()}
 
 # %% ../nbs/11_peft.ipynb #098b9dce
-Target = str | Sequence[str]
+_Target = str | Sequence[str]
 
 
-def _as_list(value: Target | None) -> list[str]:
+def _as_list(value: _Target | None) -> list[str]:
     """None, one string or several as a list."""
     if value is None:
         return []
@@ -423,15 +426,15 @@ class Method:
     ``"all-linear"`` stands for all linear layers but the output layer.
     """
 
-    target: Target = "all-linear"
-    fits: ClassVar[Callable] = staticmethod(lambda m: kind(m) is not None)
+    target: _Target = "all-linear"
+    fits: ClassVar[Callable] = staticmethod(lambda m: _kind(m) is not None)
     knows: ClassVar[str] = (
         "nn.Linear, nn.Conv2d with groups=1, nn.Embedding, transformers' "
         "Conv1D and QuantLinear"
     )
     builder: ClassVar[type]
 
-    def layer(self, name: str, base: nn.Module, dtype: torch.dtype) -> Layer:
+    def layer(self, name: str, base: nn.Module, dtype: torch.dtype) -> _Layer:
         """The layer for one module; ValueError where sizes do not fit it."""
         return self.builder(self, base, dtype)
 
@@ -449,7 +452,7 @@ class Method:
         return apply(model, self, head=find_head(model)[0])
 
 
-def check_positive(**numbers: float) -> None:
+def _check_positive(**numbers: float) -> None:
     """Raise ValueError for the first number that is not above 0."""
     for name, value in numbers.items():
         if not value > 0:
@@ -464,7 +467,8 @@ class LoRA(Method):
     ----------
     target
         Which modules (see `Method`): nn.Linear, nn.Conv2d, nn.Embedding,
-        transformers' Conv1D, `QuantLinear`.
+        transformers' Conv1D, and what `quantize` puts in place of a
+        linear layer.
     r
         Rank, 1 to the smaller side of the matrix.
     alpha
@@ -480,19 +484,19 @@ class LoRA(Method):
     (2.0, 4.0)
     """
 
-    target: Target = ("query", "value")
+    target: _Target = ("query", "value")
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     rslora: bool = False
-    builder: ClassVar[type] = LoRALayer
+    builder: ClassVar[type] = _LoRALayer
 
     def __post_init__(self):
         if self.r < 1 or self.r != int(self.r):
             raise ValueError(
                 f"rank r={self.r}: give a whole number of at least 1"
             )
-        check_positive(alpha=self.alpha)
+        _check_positive(alpha=self.alpha)
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"dropout={self.dropout}: give a probability from 0 up to, not "
@@ -505,7 +509,7 @@ class LoRA(Method):
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 # %% ../nbs/11_peft.ipynb #42d470ed
-class DoRALayer(LoRALayer):
+class _DoRALayer(_LoRALayer):
     """LoRA for the direction of each row of W, and a number for its length."""
 
     def __init__(self, spec: "DoRA", base: _Weighted, dtype: torch.dtype):
@@ -516,7 +520,7 @@ class DoRALayer(LoRALayer):
                 "that DoRA has measured: set max_norm to None, or choose LoRA"
             )
         embedding = self.kind == "embedding"
-        norm = exact(matrix(base)).norm(dim=1)
+        norm = _exact(_matrix(base)).norm(dim=1)
         norm = norm if embedding else self.row_norms(base)
         shape = (1, -1, 1, 1) if self.kind == "conv2d" else (-1,)
         norm = norm.detach().to(dtype).view(shape)
@@ -525,8 +529,8 @@ class DoRALayer(LoRALayer):
     @torch.no_grad()
     def row_norms(self, base: nn.Module) -> Tensor:
         """Length of each row of W + scale B A, equation (11.6)."""
-        W, s = exact(matrix(base)), self.spec.scale
-        A, B = exact(self.lora_A.flatten(1)), exact(self.lora_B.flatten(1))
+        W, s = _exact(_matrix(base)), self.spec.scale
+        A, B = _exact(self.lora_A.flatten(1)), _exact(self.lora_B.flatten(1))
         change = (B * (2 * s * (W @ A.t()) + s * s * (B @ (A @ A.t())))).sum(1)
         squares = torch.linalg.vector_norm(W, dim=1) ** 2 + change
         return squares.clamp_min(0).sqrt().to(self.lora_A.dtype)
@@ -547,7 +551,9 @@ class DoRALayer(LoRALayer):
         y, c = base(x), self.factor(base)
         c = (c.view(-1, 1, 1) if self.kind == "conv2d" else c).to(y.dtype)
         bias = getattr(base, "bias", None)
-        update = low_rank(base, thin, self.lora_A, self.lora_B, self.spec.scale)
+        update = _low_rank(
+            base, thin, self.lora_A, self.lora_B, self.spec.scale
+        )
         if bias is not None:
             y = y * c + (1 - c) * bias.view_as(c).to(y.dtype)
         else:
@@ -558,9 +564,9 @@ class DoRALayer(LoRALayer):
     def merged(self, base: nn.Module) -> nn.Module:
         """Each row of W + scale B A, brought to its trained length."""
         self.check_merge(base)
-        W = exact(matrix(base)) + self.update(base)
-        W = exact(self.factor(base))[:, None] * W
-        return with_weights(base, weight=as_weight(base, W))
+        W = _exact(_matrix(base)) + self.update(base)
+        W = _exact(self.factor(base))[:, None] * W
+        return _with_weights(base, weight=_as_weight(base, W))
 
     def absorbed(self, base: nn.Module) -> nn.Module:
         return self.merged(base)
@@ -573,25 +579,25 @@ class DoRA(LoRA):
     The parameters are LoRA's.
     """
 
-    builder: ClassVar[type] = DoRALayer
+    builder: ClassVar[type] = _DoRALayer
 
 # %% ../nbs/11_peft.ipynb #2a646829
-class IA3Layer(Layer):
+class _IA3Layer(_Layer):
     """One factor per output or, with `inside`, per input; 1 at the start."""
 
     mergeable = True
 
     def __init__(self, inside: bool, base: _Weighted, dtype: torch.dtype):
         super().__init__()
-        self.inside, conv = inside, kind(base) == "conv2d"
-        n_out, n_in = matrix(base).shape
+        self.inside, conv = inside, _kind(base) == "conv2d"
+        n_out, n_in = _matrix(base).shape
         n = (base.in_channels if conv else n_in) if inside else n_out
         shape = (1, n, 1, 1) if conv else (1, n) if inside else (n, 1)
         make = dict(device=base.weight.device, dtype=dtype)
         self.ia3_l = nn.Parameter(torch.ones(shape, **make))
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
-        conv = kind(base) == "conv2d"
+        conv = _kind(base) == "conv2d"
         factors = self.ia3_l[0] if conv else self.ia3_l.flatten()
         if self.inside:
             return base(x * factors.to(x.dtype))
@@ -602,17 +608,17 @@ class IA3Layer(Layer):
     def merged(self, base: _Weighted) -> nn.Module:
         """The rows, or with `inside` the columns, of W times the factors."""
         self.check_merge(base)
-        factors, W = exact(self.ia3_l.flatten()), exact(matrix(base))
+        factors, W = _exact(self.ia3_l.flatten()), _exact(_matrix(base))
         if self.inside:
             each = factors.repeat_interleave(W.shape[1] // len(factors))
-            return with_weights(base, weight=as_weight(base, W * each))
-        new = {"weight": as_weight(base, W * factors[:, None])}
+            return _with_weights(base, weight=_as_weight(base, W * each))
+        new = {"weight": _as_weight(base, W * factors[:, None])}
         if base.bias is not None:
-            new["bias"] = exact(base.bias) * factors
-        return with_weights(base, **new)
+            new["bias"] = _exact(base.bias) * factors
+        return _with_weights(base, **new)
 
 # %% ../nbs/11_peft.ipynb #daee3aac
-class BitFitLayer(Layer):
+class _BitFitLayer(_Layer):
     """A trained change of the layer's bias; 0 at the start."""
 
     mergeable = True
@@ -633,7 +639,7 @@ class BitFitLayer(Layer):
     @torch.no_grad()
     def merged(self, base: _Weighted) -> nn.Module:
         """The base with the changed bias."""
-        return with_weights(base, bias=exact(base.bias) + exact(self.bias))
+        return _with_weights(base, bias=_exact(base.bias) + _exact(self.bias))
 
 # %% ../nbs/11_peft.ipynb #c19f8ca8
 _FEED_FORWARD = "output.dense", "!attention.output.dense"
@@ -642,9 +648,9 @@ _SCALABLE = (
 )
 
 
-def scalable(module: nn.Module) -> bool:
+def _scalable(module: nn.Module) -> bool:
     """Whether (IA)³ and the bottlenecks know the module."""
-    return kind(module) in ("linear", "conv1d", "conv2d")
+    return _kind(module) in ("linear", "conv1d", "conv2d")
 
 
 @dataclass(frozen=True)
@@ -659,9 +665,9 @@ class IA3(Method):
         Those among them whose inputs are scaled instead; patterns, too.
     """
 
-    target: Target = ("key", "value", *_FEED_FORWARD)
-    feedforward: Target = _FEED_FORWARD
-    fits: ClassVar[Callable] = staticmethod(scalable)
+    target: _Target = ("key", "value", *_FEED_FORWARD)
+    feedforward: _Target = _FEED_FORWARD
+    fits: ClassVar[Callable] = staticmethod(_scalable)
     knows: ClassVar[str] = _SCALABLE
 
     def of(self, names: Collection[str]) -> "IA3":
@@ -676,8 +682,8 @@ class IA3(Method):
             inside = []  # the default, in a model with other names
         return replace(self, feedforward=tuple(inside))
 
-    def layer(self, name: str, base: nn.Module, dtype: torch.dtype) -> Layer:
-        return IA3Layer(name in _as_list(self.feedforward), base, dtype)
+    def layer(self, name: str, base: nn.Module, dtype: torch.dtype) -> _Layer:
+        return _IA3Layer(name in _as_list(self.feedforward), base, dtype)
 
 # %% ../nbs/11_peft.ipynb #44707eb4
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
@@ -688,7 +694,7 @@ def _shiftable(module: nn.Module) -> bool:
     if getattr(module, "bias", None) is None:
         return False
     norm = isinstance(module, _NORMS) and not _own_forward(module)
-    return norm or scalable(module)
+    return norm or _scalable(module)
 
 
 @dataclass(frozen=True)
@@ -698,15 +704,15 @@ class BitFit(Method):
     Of every one that has a bias, or of those that `target` names.
     """
 
-    target: Target = "*"
+    target: _Target = "*"
     fits: ClassVar[Callable] = staticmethod(_shiftable)
     knows: ClassVar[str] = (
         f"{_SCALABLE}, layer, group and batch norms, with a bias"
     )
-    builder: ClassVar[type] = BitFitLayer
+    builder: ClassVar[type] = _BitFitLayer
 
 # %% ../nbs/11_peft.ipynb #c567b043
-class BottleneckLayer(Layer):
+class _BottleneckLayer(_Layer):
     """A small two-layer network after the module, with a residual around it.
 
     Its second layer is 0 at the start.
@@ -716,7 +722,7 @@ class BottleneckLayer(Layer):
 
     def __init__(self, spec: "Houlsby", base: _Weighted, dtype: torch.dtype):
         super().__init__()
-        n = matrix(base).shape[0]
+        n = _matrix(base).shape[0]
         if not 1 <= spec.size <= n:
             raise ValueError(
                 f"bottleneck size={spec.size} after a layer with {n} outputs: "
@@ -724,7 +730,7 @@ class BottleneckLayer(Layer):
             )
         make: dict[str, Any] = dict(device=base.weight.device, dtype=dtype)
         layer: Any = nn.Linear
-        if kind(base) == "conv2d":
+        if _kind(base) == "conv2d":
             make["kernel_size"], layer = 1, nn.Conv2d
         self.down = layer(n, spec.size, **make)
         self.up = layer(spec.size, n, **make)
@@ -754,12 +760,12 @@ class Houlsby(Method):
         "relu", "gelu" or "tanh".
     """
 
-    target: Target = ("output.dense",)
+    target: _Target = ("output.dense",)
     size: int = 16
     act: str = "gelu"
-    fits: ClassVar[Callable] = staticmethod(scalable)
+    fits: ClassVar[Callable] = staticmethod(_scalable)
     knows: ClassVar[str] = _SCALABLE
-    builder: ClassVar[type] = BottleneckLayer
+    builder: ClassVar[type] = _BottleneckLayer
 
     def __post_init__(self):
         if self.act not in ("relu", "gelu", "tanh"):
@@ -775,10 +781,10 @@ class Pfeiffer(Houlsby):
     The parameters are Houlsby's.
     """
 
-    target: Target = _FEED_FORWARD
+    target: _Target = _FEED_FORWARD
 
 # %% ../nbs/11_peft.ipynb #cd605828
-def lengthen(mask: Tensor | None, n: int, queries: bool) -> Tensor | None:
+def _lengthen(mask: Tensor | None, n: int, queries: bool) -> Tensor | None:
     """A mask (B, 1, T_query, T_key) with n more visible keys in front.
 
     With `queries` as many more of those, too.
@@ -798,7 +804,7 @@ def lengthen(mask: Tensor | None, n: int, queries: bool) -> Tensor | None:
     )
 
 # %% ../nbs/11_peft.ipynb #3c946c0e
-class PromptLayer(Layer):
+class _PromptLayer(_Layer):
     """Trained vectors (length, H) before an encoder's input, cut off after."""
 
     sized = {"prompt": ("length", 0)}
@@ -820,7 +826,7 @@ class PromptLayer(Layer):
         n = len(self.prompt)
         front = self.prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
         longer = torch.cat([front, hidden], 1)
-        mask = lengthen(attention_mask, n, queries=True)
+        mask = _lengthen(attention_mask, n, queries=True)
         output = base(longer, mask, *args, **kwargs)
         output["last_hidden_state"] = output["last_hidden_state"][:, n:]
         return output
@@ -833,7 +839,7 @@ class PromptTuning(Method):
     `std` is their size at the start.
     """
 
-    target: Target = ("encoder",)
+    target: _Target = ("encoder",)
     length: int = 16
     std: float = 0.5
     fits: ClassVar[Callable] = staticmethod(
@@ -843,13 +849,13 @@ class PromptTuning(Method):
         )
     )
     knows: ClassVar[str] = "the encoder of a BERT-like model of transformers"
-    builder: ClassVar[type] = PromptLayer
+    builder: ClassVar[type] = _PromptLayer
 
     def __post_init__(self):
-        check_positive(length=self.length, std=self.std)
+        _check_positive(length=self.length, std=self.std)
 
 # %% ../nbs/11_peft.ipynb #cd88b898
-class PrefixCache:
+class _PrefixCache:
     """The part of transformers' cache that self-attention calls.
 
     It puts the prefix before its keys and values.
@@ -889,7 +895,7 @@ def _cache_argument(base: nn.Module) -> str:
     )
 
 
-class PrefixLayer(Layer):
+class _PrefixLayer(_Layer):
     """Trained keys and values of shape (heads, length, d) for one attention."""
 
     sized = {"prefix": ("length", 2)}
@@ -923,8 +929,8 @@ class PrefixLayer(Layer):
                 "prefix tuning stands where a key-value cache would: call the "
                 f"model without {given[0]}"
             )
-        mask = lengthen(attention_mask, self.prefix.shape[2], queries=False)
-        kwargs[self.argument] = PrefixCache(*self.prefix)
+        mask = _lengthen(attention_mask, self.prefix.shape[2], queries=False)
+        kwargs[self.argument] = _PrefixCache(*self.prefix)
         return base(hidden, attention_mask=mask, **kwargs)
 
 # %% ../nbs/11_peft.ipynb #b92c3b4f
@@ -932,7 +938,7 @@ class PrefixLayer(Layer):
 class PrefixTuning(PromptTuning):
     """`length` trained keys and values in a BERT encoder's self-attentions."""
 
-    target: Target = ("attention.self",)
+    target: _Target = ("attention.self",)
     std: float = 0.1
     fits: ClassVar[Callable] = staticmethod(
         lambda m: (
@@ -941,7 +947,7 @@ class PrefixTuning(PromptTuning):
         )
     )
     knows: ClassVar[str] = "the self-attention of a BERT-like encoder"
-    builder: ClassVar[type] = PrefixLayer
+    builder: ClassVar[type] = _PrefixLayer
 
 
 _METHODS = {
@@ -952,14 +958,14 @@ _METHODS = {
 }  # fmt: skip
 
 # %% ../nbs/11_peft.ipynb #57849274
-class HeadLayer(Layer):
+class _HeadLayer(_Layer):
     """A trained copy of a whole module: the classifier of one adapter."""
 
     def __init__(self, base: nn.Module, dtype: torch.dtype | None = None):
         super().__init__()
         self.module = copy.deepcopy(base).requires_grad_(True)
-        for place in walk(self.module):  # a copy without other adapters inside
-            if isinstance(place.module, Adapted):
+        for place in _walk(self.module):  # a copy without other adapters inside
+            if isinstance(place.module, _Adapted):
                 place.parent._modules[place.attribute] = place.module.base
         hold_batchnorm(self.module)  # trainable again, so let it go
 
@@ -1009,7 +1015,7 @@ class _Shielded(Tensor):
         )
 
 # %% ../nbs/11_peft.ipynb #161110ca
-class Adapted(nn.Module):
+class _Adapted(nn.Module):
     """Stands where `base` stood: calls it, or the active adapter's layer."""
 
     active: str | None
@@ -1034,14 +1040,14 @@ class Adapted(nn.Module):
         if self.active is None or self.aside:
             return getattr(self.base, name)
         layer = self.layers[self.active]
-        if isinstance(layer, HeadLayer):
+        if isinstance(layer, _HeadLayer):
             return getattr(layer.module, name)
         value = getattr(self.base, name)
         shield = isinstance(value, Tensor)
         return value.as_subclass(_Shielded) if shield else value
 
 # %% ../nbs/11_peft.ipynb #5596076a
-class Place(NamedTuple):
+class _Place(NamedTuple):
     """Where a submodule stands: its original name, who holds it, and itself."""
 
     name: str
@@ -1050,9 +1056,9 @@ class Place(NamedTuple):
     module: nn.Module
 
 
-def plain(module: nn.Module) -> nn.Module:
+def _plain(module: nn.Module) -> nn.Module:
     """The module itself, without the adapter around it."""
-    return module.base if isinstance(module, Adapted) else module
+    return module.base if isinstance(module, _Adapted) else module
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -1060,22 +1066,24 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return model._modules.get("_orig_mod", model)
 
 
-def walk(
+def _walk(
     module: nn.Module,
     prefix: str = "",
     found: list | None = None,
     above: tuple = (),
-) -> list[Place]:
+) -> list[_Place]:
     """Every place of a submodule, by the name it has without adapters.
 
     A shared module has several. What torch.compile wraps keeps its name.
     """
-    found, parent = [] if found is None else found, _uncompiled(plain(module))
+    found, parent = [] if found is None else found, _uncompiled(_plain(module))
     for attribute, child in parent._modules.items():
         if child is not None:
-            found.append(Place(prefix + attribute, parent, attribute, child))
+            found.append(_Place(prefix + attribute, parent, attribute, child))
             if child._modules and id(child) not in above:
-                walk(child, f"{prefix}{attribute}.", found, (*above, id(child)))
+                _walk(
+                    child, f"{prefix}{attribute}.", found, (*above, id(child))
+                )
     return found
 
 # %% ../nbs/11_peft.ipynb #17111786
@@ -1085,13 +1093,13 @@ class _Survey:
     `modules` are by their first names; `first` is that of every name.
     """
 
-    def __init__(self, model: nn.Module, places: list[Place]):
+    def __init__(self, model: nn.Module, places: list[_Place]):
         self.whole, self.model = model, type(model).__name__
         self.modules: dict[str, nn.Module] = {}
         self.first: dict[str, str] = {}
         known: dict[int, str] = {}
         for name, _, _, module in places:
-            module = plain(module)
+            module = _plain(module)
             first = self.first[name] = known.setdefault(id(module), name)
             if first == name:
                 self.modules[name] = module
@@ -1103,64 +1111,64 @@ class _Survey:
         except ValueError:
             raise ValueError(
                 f"pattern {pattern!r} matches no module of {self.model}; near "
-                f"names: {near(pattern, list(self.first))}"
+                f"names: {_near(pattern, list(self.first))}"
             ) from None
         return list(dict.fromkeys(map(self.first.__getitem__, found)))
 
 
-def named(
-    model: nn.Module, places: list[Place] | None = None
+def _named(
+    model: nn.Module, places: list[_Place] | None = None
 ) -> dict[str, nn.Module]:
     """Every submodule once, without adapters, by its first name."""
-    return _Survey(model, walk(model) if places is None else places).modules
+    return _Survey(model, _walk(model) if places is None else places).modules
 
 # %% ../nbs/11_peft.ipynb #7173a5dd
-def wrappers(
-    model: nn.Module, places: list[Place] | None = None
-) -> dict[str, Adapted]:
+def _wrappers(
+    model: nn.Module, places: list[_Place] | None = None
+) -> dict[str, _Adapted]:
     """Every adapted place of the model once, by its first name."""
-    found: dict[int, Place] = {}
-    for p in walk(model) if places is None else places:
-        if isinstance(p.module, Adapted):
+    found: dict[int, _Place] = {}
+    for p in _walk(model) if places is None else places:
+        if isinstance(p.module, _Adapted):
             found.setdefault(id(p.module), p)
     return {p.name: p.module for p in found.values()}
 
 # %% ../nbs/11_peft.ipynb #18a9e221
-HEADS = ("classifier", "score", "qa_outputs", "fc", "head", "heads",
+_HEADS = ("classifier", "score", "qa_outputs", "fc", "head", "heads",
          "classification_head", "logits_proj")  # fmt: skip
 
 
 def _linear(module: nn.Module) -> bool:
-    return kind(module) in ("linear", "conv1d")
+    return _kind(module) in ("linear", "conv1d")
 
 
-def outputs(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+def _outputs(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     """Names of the linear layers that make the model's output.
 
     The last one of each known head, what is tied to an embedding's matrix, and
     what a model of transformers calls its output embedding.
     """
     linear = {n: m for n, m in modules.items() if _linear(m)}
-    tied = {id(m.weight) for m in modules.values() if kind(m) == "embedding"}
+    tied = {id(m.weight) for m in modules.values() if _kind(m) == "embedding"}
     found = {n for n, m in linear.items() if id(m.weight) in tied}
-    for head in HEADS:
-        found |= set([n for n in linear if within(n, [head])][-1:])
+    for head in _HEADS:
+        found |= set([n for n in linear if _within(n, [head])][-1:])
     if hasattr(model, "get_output_embeddings"):
         own = model.get_output_embeddings()
         found |= {
-            n for n, m in linear.items() if own is not None and m is plain(own)
+            n for n, m in linear.items() if own is not None and m is _plain(own)
         }
     return found
 
 
-def near(name: str, known: Sequence[str]) -> str:
+def _near(name: str, known: Sequence[str]) -> str:
     """The known names closest to a wrong one, as text."""
     ends = {k.split(".")[-1]: k for k in known} | {k: k for k in known}
     close = difflib.get_close_matches(name.split(".")[-1], ends, 5, 0.5)
     return ", ".join(close or list(ends)[:5]) or "none at all"
 
 # %% ../nbs/11_peft.ipynb #6facd88c
-def within(name: str, heads: Iterable[str]) -> bool:
+def _within(name: str, heads: Iterable[str]) -> bool:
     """Whether a module is one of the heads or inside one."""
     return any((name + ".").startswith(head + ".") for head in heads)
 
@@ -1202,7 +1210,7 @@ def _find(
             )
         raise ValueError(
             f"target {pattern!r} matches {what}; near names: "
-            f"{near(pattern, known)}"
+            f"{_near(pattern, known)}"
         )
     if len(found) < len(meant) and not set(pattern) & set("*?["):
         for n in meant:
@@ -1230,7 +1238,7 @@ def _gather(
 
 def _all_linear(method: Method, survey: _Survey, outside: dict) -> set[str]:
     """The linear layers that the method fits, without the output layer."""
-    last = outputs(survey.whole, survey.modules)
+    last = _outputs(survey.whole, survey.modules)
     linear = {n: m for n, m in outside.items() if _linear(m) and n not in last}
     found = {n for n, m in linear.items() if method.fits(m)}
     if not found:
@@ -1242,17 +1250,17 @@ def _all_linear(method: Method, survey: _Survey, outside: dict) -> set[str]:
     return found
 
 
-def chosen(
+def _chosen(
     model: nn.Module,
     method: Method,
     heads: Sequence[str] = (),
     survey: _Survey | None = None,
 ) -> dict[str, nn.Module]:
     """The modules that a method's target means, by name; heads are left out."""
-    survey = survey or _Survey(model, walk(model))
+    survey = survey or _Survey(model, _walk(model))
     outside = survey.modules
     if heads:
-        inside = {f for n, f in survey.first.items() if within(n, heads)}
+        inside = {f for n, f in survey.first.items() if _within(n, heads)}
         outside = {n: m for n, m in outside.items() if n not in inside}
 
     def find(pattern: str) -> set[str]:
@@ -1270,13 +1278,13 @@ def chosen(
     return {n: m for n, m in outside.items() if n in found}
 
 # %% ../nbs/11_peft.ipynb #bbde99cb
-def find_heads(survey: _Survey, head: Target | None) -> list[str]:
+def _find_heads(survey: _Survey, head: _Target | None) -> list[str]:
     """Full names of all modules that `head` means, to be trained as a whole.
 
     A warning if there is a head that nobody named.
     """
     modules = survey.modules
-    unnamed = [h for h in HEADS if h in modules] if head is None else []
+    unnamed = [h for h in _HEADS if h in modules] if head is None else []
     if unnamed:
         warnings.warn(
             f"the head {unnamed[0]!r} stays frozen and is not saved with the "
@@ -1291,17 +1299,17 @@ def find_heads(survey: _Survey, head: Target | None) -> list[str]:
         if not hits:
             raise ValueError(
                 f"head {pattern!r} matches no module with parameters; near "
-                f"names: {near(pattern, list(modules))}"
+                f"names: {_near(pattern, list(modules))}"
             )
         return hits
 
     found = _gather(_as_list(head), find, survey, modules)
-    return [n for n in modules if n in found and not within(n, found - {n})]
+    return [n for n in modules if n in found and not _within(n, found - {n})]
 
 # %% ../nbs/11_peft.ipynb #d2a9dae5
-def _bases(model: nn.Module, places: Iterable[Place]) -> list[nn.Module]:
+def _bases(model: nn.Module, places: Iterable[_Place]) -> list[nn.Module]:
     """The model and all modules inside, each once, without adapters."""
-    inside = (plain(p.module) for p in places)
+    inside = (_plain(p.module) for p in places)
     return list({id(m): m for m in (model, *inside)}.values())
 
 
@@ -1311,7 +1319,7 @@ def _own_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return list({id(p): p for p in held}.values())
 
 
-def freeze_base(model: nn.Module, places: list[Place]) -> None:
+def _freeze_base(model: nn.Module, places: list[_Place]) -> None:
     """Freeze everything once, and note on the model what was as it was.
 
     Which parameters were trainable, which BatchNorm layers updated statistics,
@@ -1347,14 +1355,14 @@ def _nests(encoder: nn.TransformerEncoder) -> bool:
     return bool(getattr(encoder, "use_nested_tensor", False))
 
 # %% ../nbs/11_peft.ipynb #883b89ce
-def restore(model: nn.Module, places: list[Place]) -> None:
-    """Undo `freeze_base`, but for what an adapter of a part still needs."""
+def _restore(model: nn.Module, places: list[_Place]) -> None:
+    """Undo `_freeze_base`, but for what an adapter of a part still needs."""
     before = vars(model).pop("peft_before")
     del model.peft_adapters
     modules, kept = _bases(model, places), set()
     for m in modules:  # outer ones first
         if "peft_before" in vars(m):
-            inside = _bases(m, walk(m))
+            inside = _bases(m, _walk(m))
             ids = {id(t) for t in (*inside, *_own_parameters(inside))} - kept
             _hand_over(before, vars(m)["peft_before"], ids)
             kept |= ids
@@ -1382,8 +1390,8 @@ def _hand_over(
         ]
 
 # %% ../nbs/11_peft.ipynb #0f6668d4
-def check_name(
-    model: nn.Module, name: str, places: list[Place] | None = None
+def _check_name(
+    model: nn.Module, name: str, places: list[_Place] | None = None
 ) -> None:
     """Raise ValueError for a name that is taken or cannot be one.
 
@@ -1396,7 +1404,7 @@ def check_name(
             "Python identifier, and no name that nn.ModuleDict has itself, as "
             '"training"'
         )
-    inside = wrappers(model, places).values()
+    inside = _wrappers(model, places).values()
     own = vars(model).get("peft_adapters", {})
     if name in own or any(name in w.layers for w in inside):
         raise ValueError(
@@ -1410,20 +1418,20 @@ def check_name(
         )
 
 # %% ../nbs/11_peft.ipynb #c3460308
-def build(
+def _build(
     names: dict,
     method: Method,
     modules: dict,
     heads: Sequence[str],
     dtype: torch.dtype | None,
     start: bool = True,
-) -> dict[str, Layer]:
+) -> dict[str, _Layer]:
     """Every layer that will be attached, by module name.
 
     All errors are raised here, before the model changes.
     """
     method = method.of(names)
-    layers: dict[str, Layer] = {}
+    layers: dict[str, _Layer] = {}
     for path, module in modules.items():
         own = module._parameters.values() if not module._modules else ()
         floats = (
@@ -1437,37 +1445,37 @@ def build(
                 layers[path].start()
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
-    return layers | {h: HeadLayer(names[h]) for h in heads}
+    return layers | {h: _HeadLayer(names[h]) for h in heads}
 
 # %% ../nbs/11_peft.ipynb #c510e67c
-def attach(
+def _attach(
     model: nn.Module,
     method: Method,
     name: str,
     heads: list[str],
-    layers: dict[str, Layer],
-    places: list[Place],
+    layers: dict[str, _Layer],
+    places: list[_Place],
 ) -> "Adapter":
     """Freeze the base, put each layer at its place, switch to the adapter."""
-    freeze_base(model, places)
-    wrapped: dict[int, Adapted] = {}
+    _freeze_base(model, places)
+    wrapped: dict[int, _Adapted] = {}
     for path, parent, attribute, module in places:
-        key = id(plain(module))
+        key = id(_plain(module))
         if key not in wrapped and (
-            path in layers or isinstance(module, Adapted)
+            path in layers or isinstance(module, _Adapted)
         ):
-            new = module if isinstance(module, Adapted) else Adapted(module)
+            new = module if isinstance(module, _Adapted) else _Adapted(module)
             if path in layers:
                 new.layers[name] = layers[path].train(module.training)
             wrapped[key] = new
         if key in wrapped:
             parent._modules[attribute] = wrapped[key]
     model.peft_adapters[name] = method, heads, frozenset(layers)
-    switch(wrapped.values(), name)
+    _switch(wrapped.values(), name)
     return Adapter(model, name, method, heads)
 
 
-def switch(places: Iterable[Adapted], active: str) -> None:
+def _switch(places: Iterable[_Adapted], active: str) -> None:
     """Let every place compute with the adapter of this name if it has it.
 
     That one trains, all others rest.
@@ -1483,7 +1491,7 @@ def apply(
     model: nn.Module,
     method: Method,
     name: str = "default",
-    head: Target | None = None,
+    head: _Target | None = None,
     dtype: torch.dtype | None = None,
 ) -> "Adapter":
     """Freeze a model and put an adapter into it, in place.
@@ -1532,13 +1540,13 @@ def apply(
     (51.22 %)
     """
     model = _uncompiled(model)
-    places = walk(model)
-    check_name(model, name, places)
+    places = _walk(model)
+    _check_name(model, name, places)
     survey = _Survey(model, places)
-    heads = find_heads(survey, head)
-    modules = chosen(model, method, heads, survey)
-    layers = build(survey.modules, method, modules, heads, dtype)
-    return attach(model, method, name, heads, layers, places)
+    heads = _find_heads(survey, head)
+    modules = _chosen(model, method, heads, survey)
+    layers = _build(survey.modules, method, modules, heads, dtype)
+    return _attach(model, method, name, heads, layers, places)
 
 # %% ../nbs/11_peft.ipynb #ebadde32
 class Adapter:
@@ -1558,12 +1566,12 @@ class Adapter:
         self.heads = list(heads)
 
     @property
-    def places(self) -> dict[str, Adapted]:
+    def places(self) -> dict[str, _Adapted]:
         """Where the adapter sits."""
-        return _places(self, wrappers(self.model))
+        return _places(self, _wrappers(self.model))
 
     @property
-    def layers(self) -> dict[str, Layer]:
+    def layers(self) -> dict[str, _Layer]:
         """The adapter's layers by the name of the module they change."""
         return {path: w.layers[self.name] for path, w in self.places.items()}
 
@@ -1577,7 +1585,7 @@ class Adapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that this adapter trains, with the head's."""
         for path, layer in self.layers.items():
-            inner = layer.module if isinstance(layer, HeadLayer) else layer
+            inner = layer.module if isinstance(layer, _HeadLayer) else layer
             yield from ((f"{path}.{n}", p) for n, p in inner.named_parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -1589,7 +1597,7 @@ class Adapter:
 
         ValueError if another adapter is merged into the weights.
         """
-        activated(self)
+        _activated(self)
         return self
 
     @contextmanager
@@ -1605,7 +1613,7 @@ class Adapter:
         does not merge, and for layers that do more than their formula (hooks, a
         forward of their own, codes); the model is then as it was.
         """
-        places = activated(self)
+        places = _activated(self)
         new = {}
         for path, w in places.items():
             if not w.aside:
@@ -1672,32 +1680,32 @@ class Adapter:
 
 # %% ../nbs/11_peft.ipynb #5c39415f
 def _places(
-    adapter: Adapter, wrapped: dict[str, Adapted]
-) -> dict[str, Adapted]:
+    adapter: Adapter, wrapped: dict[str, _Adapted]
+) -> dict[str, _Adapted]:
     """Those of the model's adapted places where this adapter sits."""
     known = vars(adapter.model).get("peft_adapters", {}).get(adapter.name)
     paths = known[2] if known else ()
     return {path: w for path, w in wrapped.items() if path in paths}
 
 
-def activated(
-    adapter: Adapter, places: list[Place] | None = None
-) -> dict[str, Adapted]:
+def _activated(
+    adapter: Adapter, places: list[_Place] | None = None
+) -> dict[str, _Adapted]:
     """Switch to an adapter and return where it sits."""
-    wrapped = wrappers(adapter.model, places)
+    wrapped = _wrappers(adapter.model, places)
     if any(w.aside and w.active != adapter.name for w in wrapped.values()):
         raise ValueError(
             "another adapter is merged into the weights: unmerge() it before "
             "switching"
         )
-    switch(wrapped.values(), adapter.name)
+    _switch(wrapped.values(), adapter.name)
     return _places(adapter, wrapped)
 
 
 @contextmanager
 def _disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block every place calls its base; encoders nest again."""
-    before = [(w, w.active, w.base) for w in wrappers(model).values()]
+    before = [(w, w.active, w.base) for w in _wrappers(model).values()]
     nested = vars(model).get("peft_before", {}).get("nested", ())
     try:
         for w, _, base in before:
@@ -1717,7 +1725,7 @@ def _counts(adapter: Adapter) -> dict[str, float]:
     layers, model = adapter.layers, adapter.model
     head = sum(p.numel() for h in adapter.heads for p in layers[h].parameters())
     own = sum(p.numel() for p in adapter.parameters()) - head
-    parts = wrappers(model).values()
+    parts = _wrappers(model).values()
     inside = {id(p) for w in parts for p in w.layers.parameters()}
     base = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     tensors = [t for layer in layers.values() for t in layer.tensors().values()]
@@ -1749,10 +1757,10 @@ def handle(model: nn.Module, name: str = "default") -> Adapter:
 
 # %% ../nbs/11_peft.ipynb #cef2f9fb
 def _take_out(adapter: Adapter, keep_merged: bool) -> nn.Module:
-    """Undo `attach`, or leave the merged modules where they are."""
+    """Undo `_attach`, or leave the merged modules where they are."""
     model, name = adapter.model, adapter.name
-    places, loose = walk(model), []
-    wrapped = wrappers(model, places)
+    places, loose = _walk(model), []
+    wrapped = _wrappers(model, places)
     if keep_merged:
         others = {n for w in wrapped.values() for n in w.layers}
         others = sorted((others | model.peft_adapters.keys()) - {name})
@@ -1761,7 +1769,7 @@ def _take_out(adapter: Adapter, keep_merged: bool) -> nn.Module:
                 "remove the other adapters first, they belong to the original "
                 f"weights: {', '.join(others)}"
             )
-        loose = absorb(adapter, places)
+        loose = _absorb(adapter, places)
     else:
         adapter.unmerge()
     for w in _places(adapter, wrapped).values():
@@ -1769,23 +1777,25 @@ def _take_out(adapter: Adapter, keep_merged: bool) -> nn.Module:
         if w.active == name:
             w.active, w.aside = None, []
     for _, parent, attribute, module in places:
-        if isinstance(module, Adapted) and not len(module.layers):
+        if isinstance(module, _Adapted) and not len(module.layers):
             parent._modules[attribute] = module.base
     model.peft_adapters.pop(name)
     if not model.peft_adapters:
-        restore(model, walk(model) if keep_merged and adapter.heads else places)
+        _restore(
+            model, _walk(model) if keep_merged and adapter.heads else places
+        )
     for m in loose:
         _untie(m)
     return model
 
 # %% ../nbs/11_peft.ipynb #2a3543e4
-def absorb(adapter: Adapter, places: list[Place]) -> list[nn.Module]:
+def _absorb(adapter: Adapter, places: list[_Place]) -> list[nn.Module]:
     """`merge` without a way back, LoRA in place unless others hold the tensor.
 
     Returns the transformers models whose words are tied no more.
     """
     model = adapter.model
-    wrapped = activated(adapter, places).values()
+    wrapped = _activated(adapter, places).values()
     modules = _bases(model, places)
     own = (t for m in modules for t in m._parameters.values() if t is not None)
     shared = {i for i, n in Counter(map(id, own)).items() if n > 1}
@@ -1840,8 +1850,8 @@ def _ties_words(module: nn.Module, tied: set[int]) -> bool:
         return False
     for get in ("get_input_embeddings", "get_output_embeddings"):
         place = getattr(module, get)() if hasattr(module, get) else None
-        merged = isinstance(place, Adapted) and place.aside
-        old = place.aside[0] if merged else place and plain(place)
+        merged = isinstance(place, _Adapted) and place.aside
+        old = place.aside[0] if merged else place and _plain(place)
         if id(getattr(old, "weight", None)) in tied:
             return True
     return False
@@ -1867,7 +1877,7 @@ def _untie(model: nn.Module) -> None:
         seen.add(id(t))
 
 # %% ../nbs/11_peft.ipynb #7f37982c
-def normal_float(bits: int = 4) -> Tensor:
+def _normal_float(bits: int = 4) -> Tensor:
     """The NF4 code: 16 levels in [-1, 1] and an exact 0 among them.
 
     Equal shares of a normal distribution lie between them.
@@ -1878,7 +1888,7 @@ def normal_float(bits: int = 4) -> Tensor:
 
     Examples
     --------
-    >>> normal_float()[[0, 7, 15]]
+    >>> _normal_float()[[0, 7, 15]]
     tensor([-1.,  0.,  1.])
     """
     half = 2 ** (bits - 1)
@@ -1899,7 +1909,7 @@ def normal_float(bits: int = 4) -> Tensor:
     return (levels / levels.abs().max()).float()
 
 # %% ../nbs/11_peft.ipynb #6e08d609
-def encode_blocks(
+def _encode_blocks(
     weight: Tensor, bits: int, block: int
 ) -> tuple[Tensor, Tensor]:
     """Codes (uint8, for 4 bits two to a byte) and a float32 scale per block."""
@@ -1909,7 +1919,7 @@ def encode_blocks(
     unit = blocks / scale[:, None]
     if bits == 8:
         return (unit * 127).round().add(128).to(torch.uint8), scale
-    levels = normal_float().to(weight.device)
+    levels = _normal_float().to(weight.device)
     codes = (
         torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
         .to(torch.uint8)
@@ -1918,21 +1928,21 @@ def encode_blocks(
     return codes[:, 0] * 16 + codes[:, 1], scale
 
 # %% ../nbs/11_peft.ipynb #c54a41f5
-def decode_blocks(
+def _decode_blocks(
     codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int]
 ) -> Tensor:
     """The float32 weights that codes and scales stand for."""
     if bits == 8:
         unit = (codes.float() - 128) / 127
     else:
-        unit = normal_float().to(codes.device)[
+        unit = _normal_float().to(codes.device)[
             torch.stack([codes >> 4, codes & 15], 1).int()
         ]
     whole = (unit.view(len(scale), -1) * scale[:, None]).flatten()
     return whole[: math.prod(shape)].view(*shape)
 
 # %% ../nbs/11_peft.ipynb #cbbab25e
-class QuantLinear(_Coded):
+class _QuantLinear(_Coded):
     """A frozen linear layer kept as 8- or 4-bit codes.
 
     `weight` decodes them anew each time it is read.
@@ -1951,14 +1961,14 @@ class QuantLinear(_Coded):
         self.bits, self.block = bits, block
         self.shape = tuple(linear.weight.shape)
         self.out_features, self.in_features = self.shape
-        codes, scale = encode_blocks(linear.weight, bits, block)
+        codes, scale = _encode_blocks(linear.weight, bits, block)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.bias: nn.Parameter | None = linear.bias
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The matrix that codes and scales stand for."""
-        return decode_blocks(codes, scale, self.bits, self.shape)
+        return _decode_blocks(codes, scale, self.bits, self.shape)
 
     @property
     def weight(self) -> Tensor:
@@ -1993,9 +2003,9 @@ def quantize(
     model: nn.Module,
     bits: int = 4,
     block: int = 64,
-    target: Target = "all-linear",
+    target: _Target = "all-linear",
 ) -> list[str]:
-    """Replace linear layers by `QuantLinear`, in place and before any adapter.
+    """Replace linear layers by `_QuantLinear`, in place and before any adapter.
 
     Returns their names. Layers that do more than x W^T + b (hooks, subclasses)
     stay as they are, unless they are named, which is an error.
@@ -2007,29 +2017,29 @@ def quantize(
         or bits or block is not possible.
     """
     model = _uncompiled(model)
-    places = walk(model)
-    if wrappers(model, places):
+    places = _walk(model)
+    if _wrappers(model, places):
         raise ValueError(
             "the model has adapters: quantize the base first, then apply them"
         )
-    found = chosen(model, _Quantization(target), (), _Survey(model, places))
-    new = {id(m): QuantLinear(m, bits, block) for m in found.values()}
+    found = _chosen(model, _Quantization(target), (), _Survey(model, places))
+    new = {id(m): _QuantLinear(m, bits, block) for m in found.values()}
     for _, parent, attribute, module in places:
         if id(module) in new:
             parent._modules[attribute] = new[id(module)]
     return list(found)
 
 # %% ../nbs/11_peft.ipynb #e148465f
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE, PREFIX = "adapter_model.safetensors", "base_model.model."
-UNLIKE = (
+_CONFIG_FILE = "adapter_config.json"
+_WEIGHTS_FILE, _PREFIX = "adapter_model.safetensors", "base_model.model."
+_UNLIKE = (
     "name_or_path", "version", "label", "architectures", "dtype", "problem",
     "attn",
     "dropout", "cache", "output_", "return_",
 )  # fmt: skip
 
 
-def base_hash(model: nn.Module) -> str:
+def _base_hash(model: nn.Module) -> str:
     """Twelve hexadecimal digits for the architecture.
 
     Of the transformers configuration, else of the modules' shapes.
@@ -2037,21 +2047,21 @@ def base_hash(model: nn.Module) -> str:
     if hasattr(getattr(model, "config", None), "to_dict"):
         known = model.config.to_dict()
         about = {
-            k: v for k, v in known.items() if not any(u in k for u in UNLIKE)
+            k: v for k, v in known.items() if not any(u in k for u in _UNLIKE)
         }
     else:
-        layers = {n: m for n, m in named(model).items() if kind(m)}
-        about = [(n, list(matrix(m).shape)) for n, m in layers.items()]
+        layers = {n: m for n, m in _named(model).items() if _kind(m)}
+        about = [(n, list(_matrix(m).shape)) for n, m in layers.items()]
     text = json.dumps(about, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def sample_weights(
+def _sample_weights(
     found: dict[str, nn.Module], paths: Sequence[str], n: int = 16
 ) -> list[float]:
     """A few weights of a few adapted layers, to know the base again by."""
-    layers = [found[p] for p in sorted(paths)[:4] if kind(found[p])]
-    flat = [matrix(m).flatten().detach() for m in layers]
+    layers = [found[p] for p in sorted(paths)[:4] if _kind(found[p])]
+    flat = [_matrix(m).flatten().detach() for m in layers]
     return [v for w in flat for v in w[:: max(1, len(w) // n)][:n].tolist()]
 
 # %% ../nbs/11_peft.ipynb #bb3fbd51
@@ -2064,7 +2074,7 @@ def _to_config(adapter: Adapter, paths: Sequence[str]) -> dict[str, Any]:
     config = {"base_model_name_or_path": base or None, "inference_mode": True}
     config |= {"task_type": None, "modules_to_save": adapter.heads or None}
     if isinstance(m, LoRA):
-        transposed = any(kind(w.base) == "conv1d" for w in places.values())
+        transposed = any(_kind(w.base) == "conv1d" for w in places.values())
         return config | {
             "peft_type": "LORA", "target_modules": list(paths), "r": m.r,
             "lora_alpha": m.alpha, "lora_dropout": m.dropout,
@@ -2091,14 +2101,14 @@ def _save(adapter: Adapter, folder: Path) -> Path:
         for key, t in layer.tensors().items():
             where = t.untyped_storage().data_ptr()  # tied inside a head: a copy
             own = t.clone() if where in seen else t
-            tensors[f"{PREFIX}{path}.{key}"] = own.cpu().contiguous()
+            tensors[f"{_PREFIX}{path}.{key}"] = own.cpu().contiguous()
             seen.add(where)
     with adapter.disable():
-        sample = sample_weights(named(adapter.model), paths)
-        about = {"base": base_hash(adapter.model), "sample": sample}
-    with atomic_write(folder / WEIGHTS_FILE) as file:
+        sample = _sample_weights(_named(adapter.model), paths)
+        about = {"base": _base_hash(adapter.model), "sample": sample}
+    with atomic_write(folder / _WEIGHTS_FILE) as file:
         save_file(tensors, file, {"format": "pt", "ftbook": json.dumps(about)})
-    with atomic_write(folder / CONFIG_FILE) as file:
+    with atomic_write(folder / _CONFIG_FILE) as file:
         text = json.dumps(_to_config(adapter, paths), indent=2) + "\n"
         file.write_text(text, encoding="utf-8")
     return folder
@@ -2151,16 +2161,18 @@ class _File:
     def __init__(self, path: str | Path):
         folder = Path(path)
         missing = [
-            f for f in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / f).is_file()
+            f
+            for f in (_CONFIG_FILE, _WEIGHTS_FILE)
+            if not (folder / f).is_file()
         ]
         if missing:
             raise FileNotFoundError(
                 f"{folder} holds no {' and no '.join(missing)}: give a folder "
                 "that save() or peft wrote"
             )
-        self.path = folder / WEIGHTS_FILE
+        self.path = folder / _WEIGHTS_FILE
         self.config = json.loads(
-            (folder / CONFIG_FILE).read_text(encoding="utf-8")
+            (folder / _CONFIG_FILE).read_text(encoding="utf-8")
         )
         self.file = safe_open(self.path, "pt")
         self.keys = {_short(k): k for k in self.file.keys()}  # noqa: SIM118
@@ -2175,7 +2187,7 @@ class _File:
             self.about, dict
         ):
             raise ValueError(
-                f"{folder}: {CONFIG_FILE} holds no table of options"
+                f"{folder}: {_CONFIG_FILE} holds no table of options"
             )
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -2185,7 +2197,7 @@ class _File:
 
 
 def _short(key: str) -> str:
-    key = key.removeprefix(PREFIX)
+    key = key.removeprefix(_PREFIX)
     if "_orig_mod" in key:
         key = ".".join(p for p in key.split(".") if p != "_orig_mod")
     return key
@@ -2222,7 +2234,7 @@ def _check_config(config: dict[str, Any]) -> None:
     own = which == "FTBOOK" and config.get("method") in list(_OWN)
     if which not in ("LORA", "IA3") and not own:
         raise ValueError(
-            f"{CONFIG_FILE} has method {config.get('method', which)!r}, which "
+            f"{_CONFIG_FILE} has method {config.get('method', which)!r}, which "
             "ftbook does not know; it reads LORA, IA3 and its own files"
         )
     odd = [
@@ -2231,13 +2243,13 @@ def _check_config(config: dict[str, Any]) -> None:
     odd += ["bias"] * ("bias" in options)
     if odd:
         raise ValueError(
-            f"{CONFIG_FILE} has option {odd[0]}={options[odd[0]]!r}, which "
+            f"{_CONFIG_FILE} has option {odd[0]}={options[odd[0]]!r}, which "
             "ftbook does not know; load the adapter with Hugging Face peft, "
             "and merge it there if you need the model here"
         )
     if start not in (*_STARTS, *_BASE_STARTS):
         raise ValueError(
-            f"{CONFIG_FILE} has init_lora_weights={start!r}: such an adapter "
+            f"{_CONFIG_FILE} has init_lora_weights={start!r}: such an adapter "
             "belongs to a base that peft has changed in a way that cannot be "
             "repeated from the file. In peft, save it with "
             "path_initial_model_for_weight_conversion=..., which makes an "
@@ -2250,7 +2262,7 @@ _OWN: dict[str, Any] = {
 }
 
 
-def from_config(
+def _from_config(
     config: dict[str, Any], shapes: Mapping[str, Mapping[str, tuple]]
 ) -> Method:
     """The method that an adapter_config.json describes.
@@ -2282,12 +2294,12 @@ def from_config(
         return _OWN[config["method"]](**fields | {"target": paths})
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{CONFIG_FILE} does not describe an adapter: {error}"
+            f"{_CONFIG_FILE} does not describe an adapter: {error}"
         ) from None
 
 
 def _inner(
-    names: Target | None, shapes: Mapping[str, Mapping[str, tuple]]
+    names: _Target | None, shapes: Mapping[str, Mapping[str, tuple]]
 ) -> tuple[str, ...]:
     """Which of an (IA)³ file's modules have a factor per input: those listed.
 
@@ -2302,7 +2314,7 @@ def _inner(
     unclear = [p for p, s in factors.items() if len(s) != 2 or s == (1, 1)]
     if unclear:
         raise ValueError(
-            f"{CONFIG_FILE} names the inner modules by an expression, "
+            f"{_CONFIG_FILE} names the inner modules by an expression, "
             f"feedforward_modules={names!r}, and the file's shapes do not show "
             f"whether {unclear[0]} is one: write the modules' names in its "
             "place, as a list"
@@ -2310,7 +2322,7 @@ def _inner(
     return tuple(p for p, s in factors.items() if s[0] == 1)
 
 # %% ../nbs/11_peft.ipynb #83d30283
-def owner(key: str, names: Iterable[str]) -> str:
+def _owner(key: str, names: Iterable[str]) -> str:
     """The longest module name that a tensor's key starts with, or ""."""
     parts = key.split(".")
     for i in range(len(parts) - 1, 0, -1):
@@ -2334,7 +2346,7 @@ class _Layout:
     and name; `bases` are tensors of the base that peft saved beside an adapter.
     """
 
-    def __init__(self, model: nn.Module, places: list[Place], file: _File):
+    def __init__(self, model: nn.Module, places: list[_Place], file: _File):
         survey = _Survey(model, places)
         self.modules = survey.modules
         first = survey.first
@@ -2344,11 +2356,11 @@ class _Layout:
         self.shapes: dict[str, dict[str, tuple]] = {}
         self.bases: dict[str, tuple[str, str]] = {}
         for key, shape in file.shapes.items():
-            place = owner(key, first)
+            place = _owner(key, first)
             if not place:
                 raise ValueError(
                     f"{type(model).__name__} has no module for {key!r}; near "
-                    f"names: {near(key, sorted(first))}"
+                    f"names: {_near(key, sorted(first))}"
                 )
             path, name = first[place], key[len(place) + 1 :]
             head = _head(place, saved) if not known or name not in known else ""
@@ -2377,11 +2389,11 @@ def _check_embedding(
     """Raise ValueError for a tensor of no embedding of the model's words."""
     gets = [getattr(model, "get_input_embeddings", None),
             getattr(model, "get_output_embeddings", None)]  # fmt: skip
-    whole = [plain(m) for get in gets if get and (m := get()) is not None]
+    whole = [_plain(m) for get in gets if get and (m := get()) is not None]
     if not any(module is m for m in whole):
         raise ValueError(
             f"the file has {key!r}, which is no part of an adapter, and no "
-            f"module of modules_to_save in its {CONFIG_FILE} holds it"
+            f"module of modules_to_save in its {_CONFIG_FILE} holds it"
         )
     _check_vocabulary(key, getattr(module, name, torch.zeros(())), shape)
 
@@ -2396,7 +2408,7 @@ def _check_vocabulary(key: str, mine: Tensor, shape: tuple) -> None:
         )
 
 # %% ../nbs/11_peft.ipynb #777a3624
-def check_base(
+def _check_base(
     model: nn.Module,
     about: dict,
     paths: Sequence[str],
@@ -2406,7 +2418,7 @@ def check_base(
 
     Another architecture is an error, other weights warn.
     """
-    mine = base_hash(model)
+    mine = _base_hash(model)
     if about.get("base", mine) != mine:
         raise ValueError(
             "the adapter was trained on a base with configuration "
@@ -2414,7 +2426,7 @@ def check_base(
             "the same architecture"
         )
     a = torch.tensor(about.get("sample", []))
-    b = torch.tensor(sample_weights(names, paths))
+    b = torch.tensor(_sample_weights(names, paths))
     if len(a) and len(a) == len(b) and F.cosine_similarity(a, b, dim=0) < 0.9:
         warnings.warn(
             "this base has the right shape but other weights than the one the "
@@ -2450,11 +2462,11 @@ def _load_into(adapter: Adapter, path: str | Path) -> Adapter:
     file, model, mine = _File(path), adapter.model, adapter.method
     _check_config(file.config)
     with adapter.disable():
-        layout = _Layout(model, walk(model), file)
+        layout = _Layout(model, _walk(model), file)
         paths = [p for p in adapter.layers if p not in adapter.heads]
-        check_base(model, file.about, paths, layout.modules)
+        _check_base(model, file.about, paths, layout.modules)
         _check_saved_bases(file, layout)
-    theirs = from_config(file.config, layout.shapes)
+    theirs = _from_config(file.config, layout.shapes)
     same = type(theirs) is type(mine)
     for field in ("r", "alpha", "rslora", "act") if same else ():
         same = same and getattr(theirs, field, None) == getattr(
@@ -2466,12 +2478,12 @@ def _load_into(adapter: Adapter, path: str | Path) -> Adapter:
             f"{replace(mine, target=())}: use peft.load, which makes an "
             "adapter as the file describes it"
         )
-    fill(adapter.layers, file, layout.bases)
+    _fill(adapter.layers, file, layout.bases)
     return adapter
 
 # %% ../nbs/11_peft.ipynb #3ae93895
-def fill(
-    layers: dict[str, Layer],
+def _fill(
+    layers: dict[str, _Layer],
     file: _File,
     without: Iterable[str] = (),
     first: int | None = None,
@@ -2529,7 +2541,7 @@ def _first_update(W: Tensor, r: int, scale: float, start: str) -> tuple:
 
 @torch.no_grad()
 def _take_first_update_out(
-    layers: dict[str, Layer], modules: dict, r: int, scale: float, start: str
+    layers: dict[str, _Layer], modules: dict, r: int, scale: float, start: str
 ) -> None:
     """Let ranks from r on subtract what peft subtracted from the base.
 
@@ -2537,13 +2549,13 @@ def _take_first_update_out(
     sum as W with twice the ranks, so the base stays as it is.
     """
     for path, layer in layers.items():
-        if not isinstance(layer, LoRALayer):
+        if not isinstance(layer, _LoRALayer):
             continue
         A, B = layer.lora_A[r:], layer.lora_B[:, r:]
         if layer.kind == "embedding":  # began as every LoRA
             A.zero_(), B.zero_()
             continue
-        W = matrix(modules[path]).float()
+        W = _matrix(modules[path]).float()
         first_A, first_B = _first_update(W, r, scale, start)
         A.copy_(first_A), B.copy_(-first_B)
 
@@ -2580,12 +2592,12 @@ def load(
     """
     file, model = _File(path), _uncompiled(model)
     _check_config(file.config)
-    places = walk(model)
-    check_name(model, name, places)
+    places = _walk(model)
+    _check_name(model, name, places)
     layout = _Layout(model, places, file)
     modules, paths = layout.modules, tuple(layout.shapes)
-    check_base(model, file.about, paths, modules)
-    method = from_config(file.config, layout.shapes)
+    _check_base(model, file.about, paths, modules)
+    method = _from_config(file.config, layout.shapes)
     for p in paths:
         _check_fits(method, p, modules[p])
         _check_sizes(method, p, layout.shapes[p])
@@ -2597,18 +2609,18 @@ def load(
         twice = 2**0.5 if method.rslora else 2
         method = replace(method, r=2 * first, alpha=twice * method.alpha)
     chosen_ = {p: modules[p] for p in paths}
-    layers = build(modules, method, chosen_, layout.heads, dtype, False)
-    fill(layers, file, layout.bases, first)
+    layers = _build(modules, method, chosen_, layout.heads, dtype, False)
+    _fill(layers, file, layout.bases, first)
     if first is not None:
         _take_first_update_out(layers, modules, first, scale, start)
-    return attach(model, method, name, layout.heads, layers, places)
+    return _attach(model, method, name, layout.heads, layers, places)
 
 
 def _check_sizes(
     method: Method, path: str, shapes: Mapping[str, tuple]
 ) -> None:
     """Raise ValueError where a file's tensors and its configuration differ."""
-    sized = getattr(method, "builder", Layer).sized
+    sized = getattr(method, "builder", _Layer).sized
     found = [n for n in sized if n in shapes]
     if sized and not found:
         raise ValueError(f"the file lacks {path}.{next(iter(sized))}")
@@ -2618,7 +2630,7 @@ def _check_sizes(
         if axis >= len(shape) or shape[axis] != size:
             raise ValueError(
                 f"{path}.{name} has shape {shape} in the file, and "
-                f"{CONFIG_FILE} says {field}={size}"
+                f"{_CONFIG_FILE} says {field}={size}"
             )
 
 
@@ -2626,7 +2638,7 @@ def _check_start(start: str, modules: dict, paths: Sequence[str]) -> None:
     """Raise ValueError for a layer of which peft's first step is not known."""
     known = ("linear", "embedding", "conv1d")[: 3 if start == "pissa" else 2]
     for p in paths:
-        if kind(modules[p]) not in known or isinstance(modules[p], _Coded):
+        if _kind(modules[p]) not in known or isinstance(modules[p], _Coded):
             raise ValueError(
                 f"init_lora_weights={start!r} on {p}, {_what(modules[p])}: "
                 "ftbook reads such adapters of layers of kind "

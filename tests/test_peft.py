@@ -305,7 +305,7 @@ def test_deepcopy_and_state_dict(method, base):
     twin.load_state_dict(model.state_dict())
     assert torch.equal(run(twin, base), expected)
     peft.handle(twin).remove()
-    assert not peft.wrappers(twin) and peft.wrappers(model)
+    assert not peft._wrappers(twin) and peft._wrappers(model)
     assert adapter.counts() == peft.handle(model).counts()
 
 
@@ -559,7 +559,7 @@ def test_prompt_does_not_change_what_is_seen_of_padding():
             alone = model(input_ids=ids[:, :4]).logits
             assert torch.allclose(padded, alone, atol=1e-5), (method, attention)
     with pytest.raises(TypeError, match="cannot be extended"):
-        peft.lengthen(torch.ones(2, 3), 1, True)
+        peft._lengthen(torch.ones(2, 3), 1, True)
     with pytest.raises(TypeError, match="past_key_values"):
         model.bert.encoder.layer[0].attention.self(torch.zeros(1, 2, 16), past_key_values=object())
 
@@ -611,21 +611,21 @@ def test_quantized_base(bits, block, tmp_path):
 def test_quantized_gradient_equals_that_of_the_decoded_layer():
     torch.manual_seed(0)
     linear = nn.Linear(24, 10)
-    coded = peft.QuantLinear(linear, 4, 16)
+    coded = peft._QuantLinear(linear, 4, 16)
     plain = nn.Linear(24, 10)
     plain.weight.data, plain.bias.data = coded.weight, linear.bias.data
     x = torch.randn(3, 24, requires_grad=True)
     assert torch.allclose(coded(x), plain(x), atol=1e-6)
     (a,), (b,) = (torch.autograd.grad(m(x).square().sum(), x) for m in (coded, plain))
     assert torch.allclose(a, b, atol=1e-5)
-    again = peft.QuantLinear(plain, 4, 16)
+    again = peft._QuantLinear(plain, 4, 16)
     assert torch.allclose(again.weight, coded.weight, atol=1e-6)  # coding what was decoded changes nothing
 
 
 def test_normal_float_levels():
     published = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
     published += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
-    assert torch.allclose(peft.normal_float(), torch.tensor(published), atol=2e-4)
+    assert torch.allclose(peft._normal_float(), torch.tensor(published), atol=2e-4)
 
 
 @pytest.mark.parametrize("options", [{"bits": 3}, {"block": 1}, {"block": 7}])
@@ -684,19 +684,19 @@ def test_forgotten_head_is_named():
 
 
 def test_all_linear_leaves_the_output_layer():
-    assert set(peft.chosen(bert("BertForMaskedLM"), LoRA("all-linear"))) == {
+    assert set(peft._chosen(bert("BertForMaskedLM"), LoRA("all-linear"))) == {
         f"bert.encoder.layer.{i}.{n}"
         for i in (0, 1)
         for n in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
                   "intermediate.dense", "output.dense")
     } | {"cls.predictions.transform.dense"}  # fmt: skip
-    assert "classifier" not in peft.chosen(make("bert"), LoRA("all-linear"))
+    assert "classifier" not in peft._chosen(make("bert"), LoRA("all-linear"))
 
 
 def test_multihead_attention_output_is_left_alone():
     layer = nn.TransformerEncoderLayer(8, 2, 16)
-    assert set(peft.chosen(nn.Sequential(layer), LoRA("all-linear"))) == {"0.linear1", "0.linear2"}
-    assert peft.kind(nn.Conv2d(4, 4, 3, groups=2)) is None
+    assert set(peft._chosen(nn.Sequential(layer), LoRA("all-linear"))) == {"0.linear1", "0.linear2"}
+    assert peft._kind(nn.Conv2d(4, 4, 3, groups=2)) is None
 
 
 def test_loading_onto_another_base(tmp_path):
@@ -710,7 +710,7 @@ def test_loading_onto_another_base(tmp_path):
     other = bert(num_labels=7)
     with pytest.raises(ValueError, match=r"classifier\.\w+ has shape"):
         peft.load(other, tmp_path)
-    assert not peft.wrappers(other) and all(p.requires_grad for p in other.parameters())
+    assert not peft._wrappers(other) and all(p.requires_grad for p in other.parameters())
     with pytest.raises(ValueError, match="no module for.*near names"):
         peft.load(make("cnn"), tmp_path)
     with pytest.warns(UserWarning, match="other weights"):
@@ -884,7 +884,7 @@ def test_the_update_is_added_to_what_the_layer_returns(which, change):
     own = layer(x)
     adapter = stir(peft.apply(nn.Sequential(layer), LoRA("0", r=2)))
     low = adapter.layers["0"]
-    added = peft.low_rank(layer, x, low.lora_A, low.lora_B, low.spec.scale)
+    added = peft._low_rank(layer, x, low.lora_A, low.lora_B, low.spec.scale)
     assert torch.allclose(adapter.model(x), own + added, atol=1e-6)
 
 
@@ -1067,7 +1067,7 @@ def test_a_layer_whose_weight_is_used_without_calling_it_is_an_error():
         assert torch.equal(model(x), start)
     stir(adapter)
     low = adapter.layers["qkv"]
-    inside = model.qkv.base(x) + peft.low_rank(model.qkv.base, x, low.lora_A, low.lora_B, low.spec.scale)
+    inside = model.qkv.base(x) + peft._low_rank(model.qkv.base, x, low.lora_A, low.lora_B, low.spec.scale)
     assert torch.allclose(adapter.merge().model(x), model.out(inside), atol=1e-5)
     adapter.unmerge().remove()
     assert torch.equal(model(x), start)
@@ -1120,7 +1120,7 @@ def test_the_second_derivative_is_that_of_ordinary_operations(n_in, n_out, rows,
     r = data.draw(st.integers(1, min(n_in, n_out)))
     base = nn.Linear(n_in, n_out, bias, dtype=torch.float64).requires_grad_(False)
     if quantized:
-        base = peft.QuantLinear(base, 8, 4)
+        base = peft._QuantLinear(base, 8, 4)
     make = dict(dtype=torch.float64, requires_grad=True)
     A, B, x = (torch.randn(s, **make) for s in ((r, n_in), (n_out, r), (2, rows, n_in)))
     fused = lambda x, A, B: peft._fused(x, A, B, base, 1.7)  # noqa: E731
@@ -1219,7 +1219,7 @@ def test_an_empty_batch(method, which):
 def test_dora_on_rows_of_zeros(which):
     layer, x, _ = strange(which, "none")
     with torch.no_grad():
-        peft.matrix(layer)[1] = 0
+        peft._matrix(layer)[1] = 0
     model = nn.Sequential(layer)
     expected = model(x)
     adapter = peft.apply(model, DoRA("0", r=2))
@@ -1319,10 +1319,10 @@ def test_a_module_under_several_names_is_adapted_once_and_at_all_of_them(target)
     start, lin = model(x), model.c
     adapter = stir(peft.apply(model, LoRA(target, r=2)))
     assert [p for p in adapter.layers if p != "d"] == ["a.0"]
-    assert model.a[0] is model.b[0] is model.c and isinstance(model.c, peft.Adapted)
+    assert model.a[0] is model.b[0] is model.c and isinstance(model.c, peft._Adapted)
     h, low = x, adapter.layers["a.0"]
     for act in (torch.tanh, torch.tanh, lambda h: h):
-        h = act(lin(h) + peft.low_rank(lin, h, low.lora_A, low.lora_B, low.spec.scale))
+        h = act(lin(h) + peft._low_rank(lin, h, low.lora_A, low.lora_B, low.spec.scale))
     assert torch.allclose(model(x), model.d(h), atol=1e-5)
     expected = model(x)
     assert torch.allclose(adapter.merge().model(x), expected, atol=1e-5)
@@ -1344,7 +1344,7 @@ def test_a_module_that_a_head_shares_is_not_adapted_besides(head):
     assert [id(m) for m in model.modules()] == before
     adapter = peft.apply(model, LoRA("[01]*", r=2), head=head)
     assert {n: type(x) for n, x in adapter.layers.items()} == {
-        "1": peft.LoRALayer, adapter.heads[0]: peft.HeadLayer
+        "1": peft._LoRALayer, adapter.heads[0]: peft._HeadLayer
     }  # fmt: skip
     assert sum(p.numel() for p in adapter.parameters()) == 16 + (30 if head == "2" else 20)
 
@@ -1352,7 +1352,7 @@ def test_a_module_that_a_head_shares_is_not_adapted_besides(head):
 def test_a_module_under_several_names_is_quantized_at_all_of_them():
     model, x = Shared(), torch.randn(3, 4)
     assert peft.quantize(model, 8, 4) == ["a.0", "d"]
-    assert model.a[0] is model.b[0] is model.c and isinstance(model.c, peft.QuantLinear)
+    assert model.a[0] is model.b[0] is model.c and isinstance(model.c, peft._QuantLinear)
     assert torch.allclose(model(x), Shared()(x), atol=0.05)
 
 
@@ -1376,7 +1376,7 @@ def test_a_layer_that_is_named_and_cannot_be_adapted_is_an_error():
         model = grouped()
         with pytest.raises(ValueError, match=r"cannot adapt.*it knows nn.Linear, nn.Conv2d with groups=1"):
             peft.apply(model, LoRA(target, r=2))
-        assert not peft.wrappers(model) and all(p.requires_grad for p in model.parameters())
+        assert not peft._wrappers(model) and all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="a Conv2d with groups=2"):
         peft.apply(grouped(), LoRA(("0", "1"), r=2))
     with pytest.raises(ValueError, match="'5' matches no module"):
@@ -1399,11 +1399,11 @@ def test_targets_speak_the_pattern_language_of_the_book():
         "*.layer.[0-9].*.[kv]?*": 4,
     }
     for target, n in wanted.items():
-        names = list(peft.chosen(model, LoRA(target, r=1), ["classifier"]))
-        fitting = [k for k, m in peft.named(model).items() if peft.kind(m) and k != "classifier"]
+        names = list(peft._chosen(model, LoRA(target, r=1), ["classifier"]))
+        fitting = [k for k, m in peft._named(model).items() if peft._kind(m) and k != "classifier"]
         if target != ("all-linear", "!layer.1.*"):
             assert names == [
-                k for k in select(peft.named(model), *[target] * isinstance(target, str) or target) if k in fitting
+                k for k in select(peft._named(model), *[target] * isinstance(target, str) or target) if k in fitting
             ]
         assert len(names) == n, (target, names)
     with pytest.raises(ValueError, match=r"'\(a\|b\)' matches no module of BertForTokenClassification; near names"):
@@ -1419,7 +1419,7 @@ def test_targets_speak_the_pattern_language_of_the_book():
 def test_every_module_that_a_head_name_means_is_trained():
     model = make("bert")
     adapter = put(model, "lora", head=("classifier", "LayerNorm"))
-    norms = [n for n in peft.named(model) if n.endswith("LayerNorm")]
+    norms = [n for n in peft._named(model) if n.endswith("LayerNorm")]
     assert len(norms) == 5 and adapter.heads == [*norms, "classifier"]
     nested = nn.ModuleDict({"head": nn.ModuleDict({"head": nn.Linear(2, 2)}), "lin": nn.Linear(2, 2)})
     assert peft.apply(nested, LoRA("lin", r=1), head="head").heads == ["head"]
@@ -1604,9 +1604,9 @@ def small_head(first, name="classifier"):
 
 @pytest.mark.parametrize("name", ["classifier", "head", "heads", "fc"])
 def test_all_linear_leaves_out_the_last_layer_of_a_head_alone(name):
-    assert set(peft.chosen(small_head(4, name), LoRA("all-linear"))) == {f"{name}.1", f"{name}.3"}
+    assert set(peft._chosen(small_head(4, name), LoRA("all-linear"))) == {f"{name}.1", f"{name}.3"}
     with pytest.raises(ValueError, match="'all-linear' matches no module.*the output layer apart"):
-        peft.chosen(nn.ModuleDict({name: nn.Linear(4, 2)}), LoRA("all-linear"))
+        peft._chosen(nn.ModuleDict({name: nn.Linear(4, 2)}), LoRA("all-linear"))
 
 
 VISION = [("alexnet", ["classifier.1", "classifier.4"]), ("vgg11", ["classifier.0", "classifier.3"]),
@@ -1619,7 +1619,7 @@ def test_all_linear_on_classifiers_of_torchvision(name, expected):
 
     with torch.device("meta"):
         model = getattr(torchvision.models, name)()
-    assert list(peft.chosen(model, LoRA("all-linear"))) == expected
+    assert list(peft._chosen(model, LoRA("all-linear"))) == expected
 
 
 def test_all_linear_on_heads_of_transformers():
@@ -1627,17 +1627,17 @@ def test_all_linear_on_heads_of_transformers():
 
     sizes = dict(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=24, num_labels=4)
     model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes))
-    found = peft.chosen(model, LoRA("all-linear"))
+    found = peft._chosen(model, LoRA("all-linear"))
     assert "score" not in found and len(found) == 4 and model.score.bias is None
     adapter = peft.apply(model, LoRA("all-linear", r=2), head="score")
     assert adapter.heads == ["score"] and len(adapter.layers) == 5
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
     config = transformers.RobertaConfig(vocab_size=40, **sizes)
-    found = peft.chosen(transformers.RobertaForSequenceClassification(config), LoRA("all-linear"))
+    found = peft._chosen(transformers.RobertaForSequenceClassification(config), LoRA("all-linear"))
     assert "classifier.dense" in found and "classifier.out_proj" not in found
     untied = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=40, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False))  # fmt: skip
-    assert "lm_head" not in peft.chosen(untied, LoRA("all-linear"))
+    assert "lm_head" not in peft._chosen(untied, LoRA("all-linear"))
 
 
 # ---- hostile or broken files
@@ -1665,7 +1665,7 @@ def test_sizes_are_compared_before_anything_is_allocated(method, changes, messag
     monkeypatch.setattr(peft, "build", None)
     with pytest.raises(ValueError, match=message):
         peft.load(model, tmp_path)
-    assert not peft.wrappers(model)
+    assert not peft._wrappers(model)
 
 
 def test_a_rank_that_the_file_does_not_have(tmp_path):
@@ -1695,7 +1695,7 @@ def test_a_configuration_that_makes_no_sense_is_an_error_of_value(changes, messa
     model = make("bert")
     with pytest.raises(ValueError, match=message):
         peft.load(model, tmp_path)
-    assert not peft.wrappers(model) and all(p.requires_grad for p in model.parameters())
+    assert not peft._wrappers(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_files_with_tensors_that_belong_nowhere(tmp_path):
@@ -1704,7 +1704,7 @@ def test_files_with_tensors_that_belong_nowhere(tmp_path):
     put(make("bert"), "lora").save(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    extra = peft.PREFIX + "bert.encoder.layer.0.output.dense.weight"
+    extra = peft._PREFIX + "bert.encoder.layer.0.output.dense.weight"
     save_file(tensors | {extra: torch.zeros(2, 2)}, file)
     with pytest.raises(ValueError, match="no part of an adapter, and no module of modules_to_save"):
         peft.load(make("bert"), tmp_path)

@@ -199,7 +199,7 @@ def state(model):
 
 def unchanged(model, before):
     now = dict(model.named_parameters())
-    return not peft.wrappers(model) and all(torch.equal(now[n], p) and now[n].requires_grad == r for n, p, r in before)
+    return not peft._wrappers(model) and all(torch.equal(now[n], p) and now[n].requires_grad == r for n, p, r in before)
 
 
 STARTS = {
