@@ -2,7 +2,7 @@
 
 `load` finds a data set in the cache folder, downloads it, or takes a bundled
 substitute; `card` says what one should know of it. `Batches` cuts tensors into
-batches, `status` makes the table at the top of a chapter.
+batches, `status` makes the line of facts at the top of a chapter.
 
 >>> digits = load("digits")
 >>> x, y = next(iter(Batches(digits.x, digits.y, batch_size=32)))
@@ -1309,45 +1309,32 @@ def status_text(
 ) -> str:
     """The Markdown of `status`."""
     runs = {name: _last_run(chapter, name) for name in ("cpu", "gpu")}
-    rows = [
-        (
-            f"{name} profile",
-            (
-                f"{run['minutes']:.1f} minutes, peak memory"
-                f" {run['peak_mb']:,.0f} MB"
-                if run
-                else "not measured yet"
-            ),
-        )
+    facts = [
+        f"{name} profile: {run['minutes']:.1f} minutes, {run['peak_mb']:,.0f} MB"
         for name, run in runs.items()
+        if run
     ]
-    sets, dates = (
-        [card(name) for name in data],
-        [run["date"][:10] for run in runs.values() if run.get("date")],
-    )
-    rows += [
-        ("download", _human_size(sum(_download_size(name) for name in data))),
-        (
-            "data",
-            "; ".join(f"[{c.title}](A1_data.ipynb) ({c.license})" for c in sets)
-            or "none",
-        ),
-        (
-            "builds on",
-            ", ".join(map(_chapter_link, needs)) or "no other chapter",
-        ),
-        ("last verified", max(dates, default="not yet")),
-    ]
-    return "\n".join(
-        ["| | |", "|---|---|"] + [f"| {key} | {value} |" for key, value in rows]
-    )
+    sets = [card(name) for name in data]
+    size = sum(_download_size(name) for name in data)
+    if sets:
+        names = ", ".join(
+            f"[{c.title}](A1_data.ipynb) ({c.license})" for c in sets
+        )
+        facts.append(f"data: {names}")
+    if size:
+        facts.append(f"download: {_human_size(size)}")
+    if needs:
+        facts.append(f"builds on {', '.join(map(_chapter_link, needs))}")
+    dates = [run["date"][:10] for run in runs.values() if run.get("date")]
+    facts.append(f"last run {max(dates)}" if dates else "not run yet")
+    return " · ".join(facts)
 
 # %% ../nbs/A1_data.ipynb #3e3d39c6
 def status(
     chapter: str, data: Sequence[str] = (), needs: Sequence[str] = ()
 ) -> Any:
-    """Status table of a chapter: minutes and peak memory, download, data and
-    license, prerequisites, last run.
+    """A line of facts about a chapter: minutes and peak memory of a run, data
+    and their licenses, download, prerequisites, last run.
 
     Parameters
     ----------
@@ -1361,7 +1348,7 @@ def status(
     Returns
     -------
     ftbook.results.Markdown
-        `Markdown` of its payload gives the table as of now.
+        `Markdown` of its payload gives the line as of now.
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
 A notebook whose stored outputs belong to the present code is skipped, so a stopped run goes on where it was. A notebook is
 replaced, in one step, only after all of its cells ran, and only if nothing stood in for its data. Minutes, peak memory and
-the code's fingerprint go into results/NN_name.json under "run", where the chapter's status table reads them. In the quick
+the code's fingerprint go into results/NN_name.json under "run", where the chapter's line of facts reads them. In the quick
 profile the cells run and nothing is stored.
 """
 
@@ -144,7 +144,7 @@ def execute(path: Path) -> dict:
 
 
 def stored_texts(nb) -> Iterator[dict]:
-    """The outputs whose text is made of stored numbers: sentences, tables, the status table.
+    """The outputs whose text is made of stored numbers: sentences, tables, the line of facts.
 
     Some are shown before the cell that stores their numbers, the minutes of this very run among them.
     """
