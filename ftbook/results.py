@@ -1186,10 +1186,16 @@ def _cell(value: Any, key: str, fmt: Any) -> str:
 
 # %% ../nbs/A4_results.ipynb #5f0a8f9e
 def _all_columns(rows: Sequence[Mapping], fmt: Any) -> list[str]:
-    """All that varies, in the order of the rows, then the metrics."""
+    """All that varies, in the order of the rows, then the metrics.
+
+    What a study says about its Rows is asked for by name; a plain dict shows
+    all that it has but seeds, n and budget.
+    """
     lines, metrics = _lines(rows, fmt)
     names = dict.fromkeys(k for line in lines for k in line)
-    return [k for k in names if k not in (*metrics, *_ABOUT)] + metrics
+    plain = {k for r in rows if not isinstance(r, Row) for k in r}
+    hidden = {*metrics, *_ABOUT[:3], *(k for k in _ABOUT if k not in plain)}
+    return [k for k in names if k not in hidden] + metrics
 
 
 def _render_table(

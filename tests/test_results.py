@@ -180,6 +180,11 @@ def test_table_merges_metrics_and_escapes():
         results.table([])
 
 
+def test_a_plain_row_shows_its_own_columns_whatever_a_study_calls_its_own():
+    shown = str(results.table([{"name": "a", "verdict": "holds", "n": 3}]))
+    assert "verdict" in shown and "holds" in shown and "| n |" not in shown
+
+
 def test_call_payload_only_calls_public_functions():
     with pytest.raises(ValueError, match="no public function"):
         str(results.Markdown({"call": {"function": "os.system", "arguments": {"command": "true"}}}))
