@@ -1114,6 +1114,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ftbook.scoring.logits_of': ('train.html#logits_of', 'ftbook/scoring.py'),
                                 'ftbook.scoring.means_of': ('train.html#means_of', 'ftbook/scoring.py'),
                                 'ftbook.scoring.one_tensor': ('train.html#one_tensor', 'ftbook/scoring.py'),
+                                'ftbook.scoring.plain_loss': ('train.html#plain_loss', 'ftbook/scoring.py'),
                                 'ftbook.scoring.predict': ('train.html#predict', 'ftbook/scoring.py'),
                                 'ftbook.scoring.resolve_loss': ('train.html#resolve_loss', 'ftbook/scoring.py'),
                                 'ftbook.scoring.resolve_metrics': ('train.html#resolve_metrics', 'ftbook/scoring.py'),

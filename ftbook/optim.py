@@ -109,10 +109,9 @@ def _chunks(
     """
     kinds: dict[tuple, list[Tensor]] = {}
     for p in params:
-        if p.grad is not None:
-            kinds.setdefault(
-                (p.device, p.dtype, p.grad.dtype, p.grad.layout), []
-            ).append(p)
+        if (grad := p.grad) is not None:
+            kind = p.device, p.dtype, grad.dtype, grad.layout
+            kinds.setdefault(kind, []).append(p)
     for (device, dtype, _, layout), members in kinds.items():
         if layout != torch.strided or dtype.is_complex:
             raise TypeError(
@@ -162,6 +161,13 @@ class Foreach(torch.optim.Optimizer):
     def cut(self, group: dict) -> int:
         """Numbers per list on the CPU; more where each is touched once."""
         return _CHUNK
+
+    @functools.cached_property
+    def _unread(self) -> tuple[dict[str, Any], set[str]]:
+        """Options that must keep their value, and those of other rules."""
+        further = _further(self)
+        fixed = _OPTIONS & further.keys() - _FREE
+        return {k: further[k] for k in fixed}, _OPTIONS - self.defaults.keys()
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters with options of their own, which are checked."""
@@ -217,6 +223,7 @@ class Foreach(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            _refuse_unread(self, group)
             for params in _chunks(group["params"], self.cut(group)):
                 grads = [p.grad for p in params if p.grad is not None]
                 if group.get("maximize"):
@@ -244,25 +251,30 @@ def _beyond(kind: Any) -> dict[str, Any]:
     return {k: v for k, v in theirs.items() if k not in own}
 
 
+def _refuse_unread(rule: Foreach, group: Mapping[str, Any]) -> None:
+    """An error for an option that is set and that the rule would ignore."""
+    fixed, foreign = rule._unread
+    wrong = [k for k, v in fixed.items() if group.get(k, v) != v]
+    if not foreign.isdisjoint(group):
+        wrong += [k for k in foreign if group.get(k)]
+    if wrong:
+        raise ValueError(
+            f"{type(rule).__name__}: {min(wrong)}={group[min(wrong)]!r} is not "
+            "supported, and to ignore it would be another rule. Leave it out, "
+            "or use the optimizer of torch.optim that has it"
+        )
+    if group.get("nesterov") and not group.get("momentum"):
+        raise ValueError(
+            f"{type(rule).__name__}: nesterov=True looks ahead along the "
+            "velocity; give a momentum above 0, such as 0.9"
+        )
+
+
 def _checked_group(rule: Foreach, group: Mapping[str, Any]) -> dict[str, Any]:
     """The hyper-parameters of a group of parameters, or an error."""
-    kind, further = type(rule).__name__, _further(rule)
     whole = {**rule.defaults, **group}
-    for name in sorted(_OPTIONS & whole.keys()):
-        fixed = name in further and name not in _FREE
-        foreign = name not in rule.defaults and whole[name]
-        if foreign or (fixed and whole[name] != further[name]):
-            raise ValueError(
-                f"{kind}: {name}={whole[name]!r} is not supported, and to "
-                "ignore it would be another rule. Leave it out, or use the "
-                "optimizer of torch.optim that has it"
-            )
-    if whole.get("nesterov") and not whole.get("momentum"):
-        raise ValueError(
-            f"{kind}: nesterov=True looks ahead along the velocity; give a "
-            "momentum above 0, such as 0.9"
-        )
-    return _checked(kind, whole)
+    _refuse_unread(rule, whole)
+    return _checked(type(rule).__name__, whole)
 
 # %% ../nbs/03_optim.ipynb #01aecd10
 class SGD(Foreach):

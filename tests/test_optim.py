@@ -202,6 +202,39 @@ def test_an_option_of_torch_that_is_not_supported_is_refused_wherever_it_comes_f
     assert str(rule.state_dict()) == str(before)
 
 
+@pytest.mark.parametrize("ours, options, match", [(u[0], u[2], u[3]) for u in UNSUPPORTED])
+def test_an_option_that_the_rule_would_ignore_is_refused_at_the_next_step_when_it_is_set_later(ours, options, match):
+    rule = ours(weights(SHAPES))
+    for p in rule.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    rule.step()
+    rule.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
+    rule.param_groups[1].update(options, capturable=True, note="head")  # the last two change no rule
+    with pytest.raises(ValueError, match=match):
+        rule.step()
+    rule.param_groups[1].update({k: rule.defaults[k] for k in options})
+    rule.step()
+    copy.deepcopy(rule).step()
+
+
+@pytest.mark.parametrize(
+    "kind, name, value, match",
+    [
+        (optim.RMSProp, "amsgrad", True, "amsgrad=True is not supported"),
+        (optim.Lion, "nesterov", True, "nesterov=True is not supported"),
+        (optim.Adam, "decoupled_weight_decay", True, "use the optimizer of torch.optim"),
+        (optim.SGD, "nesterov", True, "momentum above 0"),
+    ],
+)
+def test_an_option_of_another_rule_is_refused_when_it_is_set_later(kind, name, value, match):
+    rule = kind(weights(SHAPES))
+    rule.param_groups[0][name] = False
+    rule.step()
+    rule.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=match):
+        rule.step()
+
+
 @pytest.mark.parametrize(
     "group, match",
     [
