@@ -191,6 +191,38 @@ def test_every_public_name_resolves_and_is_listed():
     assert modules == set(ftbook.PUBLIC)
 
 
+def test_every_module_has_a_docstring_and_a_small_face():
+    for file in MODULES:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        lists = [n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+        assert ast.get_docstring(tree), f"{file.name} does not say what it is for"
+        assert len(lists) == 1 and len(lists[0].value.elts) <= 15, f"{file.name}: more than fifteen public names"
+
+
+def definitions_in_a_row(path: Path) -> int:
+    """The longest run of cells that define without one that shows or asserts; the rest of a module may stand together."""
+    run, longest, rest = 0, 0, False
+    for c in load(path)["cells"]:
+        source = "".join(c["source"])
+        if c["cell_type"] == "markdown":
+            if source.lstrip().startswith("#"):
+                rest = "the rest of the module" in source.lower().split("\n")[0]
+            continue
+        body = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body
+        named = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        quiet = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+        does = [n for n in body if not isinstance(n, quiet) and not isinstance(getattr(n, "value", None), ast.Constant)]
+        exported = source.startswith("#| export")
+        run = 0 if rest or does or not (named or exported) else run + bool(named)
+        longest = max(longest, run)
+    return longest
+
+
+@each_notebook
+def test_code_and_check_alternate(path):
+    assert definitions_in_a_row(path) <= 4
+
+
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, ftbook; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'transformers', 'matplotlib'}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
