@@ -657,10 +657,23 @@ def cache_dir() -> Path:
 
 
 def offline() -> bool:
-    """Whether downloads are forbidden: `$FTBOOK_OFFLINE` is set, and not to
-    "0", "false" or "no".
+    """Whether downloads are forbidden: `$FTBOOK_OFFLINE` is 1, true, yes or on,
+    and not 0, false, no, off or nothing.
+
+    Raises
+    ------
+    ValueError
+        If it is another word.
     """
-    return setting("FTBOOK_OFFLINE").lower() not in ("", "0", "false", "no")
+    word = setting("FTBOOK_OFFLINE").lower()
+    if word in ("", "0", "false", "no", "off"):
+        return False
+    if word in ("1", "true", "yes", "on"):
+        return True
+    raise ValueError(
+        f"FTBOOK_OFFLINE is {word!r}; 1, true, yes or on forbid downloads, "
+        "0, false, no or off allow them. Set one of these, or none"
+    )
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -47,11 +47,11 @@ def test_without_a_word_the_profile_is_cpu_and_a_gpu_is_mentioned_once(monkeypat
         ("False", False),
         (" no ", False),
         ("NO", False),
+        ("off", False),
         ("1", True),
         ("true", True),
         ("yes", True),
-        ("2", True),
-        ("offline", True),
+        ("On", True),
     ],
 )
 def test_offline_is_what_the_switch_says(monkeypatch, value, offline):
@@ -59,6 +59,13 @@ def test_offline_is_what_the_switch_says(monkeypatch, value, offline):
     if value is not None:
         monkeypatch.setenv("FTBOOK_OFFLINE", value)
     assert runtime.offline() is offline
+
+
+@pytest.mark.parametrize("word", ["2", "n", "flase", "offline"])
+def test_a_word_that_is_no_yes_or_no_is_an_error_that_names_the_allowed_ones(monkeypatch, word):
+    monkeypatch.setenv("FTBOOK_OFFLINE", word)
+    with pytest.raises(ValueError, match=f"is '{word}'; 1, true, yes or on .* 0, false, no or off"):
+        runtime.offline()
 
 
 def test_every_environment_variable_of_the_book_is_read_in_one_place(root):
