@@ -34,6 +34,7 @@ from torch import nn
 from .batches import length_of
 from .compute import match_layout, rng_state, set_rng_state
 from .runtime import atomic_write, check_value
+from .scoring import plain_loss
 
 # %% ../nbs/04_train.ipynb #e3f08a61
 @dataclass(frozen=True)
@@ -283,9 +284,10 @@ def _loss_state(run) -> dict:
 
 
 def _tensors_of_loss(run) -> dict:
-    if not isinstance(run.loss, nn.Module):
+    loss = plain_loss(run.loss)
+    if not isinstance(loss, nn.Module):
         return {}
-    return dict([*run.loss.named_parameters(), *run.loss.named_buffers()])
+    return dict([*loss.named_parameters(), *loss.named_buffers()])
 
 
 def _named_parameters(run) -> dict:

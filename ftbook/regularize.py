@@ -97,7 +97,8 @@ class Penalized:
     Parameters
     ----------
     loss : str or callable (output, target) -> scalar
-        As `fit` takes it.
+        As `fit` takes it; kept as `plain`. Its reduction is the mean, and its
+        denominator and class numbers are those that `fit` knows.
     *terms : callable () -> scalar Tensor
 
     Examples
@@ -111,7 +112,12 @@ class Penalized:
     """
 
     def __init__(self, loss, *terms: Callable[[], Tensor]):
-        self.loss, self.terms = resolve_loss(loss), terms
+        if loss is None:
+            raise TypeError(
+                "loss is None, but the terms are added to a loss of outputs "
+                "and targets; pass a name or a function (output, target)"
+            )
+        self.plain, self.loss, self.terms = loss, resolve_loss(loss), terms
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         value = self.loss(output, target)

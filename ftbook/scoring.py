@@ -15,6 +15,7 @@ means of batches are joined is decided here, once, for training and evaluation.
 __all__ = [
     "class_dim",
     "class_target",
+    "plain_loss",
     "resolve_loss",
     "logits_of",
     "one_tensor",
@@ -130,6 +131,19 @@ _LOSSES = {
 }
 
 # %% ../nbs/04_train.ipynb #b52e8c14
+def plain_loss(loss):
+    """The loss within one that adds terms to it, its `plain`; else itself.
+
+    Reduction, denominator and kind of targets are those of the plain loss.
+
+    Examples
+    --------
+    >>> plain_loss("mse")
+    'mse'
+    """
+    return plain_loss(loss.plain) if hasattr(loss, "plain") else loss
+
+
 def resolve_loss(loss):
     """The loss function for a name, a callable, or None (the model's own).
 
@@ -161,6 +175,7 @@ def resolve_loss(loss):
 
 def _reduction_of(loss) -> str:
     """The reduction of a loss of torch, or of one with keywords fixed."""
+    loss = plain_loss(loss)
     if isinstance(loss, functools.partial):
         return loss.keywords.get("reduction", "mean")
     ours = type(loss).__module__.startswith("torch.")
@@ -310,6 +325,7 @@ def resolve_metrics(metrics, loss=None) -> dict:
             f"unknown metric {unknown[0]!r}; known: {sorted(_METRICS)}. Pass "
             "a dict {name: function(output, target)} for others"
         )
+    loss = plain_loss(loss)
     binary = loss == "bce" or isinstance(loss, nn.BCEWithLogitsLoss)
     return {n: _binary_accuracy if binary else _METRICS[n] for n in names}
 
@@ -324,6 +340,7 @@ def count_scored(target, rows: int) -> int:
 
 def denominator(loss, model):
     """The function target -> denominator of the loss's mean; None: a count."""
+    loss = plain_loss(loss)
     own = getattr(model if loss is None else loss, "weight_of", None)
     if own is not None:
         return own

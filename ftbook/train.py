@@ -92,6 +92,7 @@ from ftbook.scoring import (
     forward,
     means_of,
     one_tensor,
+    plain_loss,
     predict,
     resolve_loss,
     resolve_metrics,
@@ -857,7 +858,7 @@ def _check_labels(y, classes: int, name: str = "train", ignored=-100) -> None:
 
 def _checked_once(run: Run, loss):
     """The loss; at its first call, when the classes are known, all labels."""
-    ignored = getattr(loss, "ignore_index", -100)
+    ignored = getattr(plain_loss(loss), "ignore_index", -100)
 
     def check(output, target):
         run._loss = loss
@@ -991,9 +992,8 @@ def _prepare(run: Run) -> Run:
     plain = run._size == run.settings.accumulate == 1
     late = plain and run._on_cpu and run._weight_of is None
     run._count_later = late and run.loss == "cross_entropy"
-    by_class = (
-        isinstance(loss, nn.CrossEntropyLoss) or run.loss in _CLASS_LOSSES
-    )
+    bare = plain_loss(run.loss)
+    by_class = isinstance(bare, nn.CrossEntropyLoss) or bare in _CLASS_LOSSES
     run._loss = _checked_once(run, loss) if by_class else loss
     return run
 

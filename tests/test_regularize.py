@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -295,6 +296,60 @@ def test_a_penalty_enters_training_only():
     with torch.no_grad():
         assert torch.equal(loss(model(examples()[0]), examples()[1]), plain)
     assert len(rg.penalty(model, "0").args[0]) == 1
+
+
+def test_a_penalized_loss_is_weighed_and_checked_like_its_plain_loss():
+    x, y = examples(40)
+    weights = torch.tensor([0.2, 3.0, 5.0])
+    zero = rg.penalty(net(), l2=0.0)
+
+    def accumulated(loss):
+        """Losses and weights after four batches of 10, one step."""
+        model = net()
+        batches = [(x[i : i + 10], y[i : i + 10]) for i in range(0, 40, 10)]
+        how = {"optimizer": "sgd", "lr": 0.1, "settings": replace(QUIET, accumulate=4)}
+        history = fit(model, batches, (x, y), loss=loss, **how)
+        measured = evaluate(model, (x, y), loss=loss, metrics=None, batch_size=7)
+        return [history["train_loss"], history["valid_loss"], measured["loss"]], list(model.parameters())
+
+    for plain in (
+        nn.CrossEntropyLoss(weights),
+        nn.CrossEntropyLoss(ignore_index=0),
+        partial(F.cross_entropy, weight=weights),
+    ):
+        bare, wrapped = accumulated(plain), accumulated(rg.Penalized(rg.Penalized(plain, zero), zero))
+        assert bare[0] == wrapped[0] and same(bare[1], wrapped[1])
+    for plain in ("cross_entropy", "focal", nn.CrossEntropyLoss()):
+        with pytest.raises(ValueError, match="label 4 is out of range"):
+            fit(net(), (x, y + 2), loss=rg.Penalized(plain, zero), **HOW)
+    rows = (x, torch.tensor([[1.0, 0.0, 0.0]] * 40))
+    counted = [evaluate(net(), rows, loss=loss, metrics="accuracy") for loss in ("bce", rg.Penalized("bce", zero))]
+    assert counted[0] == counted[1]
+    with pytest.raises(ValueError, match="reduction='sum'"):
+        rg.Penalized(nn.CrossEntropyLoss(reduction="sum"), zero)
+    with pytest.raises(TypeError, match="loss is None"):
+        rg.Penalized(None, zero)
+
+
+def test_a_checkpoint_holds_what_a_penalized_loss_learns(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log = nn.Parameter(torch.zeros(()))
+
+        def forward(self, output, target):
+            return F.cross_entropy(output * self.log.exp(), target)
+
+    def run(epochs, *callbacks):
+        plain, model = Scaled(), net()
+        optimizer = torch.optim.SGD([*model.parameters(), plain.log], lr=0.1)
+        loss = rg.Penalized(plain, rg.penalty(model, l2=0.1))
+        fit(model, examples(), loss=loss, optimizer=optimizer, callbacks=callbacks, **HOW | {"epochs": epochs})
+        return plain.log.item()
+
+    file = Checkpoint(tmp_path / "run.pt")
+    assert run(1, file) != 0
+    assert run(2, file) == run(2)
 
 
 def test_an_l2_penalty_is_torchs_weight_decay_for_sgd():
