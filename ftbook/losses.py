@@ -141,7 +141,8 @@ def bce_with_logits(
         Scores before the sigmoid; half precision is computed in float32.
     target : Tensor, shape of `logits`
         Probability of the positive class, 0 to 1; integers and booleans are
-        converted.
+        converted. Unlike class labels it has no -100 that is left out: use
+        "none", and average the places that count.
     pos_weight : Tensor broadcastable to `logits`, optional
         Factor on the loss of positives.
     reduction : {"mean", "sum", "none"}
@@ -162,7 +163,9 @@ def bce_with_logits(
     y = target.to(logits.dtype)
     if _can_look(y) and y.numel() and not (0 <= y.min() and y.max() <= 1):
         raise ValueError(
-            f"targets must lie in [0, 1], got {y.min():.4g} to {y.max():.4g}"
+            f"targets must lie in [0, 1], got {y.min():.4g} to {y.max():.4g}. "
+            "None is left out (-100 is for class labels): use reduction='none' "
+            "and average the places that count"
         )
     zero = logits.new_zeros(())
     if pos_weight is None:

@@ -192,6 +192,16 @@ def test_no_nan_at_ten_thousand(name, dtype):
             assert z.grad.isfinite().all(), (row, sign)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_bce_leaves_no_target_of_minus_100_out_and_says_how_to(dtype):
+    z, y = torch.tensor([2.0, -1.0, 0.0]), torch.tensor([1, 0, -100]).to(dtype)
+    with pytest.raises(ValueError, match="-100 to 1. None is left out .*: use reduction='none'"):
+        losses.bce_with_logits(z, y)
+    keep = y != -100  # as the message says
+    each = losses.bce_with_logits(z, y.where(keep, 0), reduction="none")
+    assert torch.equal(each[keep].mean(), losses.bce_with_logits(z[:2], y[:2]))
+
+
 def test_bce_gradient_is_sigmoid_minus_target_even_at_zero():
     z = torch.tensor([0.0, 1e4, -1e4, 2.0], dtype=torch.float64, requires_grad=True)
     y = torch.tensor([0.25, 0.0, 1.0, 1.0], dtype=torch.float64)
