@@ -365,6 +365,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ftbook.mlm._Budget.__init__': ('mlm.html#_budget.__init__', 'ftbook/mlm.py'),
                             'ftbook.mlm._Budget.load_state_dict': ('mlm.html#_budget.load_state_dict', 'ftbook/mlm.py'),
                             'ftbook.mlm._Budget.on_step_end': ('mlm.html#_budget.on_step_end', 'ftbook/mlm.py'),
+                            'ftbook.mlm._Budget.on_train_begin': ('mlm.html#_budget.on_train_begin', 'ftbook/mlm.py'),
                             'ftbook.mlm._Budget.progress': ('mlm.html#_budget.progress', 'ftbook/mlm.py'),
                             'ftbook.mlm._Budget.state_dict': ('mlm.html#_budget.state_dict', 'ftbook/mlm.py'),
                             'ftbook.mlm._Guess': ('mlm.html#_guess', 'ftbook/mlm.py'),

@@ -881,7 +881,12 @@ class _Budget:
                 f"seconds={seconds}, warmup={warmup}: give a positive time "
                 "and a warmup share in (0, 1)"
             )
-        self.seconds, self.warmup, self.start = seconds, warmup, None
+        self.seconds, self.warmup = seconds, warmup
+        self.on_train_begin(None)
+
+    def on_train_begin(self, run) -> None:
+        """Forget an earlier run's time; a checkpoint's comes afterwards."""
+        self.start: float | None = None
 
     def progress(self, step: int, total_steps: int) -> float:
         """The share of the run that is over, in [0, 1]; the same in all

@@ -5,6 +5,7 @@ import math
 import re
 import time
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from ftbook import Checkpoint, Settings, data, mlm, results
 from ftbook.studies import mlm as study
 from ftbook.texts import encodable, encode_texts, unpadded
+from ftbook.train import fit
 
 SENTENCES = (
     "The river runs past the old mill and into the lake.",
@@ -313,6 +315,30 @@ def test_budget_rises_falls_and_ends(monkeypatch):
     for bad in ({"seconds": 0}, {"warmup": 0}, {"warmup": 1}):
         with pytest.raises(ValueError, match="warmup"):
             mlm._Budget(**bad)
+
+
+def test_a_budget_gives_every_run_its_own_time_and_a_resumed_run_what_is_left(monkeypatch, tmp_path):
+    now, budget, torn = [1000.0], mlm._Budget(seconds=10, warmup=0.1), []
+    monkeypatch.setattr(mlm.time, "time", lambda: now[0])
+
+    def second(run):
+        now[0] += 1
+        if run.step in torn:
+            raise KeyboardInterrupt
+
+    def steps(*callbacks):
+        tick = SimpleNamespace(on_step_end=second, state_dict=dict, load_state_dict=lambda state: None)
+        how = {"batch_size": 2, "epochs": 3, "settings": Settings(schedule=budget, progress=False)}
+        data = torch.zeros(8, 2), torch.zeros(8).long()
+        return fit(torch.nn.Linear(2, 2), data, callbacks=[tick, budget, *callbacks], **how).rows[-1]["steps"]
+
+    assert (steps(), steps()) == (11, 11)
+    torn.append(6)
+    with pytest.raises(KeyboardInterrupt):
+        steps(Checkpoint(tmp_path / "run.pt"))
+    torn.clear()
+    now[0] += 1  # 7 of the 10 seconds are used, and 4 steps are stored
+    assert steps(Checkpoint(tmp_path / "run.pt")) == 8
 
 
 def test_budget_agrees_across_processes(monkeypatch):
