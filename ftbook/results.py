@@ -1251,7 +1251,10 @@ def _settings(
 
 
 def _options(name: str, given: Any) -> list:
-    """The options of a choice as plain values that results can store."""
+    """The options of a choice as plain values that results can store.
+
+    One that stands twice is there once, and so is 1.0 beside 1.
+    """
     listed = isinstance(given, (Sequence, np.ndarray))
     if name in (*_ROW_KEYS, *_STUDY_KEYS, *_TEST_KEYS, "seed", "split"):
         raise ValueError(f"{name!r} is a field of every row; name it otherwise")
@@ -1261,6 +1264,7 @@ def _options(name: str, given: Any) -> list:
             "option"
         )
     found = [o.item() if isinstance(o, np.generic) else o for o in given]
+    once: dict[str, Any] = {}
     for o in found:
         if not (o is None or isinstance(o, (str, int, float, bool))):
             raise TypeError(
@@ -1272,7 +1276,8 @@ def _options(name: str, given: Any) -> list:
                 f"choices[{name!r}] has {o}, which a results file cannot "
                 "store; use None or a name, and translate it inside run()"
             )
-    return found
+        once.setdefault(_key({"option": o}, 0), o)
+    return list(once.values())
 
 # %% ../nbs/A4_results.ipynb #d3af4222
 def _key(choice: Mapping, seed: int, digits: int | None = None) -> str:
@@ -1764,7 +1769,7 @@ class _Plan:
             if isinstance(v, ChosenFor):
                 self.taken[k] = v
             elif isinstance(v, (list, tuple, range, np.ndarray)):
-                self.grid[k] = list(dict.fromkeys(_options(k, v)))
+                self.grid[k] = _options(k, v)
             else:
                 self.fixed[k] = _options(k, [v])[0]
 

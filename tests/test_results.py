@@ -549,6 +549,32 @@ def test_sweep_keeps_each_run_resumes_and_chooses():
     assert "lr" in str(stored.table("valid")) and len(stored.plot("valid").get_yticklabels()) == 3
 
 
+@pytest.mark.parametrize(
+    "options, once",
+    [
+        ([1, 1.0], [1]),
+        ([0.5, 0.5, 2], [0.5, 2]),
+        ([1, True, "1"], [1, True, "1"]),
+        ([2**60, 2**60 + 1], [2**60, 2**60 + 1]),
+    ],
+)
+def test_options_that_are_stored_as_one_run_are_run_once(options, once):
+    tried = []
+
+    def run(seed, lr):
+        tried.append(lr)
+        return {"loss": 1.0}
+
+    found = results.sweep(run, {"lr": options}, [0], chapter="05_demo", name="s", progress=False)
+    assert list(map(repr, tried)) == list(map(repr, once))
+    assert len(found.rows) == len(found.summary("loss")) == len(once)
+
+
+def test_an_option_that_stands_twice_in_a_row_of_a_study_is_tried_once():
+    found = compare([{"method": "a", "lr": [0.1, 1, 1.0]}, {"method": "b", "lr": [0.1, 1]}])
+    assert [r["tried"] for r in found.rows("score")] == [2, 2]
+
+
 def test_sweep_reports_failures_and_refuses_wrong_questions():
     with pytest.warns(UserWarning, match="diverged"):
         done = results.sweep(
