@@ -460,6 +460,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'ftbook.ner.EntityF1.__init__': ('ner.html#entityf1.__init__', 'ftbook/ner.py'),
                             'ftbook.ner.EntityF1.load_state_dict': ('ner.html#entityf1.load_state_dict', 'ftbook/ner.py'),
                             'ftbook.ner.EntityF1.on_epoch_end': ('ner.html#entityf1.on_epoch_end', 'ftbook/ner.py'),
+                            'ftbook.ner.EntityF1.on_train_begin': ('ner.html#entityf1.on_train_begin', 'ftbook/ner.py'),
                             'ftbook.ner.EntityF1.on_train_end': ('ner.html#entityf1.on_train_end', 'ftbook/ner.py'),
                             'ftbook.ner.EntityF1.state_dict': ('ner.html#entityf1.state_dict', 'ftbook/ner.py'),
                             'ftbook.ner.Mistake': ('ner.html#mistake', 'ftbook/ner.py'),

@@ -1055,6 +1055,10 @@ class EntityF1:
 
     def __init__(self, tagger: NERTagger, corpus: Corpus, restore: bool = True):
         self.tagger, self.corpus, self.restore = tagger, corpus, restore
+        self.on_train_begin(None)
+
+    def on_train_begin(self, state) -> None:
+        """Forget an earlier run."""
         self.history: list[float] = []
         self.best, self.best_epoch = -1.0, -1
         self.weights: dict[str, torch.Tensor] | None = None

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -581,6 +582,21 @@ def test_the_watch_goes_on_from_its_checkpoint(tagger, town_corpus):
     again.on_train_end(None)
     assert again.best_epoch == 0 and len(again.history) == 2
     assert all(torch.equal(v, before[k]) for k, v in tagger.model.state_dict().items())
+
+
+def test_the_watch_keeps_the_best_epoch_of_every_run_it_serves(tagger, town_corpus):
+    scores = iter((0.9, 0.2, 0.5, 0.3))
+    watch = ner.EntityF1(tagger, Corpus(town_corpus[:2]))
+    model = torch.nn.Linear(2, 2)
+    watch.tagger = SimpleNamespace(model=model, evaluate=lambda corpus: SimpleNamespace(f1=next(scores)))
+    seen, found = [], []
+    keep = SimpleNamespace(on_epoch_end=lambda run: seen.append(model.weight.detach().clone()))
+    for _ in range(2):
+        data = torch.randn(8, 2), torch.tensor([0, 1] * 4)
+        fit(model, data, epochs=2, lr=0.1, callbacks=[watch, keep], settings=Settings(progress=False))
+        found.append((watch.best, watch.best_epoch, watch.history))
+        assert torch.equal(model.weight, seen[-2])
+    assert found == [(0.9, 0, [0.9, 0.2]), (0.5, 0, [0.5, 0.3])]
 
 
 def test_a_broken_off_run_equals_the_whole_one_with_its_best_f1(tokenizer, town_corpus, tmp_path):
