@@ -613,16 +613,19 @@ def _update(path: Path, *changes: Callable[[dict], None]) -> None:
     Changes that could not be written before come first; what cannot be
     written now waits for the next call.
     """
-    waiting = [*_unsaved.pop(path, []), *changes]
+    waiting = _unsaved.setdefault(path, [])  # one list for all threads
+    waiting += changes
     try:
         with _locked(path):
+            if not (now := list(waiting)):  # another thread wrote them
+                return
             content = _read(path)
-            for change in waiting:
+            for change in now:
                 change(content)
             _write(path, content)
+            del waiting[: len(now)]
             _remove_leftovers(path)
     except OSError as error:
-        _unsaved[path] = waiting
         raise OSError(
             error.errno,
             f"{path} could not be written ({error}). What was computed is kept "
@@ -1556,7 +1559,7 @@ class _Store:
         self.steps: tuple | None = None  # what each run of a study must take
         self.sizes: dict[str, tuple] = {}  # and how many examples it scores
         self._check_stand_ins()
-        if self.path in _unsaved:
+        if _unsaved.get(self.path):
             _update(self.path)
         old = self.block()["value"]
         for key in ("budget", "n", "substitute") if old["runs"] else ():

@@ -418,6 +418,28 @@ def test_a_value_that_cannot_be_written_is_kept_and_written_with_the_next(monkey
     assert [results.load("05_demo", k) for k in "abc"] == [1, 2, 3]
 
 
+def test_what_many_threads_could_not_write_at_once_is_written_with_the_next(monkeypatch):
+    def store(i):
+        with pytest.raises(OSError, match="kept in memory"):
+            results.record("05_demo", f"k{i}", i)
+
+    make_room = full_disk(monkeypatch)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(store, range(20)))
+    make_room()
+    results.record("05_demo", "last", 20)
+    assert [results.load("05_demo", f"k{i}") for i in range(20)] == list(range(20))
+
+
+def test_a_value_outlives_a_broken_file(folder):
+    (folder / "05_demo.json").write_text("{")
+    with pytest.raises(ValueError, match="no valid JSON"):
+        results.record("05_demo", "a", 1)
+    (folder / "05_demo.json").unlink()
+    results.record("05_demo", "b", 2)
+    assert [results.load("05_demo", k) for k in "ab"] == [1, 2]
+
+
 def test_a_full_disk_stops_a_sweep_at_once_and_loses_no_run(monkeypatch):
     calls = []
 
