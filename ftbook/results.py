@@ -822,7 +822,7 @@ def record(
         What the run took (`Meter.seconds`).
     substitute : str, optional
         What stood in for the data, where something did (`substituted`); it
-        stands in the provenance.
+        stands in the provenance. Such a value replaces no measured one.
 
     Returns
     -------
@@ -831,6 +831,8 @@ def record(
 
     Raises
     ------
+    ValueError
+        If something stood in for data, and the key has a value without.
     RuntimeError
         If something stood in for data and `substitute` does not say what.
     OSError
@@ -847,17 +849,32 @@ def record(
     """
     _refuse_stand_ins(f"{key!r} of {chapter}", substitute)
     profile, made = runtime.profile(), _to_json(value, key)
-    origin = _provenance(seconds, substitute)
+    origin, kept = _provenance(seconds, substitute), []
 
     def change(content: dict) -> None:
         keys = content.setdefault(profile, {})
-        if not _same(keys.get(key), made, origin):
+        if substitute and _is_measured(keys.get(key)):
+            kept.append(key)
+        elif not _same(keys.get(key), made, origin):
             keys[key] = {"value": made, "provenance": origin}
 
     _update(_file(chapter, _results_dir()), change)
+    if kept:
+        raise ValueError(
+            f"the stored {key!r} of {chapter} was measured, this one with the "
+            f"substitute {substitute!r}; give it another key, or delete the "
+            "stored one first"
+        )
     return _wrap(
         made, {"chapter": str(chapter), "key": key, "profile": profile}
     )
+
+
+def _is_measured(old: dict | None) -> bool:
+    """Whether a value is stored, and nothing stood in for its data."""
+    made = old["provenance"] if old else []
+    origins = made if isinstance(made, list) else [made]
+    return bool(old) and not any("substitute" in o for o in origins)
 
 
 def _same(old: dict | None, value: Any, origin: dict) -> bool:

@@ -508,6 +508,20 @@ def test_a_chapter_without_a_network_does_not_overwrite_measured_numbers(folder,
     assert list(results.substituted()) == ["fashion_mnist"], "what was asked for is no substitute"
 
 
+def test_a_value_made_with_a_named_substitute_does_not_replace_a_measured_one(folder):
+    results.record("10_demo", "known", 13204)
+    before = (folder / "10_demo.json").read_bytes()
+    results.substituted("wnut17")
+    with pytest.raises(ValueError, match="'known' of 10_demo was measured, .*'bundled corpus'; give it another key"):
+        results.record("10_demo", "known", 91, substitute="bundled corpus")
+    assert (folder / "10_demo.json").read_bytes() == before
+    results.record("10_demo", "known.bundled", 91, substitute="bundled corpus")
+    results.record("10_demo", "known.bundled", 92, substitute="another corpus")
+    results._stand_ins.clear()
+    results.record("10_demo", "known.bundled", 13204)  # measured at last
+    assert [results.load("10_demo", k) for k in ("known", "known.bundled")] == [13204, 13204]
+
+
 def test_a_substitute_that_is_named_is_stored_and_stands_in_the_provenance(folder):
     results.substituted("wnut17")
     results.record("10_demo", "known", 91, substitute="bundled corpus")
