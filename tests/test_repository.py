@@ -283,11 +283,13 @@ def test_the_book_lists_every_notebook_once():
 
 
 def test_links_between_notebooks_lead_somewhere():
-    glossary = {
-        m
-        for c in load(NBS / "A7_glossary.ipynb")["cells"]
-        for m in re.findall(r"^### (.+)$", "".join(c["source"]), flags=re.M)
-    }
+    terms = re.findall(
+        r"^### (.+)\n\n\*\*<span lang=\"zh\">.+</span>\.\*\* .+\.$",
+        "\n\n".join("".join(c["source"]) for c in load(NBS / "A7_glossary.ipynb")["cells"]),
+        flags=re.M,
+    )
+    glossary = {re.sub(r"[^\w -]", "", term.lower()).replace(" ", "-") for term in terms}
+    assert len(glossary) == len(terms) > 200
     dead = []
     for path in NOTEBOOKS:
         text = "\n".join("".join(c["source"]) for c in load(path)["cells"] if c["cell_type"] == "markdown")
