@@ -57,7 +57,7 @@ def laid_from_zero(encoded: Encoded) -> Encoded:
 # %% ../../nbs/10_ner.ipynb #ac49db0a
 class PaddedBatches(BucketBatches):
     """Random batches padded to one length; with ``label=0`` the padding is
-    labeled O, erratum 5.
+    labeled O, a common mistake.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ def learn_transitions(
 # %% ../../nbs/10_ner.ipynb #d5a71e78
 def shuffle_types(corpus: Corpus, share: float, seed: int = 0) -> Corpus:
     """A copy in which `share` of the entities carry another type, drawn at
-    random: label noise as in erratum 8.
+    random: label noise as in careless tagging.
     """
     rng, types, out = np.random.default_rng(seed), corpus.types, []
     for s in corpus:
