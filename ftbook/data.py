@@ -455,6 +455,16 @@ def _check_delivery(path: Path, file: File) -> None:
     )
 
 
+def _remove_leftovers(place: Path) -> None:
+    """Parts of downloads that were killed, as pooch names them; none is live
+    that nobody wrote to for a day.
+    """
+    for part in place.glob("tmp" + 8 * "[a-z0-9_]"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if part.is_file() and part.stat().st_mtime < time.time() - 86_400:
+                part.unlink()
+
+
 def _from_servers(
     file: File,
     folder: Path,
@@ -486,6 +496,7 @@ def _from_servers(
             f"nothing: {place} is a link that leads out of {folder}; "
             "put a folder in its place"
         ]
+    _remove_leftovers(place)
     reasons: list[str] = []
     limit = 60 + file.size / 1e5 if seconds is None else seconds
 

@@ -220,6 +220,22 @@ def test_a_download_has_a_deadline_as_a_whole(cache, server, toy, before_headers
     assert data._from_servers(file, cache, progress=False, seconds=0.5) == []
 
 
+def test_what_a_killed_download_leaves_is_removed_by_a_later_one_and_all_else_stays(cache, server, toy):
+    file = toy(server.base + "/toy.bin")
+    server.answers["/toy.bin"] = [(200, CONTENT, None)]
+    place = (cache / file.path).parent
+    place.mkdir(parents=True)
+    for name in ("tmpab12_xyz", "tmp_live_99", "tmp12345678.txt", "tmpabc", "mytmpab12_xyz"):
+        (place / name).write_bytes(b"part")
+        if name != "tmp_live_99":  # another process is at it
+            os.utime(place / name, (0, time.time() - 100_000))
+    (place / "tmpfolder12").mkdir()
+    os.utime(place / "tmpfolder12", (0, 0))
+    assert data._fetch("toy", progress=False)["toy.bin"].read_bytes() == CONTENT
+    left = {path.name for path in place.iterdir()}
+    assert left == {"toy.bin", "tmp_live_99", "tmp12345678.txt", "tmpabc", "mytmpab12_xyz", "tmpfolder12"}
+
+
 @pytest.mark.parametrize(
     "path",
     [
