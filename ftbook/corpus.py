@@ -140,7 +140,7 @@ class _Reading:
         except UnicodeDecodeError as error:
             start = error.start
         self.flaw(
-            raw[:start].count(b"\n") + 1,
+            raw[:start].count(b"\n" if b"\n" in raw else b"\r") + 1,
             f"byte 0x{raw[start]:02x} is not UTF-8",
             "Convert the file (for example: iconv -f latin1 -t utf-8), or read "
             "it with strict=False, which puts U+FFFD in its place.",
@@ -279,7 +279,8 @@ def _are_numbered(rows: list[list[str]]) -> bool:
 def _parse_columns(
     text: str, reading: _Reading, columns: tuple[int, int] | None
 ) -> list[_Found]:
-    lines = [line.rstrip(" \t\r") for line in text.split("\n")]
+    end = "\n" if "\n" in text else "\r"  # an old Mac ends lines so
+    lines = [line.rstrip(" \t\r") for line in text.split(end)]
     layout, known = _layout(lines, columns), {}
     found, doc = [], 0
     words, tags, at = [], [], []

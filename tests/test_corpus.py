@@ -164,6 +164,18 @@ def test_comments_are_never_words(tmp_path, strict):
     assert corpus.tags == [["O", "B-LOC", "O", "O"], ["O", "O"]] and not corpus.problems
 
 
+def test_a_file_whose_lines_end_as_on_an_old_mac_is_read_line_by_line(tmp_path):
+    path = tmp_path / "mac.txt"
+    path.write_bytes(b"A B-PER\rb O\r\rc O\r")
+    assert read_conll(path).words == [["A", "b"], ["c"]]
+    path.write_bytes(b"A B-PER\r\r\nb O\r\r\n\r\r\nc O\r\r\n")  # converted twice
+    assert read_conll(path).words == [["A", "b"], ["c"]]
+    for text, line in ((b"A B-PER\rb X\r", 2), (b"A O\r\rc O\rd\xff O\r", 4)):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=f"line {line}"):
+            read_conll(path)
+
+
 def test_lines_are_counted_across_comments(tmp_path):
     (tmp_path / "f").write_text("# one\na O\n# two\nb O\nc I-LOC\nd B-LOC\ne B-PER\n")
     with pytest.raises(ValueError, match="line 5: tag 'I-LOC'"):
