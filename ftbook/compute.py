@@ -144,14 +144,14 @@ def evaluating(model: nn.Module):
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        with seeded(None, device_of(model, None)), torch.no_grad():
+        with seeded(None, device_of(model)), torch.no_grad():
             yield model
     finally:
         for module, mode in modes:
             module.training = mode
 
 
-def device_of(model, device):
+def device_of(model, device=None):
     """Move the model when a device is asked for; the device it then is on."""
     if device is not None:
         model.to(torch.device(device))
@@ -235,7 +235,7 @@ def wants_channels_last(choice, model: nn.Module, batch) -> bool:
     args, _, _ = split_batch(batch)
     if not (torch.is_tensor(args[0]) and args[0].ndim == 4):
         return False
-    device = device_of(model, None)
+    device = device_of(model)
     tried = [
         to_device(a[:2], device) if torch.is_tensor(a) else a for a in args
     ]

@@ -513,8 +513,8 @@ def _results_dir(profile: str | None = None) -> Path:
 
     Examples
     --------
-    >>> _results_dir("quick").is_dir()
-    True
+    >>> _results_dir("cpu").name
+    'results'
     """
     if given := runtime.setting("FTBOOK_RESULTS"):
         return Path(given).expanduser()
