@@ -911,6 +911,41 @@ def test_merging_keeps_the_outputs_or_is_refused(method, which, change):
     assert adapter.remove()[0] is layer
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("method", [LoRA("0", r=2), DoRA("0", r=2), IA3("0", ()), IA3("0", "0"), BitFit("0")])
+def test_a_random_parametrization_is_measured_and_merged_as_it_is_in_evaluation(method, keep):
+    from ftbook.regularize import mixout
+
+    x, model = torch.randn(5, 4), nn.Sequential(nn.Linear(4, 3))
+    mixout(model, "0", p=0.5, reference={"0.weight": torch.randn(3, 4), "0.bias": torch.randn(3)})
+    base = model.eval()(x)
+    adapter = peft.apply(model.train(), method)
+    assert torch.equal(model.eval()(x), base)
+    expected, stream = stir(adapter).model(x), torch.get_rng_state()
+    model.train()
+    samples = [peft._sample_weights(peft._named(model), ["0"]) for _ in range(2)]
+    adapter.remove(keep_merged=True) if keep else adapter.merge()
+    assert samples[0] == samples[1] and torch.equal(torch.get_rng_state(), stream)
+    assert all(m.training for m in model.modules())
+    assert torch.allclose(model.eval()(x), expected, atol=1e-5)
+
+
+def test_a_weight_that_is_drawn_in_evaluation_too_is_not_merged():
+    class Noise(nn.Module):
+        def forward(self, weight):
+            return weight + torch.randn_like(weight)
+
+    layer = nn.Linear(4, 3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Noise())
+    model = nn.Sequential(nn.Linear(4, 4), layer).eval()
+    adapter = stir(peft.apply(model, LoRA("*", r=2)))
+    state = {n: p.clone() for n, p in model.named_parameters()}
+    for attempt in (adapter.merge, lambda: adapter.remove(keep_merged=True)):
+        with pytest.raises(TypeError, match="draws anew at every call"):
+            attempt()
+    assert not adapter.merged and all(torch.equal(p, state[n]) for n, p in model.named_parameters())
+
+
 def test_a_layer_dropped_by_a_hook_stays_dropped():
     from ftbook.regularize import drop_outputs
 
@@ -1662,7 +1697,7 @@ def test_sizes_are_compared_before_anything_is_allocated(method, changes, messag
     fields = json.loads((tmp_path / "adapter_config.json").read_text())["fields"]
     rewrite(tmp_path, fields=fields | changes)
     model = make("bert")
-    monkeypatch.setattr(peft, "build", None)
+    monkeypatch.setattr(peft, "_build", None)
     with pytest.raises(ValueError, match=message):
         peft.load(model, tmp_path)
     assert not peft._wrappers(model)
