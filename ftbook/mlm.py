@@ -161,6 +161,11 @@ def train_tokenizer(
     transformers.BertTokenizer
         With `[PAD] [UNK] [CLS] [SEP] [MASK]` as ids 0 to 4.
 
+    Notes
+    -----
+    The trainer of `tokenizers` merges the most frequent pair, not the one of
+    greatest likelihood as in the reference.
+
     References
     ----------
     Schuster and Nakajima (2012), Japanese and Korean voice search,
@@ -757,7 +762,8 @@ def _ppmi(counts: Tensor, smoothing: float = 0.75) -> Tensor:
     References
     ----------
     Levy and Goldberg (2014), Neural word embedding as implicit matrix
-    factorization; equation (6.5) of this book.
+    factorization; Levy, Goldberg and Dagan (2015) for the smoothing,
+    doi:10.1162/tacl_a_00134; equation (6.5) of this book.
     """
     column = counts.sum(0) ** smoothing
     expected = counts.sum(1, keepdim=True).clamp_min(1) * (
