@@ -303,7 +303,7 @@ def _group_names(run) -> list:
     groups = run.optimizer.param_groups
     return [[names.get(id(p)) for p in group["params"]] for group in groups]
 
-
+# %% ../nbs/04_train.ipynb #953e9fc7
 def clear_leftovers(path) -> None:
     """Remove temporary files of this checkpoint whose process is gone."""
     path = Path(path)

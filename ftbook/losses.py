@@ -168,11 +168,10 @@ def bce_with_logits(
             "and average the places that count"
         )
     zero = logits.new_zeros(())
-    if pos_weight is None:
-        return _reduce(torch.logaddexp(logits, zero) - y * logits, reduction)
     positive = torch.logaddexp(-logits, zero)
     negative = torch.logaddexp(logits, zero)
-    return _reduce(pos_weight * y * positive + (1 - y) * negative, reduction)
+    weight = 1 if pos_weight is None else pos_weight
+    return _reduce(weight * y * positive + (1 - y) * negative, reduction)
 
 # %% ../nbs/02_math.ipynb #1487807e
 def _class_dim(logits: Tensor) -> int:

@@ -277,3 +277,11 @@ BAD = [
 def test_bad_input_is_refused_with_a_reason(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_small_binary_losses_do_not_cancel():
+    z = torch.tensor([15.0, -15.0, 40.0])
+    y = torch.tensor([1.0, 0.0, 1.0])
+    exact = torch.nn.functional.softplus(-z.double().abs())
+    ours = losses.bce_with_logits(z, y, reduction="none").double()
+    assert torch.allclose(ours, exact, rtol=1e-5, atol=0)
