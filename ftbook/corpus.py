@@ -211,6 +211,8 @@ def _check_word(
 
 # %% ../nbs/10_ner.ipynb #a6a347b9
 _split = re.compile(r"[ \t]+").split
+# numbers of CoNLL-U's rows without a word: 1-2 (du for de, le) and 1.1
+_is_range = re.compile(r"\d+[-.]\d+").fullmatch
 _COMMENT = re.compile(r"#(?:[ \t]|(?:begin|end) document)")
 
 
@@ -220,6 +222,7 @@ class _Layout(NamedTuple):
     word: int
     tag: int
     width: int
+    numbered: bool = False
 
     def is_comment(self, line: str, cells: list[str], inside: bool) -> bool:
         """Does a line that begins with # hold no word and its tag?
@@ -238,41 +241,47 @@ class _Layout(NamedTuple):
 def _layout(lines: list[str], columns: tuple[int, int] | None) -> _Layout:
     """The columns of a file, judged by its first row.
 
-    When that begins with a 1, all rows are looked at, for they may be
-    numbered.
+    When that begins with a 1, or a range such as 1-2, all rows are looked at,
+    for they may be numbered.
     """
     least, most = 2, 4
     if columns is not None:
         least, most = max(c + 1 if c >= 0 else -c for c in columns), 10**6
     rows: list[list[str]] = []
     for line in lines:
+        if line.startswith(("#", "-DOCSTART-")):
+            continue
         cells = _split(line)
-        if not line.startswith(("#", "-DOCSTART-")):
-            counts = not columns and cells[0] in ("0", "1")
-            if rows or least <= len(cells) <= most + counts:
-                rows.append(cells)
-            if rows and (columns or rows[0][0] not in ("0", "1")):
+        if rows:
+            rows.append(cells)
+            continue
+        first = cells[0] in ("0", "1") or _is_range(cells[0])
+        counts = not columns and bool(first)
+        if least <= len(cells) <= most + counts:
+            rows.append(cells)
+            if not counts:
                 break
     width = len(rows[0]) if rows else least
     if columns is not None:
         return _Layout(*columns, width)
+    rows = [r for r in rows if r[0].isdecimal() or not _is_range(r[0])]
     if width < 3 or not _are_numbered(rows):
         return _Layout(0, -1, min(width, most))
     tags = [t for r in rows if len(r) == width for t in r[-2:]]
     nested = sum(map(bool, map(_TAG.fullmatch, tags))) > 0.9 * len(tags)
-    return _Layout(1, 2 if nested and width == 4 else -1, width)
+    return _Layout(1, 2 if nested and width == 4 else -1, width, True)
 
 
 def _are_numbered(rows: list[list[str]]) -> bool:
     """Do the rows of every sentence count 1, 2, 3? Blank rows are [""]."""
-    fits, n, expected = 0, 0, {"0", "1"}
+    fits, n, start = 0, 0, ("0", "1")
+    expected = start
     for cells in rows:
         number = cells[0]
         fits += number in expected
         n += bool(number)
-        expected = {"0", "1"}
-        if number.isdecimal():
-            expected = {str(int(number) + 1)}
+        more = number.isdecimal()
+        expected = (str(int(number) + 1),) if more else start
     return n > 1 and fits > 0.9 * n
 
 # %% ../nbs/10_ner.ipynb #1e6913ee
@@ -282,7 +291,7 @@ def _parse_columns(
     end = "\n" if "\n" in text else "\r"  # an old Mac ends lines so
     lines = [line.rstrip(" \t\r") for line in text.split(end)]
     layout, known = _layout(lines, columns), {}
-    found, doc = [], 0
+    found, doc, numbered = [], 0, layout.numbered
     words, tags, at = [], [], []
     for number, line in enumerate(chain(lines, [""]), 1):
         start = line.startswith("-DOCSTART-")
@@ -294,6 +303,8 @@ def _parse_columns(
             continue
         cells = _split(line)
         if line[0] == "#" and layout.is_comment(line, cells, bool(words)):
+            continue
+        if numbered and not cells[0].isdecimal() and _is_range(cells[0]):
             continue
         if len(cells) == layout.width:
             word, spelled = cells[layout.word], cells[layout.tag]
@@ -391,7 +402,9 @@ def read_conll(
 
     A row of columns is a word first and its tag last, 2 to 4 columns in all;
     or, where rows are numbered within each sentence, a number, the word and
-    its tag (the first of two, as in GermEval). Empty lines end sentences.
+    its tag (the first of two, as in GermEval); CoNLL-U's rows with numbers
+    such as 1-2 or 1.1 hold no word of their own and are left out. Empty lines
+    end sentences.
     Lines that begin with ``# `` and are no word with its tag are comments.
 
     Parameters

@@ -210,6 +210,25 @@ def test_numbered_rows_are_found(tmp_path, strict):
     assert corpus.words == [["EU", "rejects"], ["Peter"]] and corpus.tags == [["B-ORG", "O"], ["B-PER"]]
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("more", ["", "\tO"], ids=["one tag", "two tags"])
+def test_ranges_and_empty_nodes_of_conll_u_are_no_words(tmp_path, more, strict):
+    rows = ["1-2\tdu\t_", "1\tde\tO", "2\tle\tO", "3\tNil\tB-LOC", "3.1\test\t_"]
+    first = "".join(f"{row}{more}\n" for row in rows)
+    second = f"1\tvu\tO{more}\n2-3\tau\t_\t_\t_\n2\ta\tO{more}\n3\tle\tO{more}\n"
+    for text in (f"{first}\n{second}", f"{second}\n{first}", f"0.1\ty\t_{more}\n{second}\n{first}"):
+        (tmp_path / "f").write_text(text)
+        corpus = read_conll(tmp_path / "f", strict=strict)
+        assert sorted(corpus.words) == [["de", "le", "Nil"], ["vu", "a", "le"]] and not corpus.problems
+        assert sorted(corpus.tags) == [["O", "O", "B-LOC"], ["O", "O", "O"]]
+
+
+def test_ranges_that_are_words_stay_words(tmp_path):
+    for text in ("1-2 CD O\nwins NN O\n3-4 CD O\n", "1-2 O\n1 O\n2 O\n", "1.5 CD I-NP O\n", "3-4 CD O\n" * 3):
+        (tmp_path / "f").write_text(text)
+        assert read_conll(tmp_path / "f").words == [[line.split()[0] for line in text.splitlines()]]
+
+
 def test_numbers_that_are_words_stay_words(tmp_path):
     (tmp_path / "f").write_text("1 CD O\n, , O\n2 CD O\n\n1 CD O\n")
     assert read_conll(tmp_path / "f").words == [["1", ",", "2"], ["1"]]
