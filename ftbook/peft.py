@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -355,11 +355,6 @@ class _LoRALayer(_Layer):
     def __init__(self, spec: "LoRA", base: _Weighted, dtype: torch.dtype):
         super().__init__()
         n_out, n_in = _matrix(base).shape
-        if not 1 <= spec.r <= min(n_out, n_in):
-            raise ValueError(
-                f"rank r={spec.r} on a matrix of {n_out} × {n_in}: choose 1 to "
-                f"{min(n_out, n_in)}"
-            )
         which = _kind(base)
         plain = type(base) is nn.Linear or isinstance(base, _Coded)
         plain |= which == "conv1d" and type(base).__name__ == "Conv1D"
@@ -470,6 +465,16 @@ class Method:
         return apply(model, self, head=find_head(model)[0])
 
 
+def _make_whole(method: Method, name: str, what: str = "") -> None:
+    """Turn a field as 4.0 into 4; ValueError for what is no whole number."""
+    value = getattr(method, name)
+    if not value >= 1 or value % 1:
+        raise ValueError(
+            f"{what}{name}={value}: give a whole number of at least 1"
+        )
+    object.__setattr__(method, name, int(value))
+
+
 def _check_positive(**numbers: float) -> None:
     """Raise ValueError for the first number that is not above 0."""
     for name, value in numbers.items():
@@ -488,7 +493,7 @@ class LoRA(Method):
         transformers' Conv1D, and what `quantize` puts in place of a
         linear layer.
     r
-        Rank, 1 to the smaller side of the matrix.
+        Rank, 1 to the smaller side of the matrix (in a file, any).
     alpha
         Numerator of the scale.
     dropout
@@ -510,10 +515,7 @@ class LoRA(Method):
     builder: ClassVar[type] = _LoRALayer
 
     def __post_init__(self):
-        if self.r < 1 or self.r != int(self.r):
-            raise ValueError(
-                f"rank r={self.r}: give a whole number of at least 1"
-            )
+        _make_whole(self, "r", "rank ")
         _check_positive(alpha=self.alpha)
         if not 0 <= self.dropout < 1:
             raise ValueError(
@@ -787,6 +789,7 @@ class Houlsby(Method):
     builder: ClassVar[type] = _BottleneckLayer
 
     def __post_init__(self):
+        _make_whole(self, "size", "bottleneck ")
         if self.act not in ("relu", "gelu", "tanh"):
             raise ValueError(
                 f'act={self.act!r}: choose "relu", "gelu" or "tanh"'
@@ -871,7 +874,8 @@ class PromptTuning(Method):
     builder: ClassVar[type] = _PromptLayer
 
     def __post_init__(self):
-        _check_positive(length=self.length, std=self.std)
+        _make_whole(self, "length")
+        _check_positive(std=self.std)
 
 # %% ../nbs/11_peft.ipynb #cd88b898
 class _PrefixCache:
@@ -1437,6 +1441,16 @@ def _check_name(
         )
 
 # %% ../nbs/11_peft.ipynb #c3460308
+def _check_rank(r: int, module: _Weighted) -> None:
+    """Raise ValueError for a rank that is larger than it needs to be."""
+    n_out, n_in = _matrix(module).shape
+    if r > min(n_out, n_in):
+        raise ValueError(
+            f"rank r={r} on a matrix of {n_out} × {n_in}: choose 1 to "
+            f"{min(n_out, n_in)}"
+        )
+
+
 def _build(
     names: dict,
     method: Method,
@@ -1447,7 +1461,8 @@ def _build(
 ) -> dict[str, _Layer]:
     """Every layer that will be attached, by module name.
 
-    All errors are raised here, before the model changes.
+    All errors are raised here, before the model changes. Without `start` the
+    layers are a file's, whose rank may be any.
     """
     method = method.of(names)
     layers: dict[str, _Layer] = {}
@@ -1459,6 +1474,8 @@ def _build(
         )  # fmt: skip
         like = dtype or next(floats, torch.float32)
         try:
+            if start and isinstance(method, LoRA):
+                _check_rank(method.r, module)
             layers[path] = method.layer(path, module, like)
             if start:
                 layers[path].start()
@@ -1629,9 +1646,10 @@ class Adapter:
         """Put the adapter into the base's weights; twice is as once.
 
         The model then costs what the base costs; a parametrization, as that of
-        mixout, becomes the weights that it has in evaluation. TypeError for a method that
-        does not merge, and for layers that do more than their formula (hooks, a
-        forward of their own, codes); the model is then as it was.
+        mixout, becomes the weights that it has in evaluation. TypeError for a
+        method that does not merge, and for layers that do more than their
+        formula (hooks, a forward of their own, codes); the model is then as it
+        was.
         """
         places = _activated(self)
         new = {}
@@ -2175,6 +2193,26 @@ def training_memory(
     }
 
 # %% ../nbs/11_peft.ipynb #96c32ba1
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Inside, errors of a broken file say which one it is, and what to do."""
+    try:
+        yield
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}): copy it again, or save the "
+            "adapter again"
+        ) from error
+
+
+def _table(text: str) -> dict[str, Any]:
+    """What a text in JSON holds, if that is a table."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("it holds no table of options")
+    return found
+
+
 class _File:
     """A saved adapter whose tensors are not read yet.
 
@@ -2194,25 +2232,20 @@ class _File:
                 f"{folder} holds no {' and no '.join(missing)}: give a folder "
                 "that save() or peft wrote"
             )
-        self.path = folder / _WEIGHTS_FILE
-        self.config = json.loads(
-            (folder / _CONFIG_FILE).read_text(encoding="utf-8")
-        )
-        self.file = safe_open(self.path, "pt")
+        self.path, config = folder / _WEIGHTS_FILE, folder / _CONFIG_FILE
+        with _reading(config):
+            self.config = _table(config.read_text(encoding="utf-8"))
+        with _reading(self.path):
+            self.file = safe_open(self.path, "pt")
+            note = (self.file.metadata() or {}).get("ftbook", "{}")
+            self.about = _table(note)
+            sample = self.about.get("sample", [])
+            self.about["sample"] = [float(v) for v in sample]
         self.keys = {_short(k): k for k in self.file.keys()}  # noqa: SIM118
         self.shapes = {
             k: tuple(self.file.get_slice(full).get_shape())
             for k, full in self.keys.items()
         }
-        self.about = json.loads(
-            (self.file.metadata() or {}).get("ftbook", "{}")
-        )
-        if not isinstance(self.config, dict) or not isinstance(
-            self.about, dict
-        ):
-            raise ValueError(
-                f"{folder}: {_CONFIG_FILE} holds no table of options"
-            )
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Short names and tensors, one after the other."""
@@ -2271,6 +2304,16 @@ def _check_config(config: dict[str, Any]) -> None:
             "ftbook does not know; load the adapter with Hugging Face peft, "
             "and merge it there if you need the model here"
         )
+    for key in ("modules_to_save", "feedforward_modules"):
+        names = config.get(key)
+        listed = names if isinstance(names, list) else [names]
+        if names is not None and not all(
+            n and isinstance(n, str) for n in listed
+        ):
+            raise ValueError(
+                f"{_CONFIG_FILE} has {key}={names!r}: write the modules' names "
+                'as a list of texts, as ["classifier"], or null'
+            )
     if start not in (*_STARTS, *_BASE_STARTS):
         raise ValueError(
             f"{_CONFIG_FILE} has init_lora_weights={start!r}: such an adapter "
@@ -2316,9 +2359,11 @@ def _from_config(
         fields = {k: tuple(v) if isinstance(v, list) else v
                   for k, v in config["fields"].items()}  # fmt: skip
         return _OWN[config["method"]](**fields | {"target": paths})
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
+        lacks = "no " if isinstance(error, KeyError) else ""
         raise ValueError(
-            f"{_CONFIG_FILE} does not describe an adapter: {error}"
+            f"{_CONFIG_FILE} does not describe an adapter ({lacks}{error}): "
+            "correct it, or save the adapter again"
         ) from None
 
 

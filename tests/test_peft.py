@@ -6,6 +6,7 @@ import os
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -1720,6 +1721,12 @@ BROKEN = [
     (dict(peft_type="FTBOOK", method=["x"]), "does not know"),
     (dict(peft_type=None), "does not know"),
     (dict(init_lora_weights=["x"]), "init_lora_weights"),
+    (dict(r=1.5), "rank r=1.5: give a whole number"),
+    (dict(r=float("inf")), "rank r=inf: give a whole number"),
+    *((dict(modules_to_save=names), "modules_to_save=.*names as a list") for names in (5, [5], {"a": 1}, "", [""])),
+    (dict(peft_type="IA3", feedforward_modules=5), "feedforward_modules=5: write"),
+    (dict(peft_type="FTBOOK", method="PromptTuning", fields=[1]), "does not describe an adapter .*correct it"),
+    (dict(peft_type="FTBOOK", method="PromptTuning"), r"does not describe an adapter \(no 'fields'\)"),
 ]
 
 
@@ -1731,6 +1738,40 @@ def test_a_configuration_that_makes_no_sense_is_an_error_of_value(changes, messa
     with pytest.raises(ValueError, match=message):
         peft.load(model, tmp_path)
     assert not peft._wrappers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_broken_file_is_named_with_the_cure(tmp_path):
+    put(make("bert"), "lora").save(tmp_path)
+    texts = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    tensors = safetensors.torch.load(texts[tmp_path / "adapter_model.safetensors"])
+
+    def noted(note):
+        return safetensors.torch.save(tensors, {"ftbook": note})
+
+    broken = [("adapter_config.json", b) for b in (b"", b"{", b"[1]", b"5", b"\xff{}")]
+    notes = ("{", "[1]", '{"sample": 5}', '{"sample": ["x"]}')
+    broken += [("adapter_model.safetensors", b) for b in (b"", b"x" * 99, *map(noted, notes))]
+    broken += [("adapter_model.safetensors", texts[tmp_path / "adapter_model.safetensors"][:-8])]
+    for name, content in broken:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read \(.+\): copy it again, or save"):
+            peft.load(make("bert"), tmp_path)
+        (tmp_path / name).write_bytes(texts[tmp_path / name])
+    peft.load(make("bert"), tmp_path)
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path):
+    for method, field in (("lora", "r"), ("houlsby", "size"), ("prefix", "length")):
+        model = make("bert")
+        adapter = stir(put(model, method))
+        adapter.save(tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        holder = config if field in config else config["fields"]
+        holder[field] = float(holder[field])
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        other = make("bert")
+        assert getattr(peft.load(other, tmp_path).method, field) == getattr(adapter.method, field)
+        assert torch.equal(run(other, "bert"), run(model, "bert"))
 
 
 def test_files_with_tensors_that_belong_nowhere(tmp_path):

@@ -486,6 +486,28 @@ def test_inner_modules_named_by_an_expression_are_known_by_their_shapes(tmp_path
 SLOW = "(([a-z]|\\.|\\d)+)+!"
 
 
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("all-linear", {"r": 5}),  # without a task type the classifier of 4 rows, too
+        ("all-linear", {"r": 5, "use_dora": True}),
+        ("query", {"r": 12, "init_lora_weights": "pissa"}),  # 24 here, on 16 rows
+        ("query", {"r": 12, "init_lora_weights": "olora"}),
+    ],
+)
+def test_a_file_has_its_modules_and_its_rank_whatever_they_are(target, options, tmp_path):
+    config = hf.LoraConfig(target_modules=target if target == "all-linear" else [target], **options)
+    model = hf.get_peft_model(bert(), config).eval()
+    stir(p for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path / "theirs")
+    ours, again = bert(), bert()
+    adapter = peft.load(ours, tmp_path / "theirs")
+    assert ("classifier" in adapter.layers) == (target == "all-linear")
+    peft.load(again, adapter.save(tmp_path / "ours"))
+    for loaded in (ours, again, adapter.merge().model):
+        assert torch.allclose(out(loaded, "bert"), out(model, "bert"), atol=1e-5)
+
+
 @pytest.mark.parametrize("field", ["feedforward_modules", "modules_to_save", "target_modules"])
 def test_an_expression_in_a_file_is_never_run(field, tmp_path):
     kept(peft_of(bert(), hf.IA3Config(target_modules=["key"], feedforward_modules=[])), tmp_path)
