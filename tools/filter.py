@@ -23,7 +23,21 @@ IMAGES = "image/svg+xml", "image/png", "image/jpeg"
 INLINE = re.compile(r'src="data:(image/[\w+]+);base64,([^"]+)"')
 NUMBER = re.compile(r"(?<=\d) %|\[[-+\d.,]+ [-+\d.,]+\]")
 CHAPTER = re.compile(r"^(\d+|[A-Z]\d*)_")
-SHOWS = {"show", "status", "say", "table", "curves", "display", "render", "Image", "HTML", "Markdown", "interact", "plot", "bars"}
+SHOWS = {
+    "show",
+    "status",
+    "say",
+    "table",
+    "curves",
+    "display",
+    "render",
+    "Image",
+    "HTML",
+    "Markdown",
+    "interact",
+    "plot",
+    "bars",
+}
 LONG = 25  # lines of a definition that stand on the page
 DEFINITION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 
