@@ -4,6 +4,7 @@ Terms of the loss (`Penalized` with `penalty` or `l2_sp`), callbacks of `fit`
 (`Proximal`, `DecoupledDecay`, `GradientNoise`, `WeightAverage`), and what is
 attached to a model for a while (`drop_outputs`, `drop_connect`, `mixout`).
 
+>>> from ftbook.train import fit
 >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 >>> data = (torch.randn(8, 4), torch.tensor([0, 1] * 4))
 >>> with mixout(net, p=0.5):
@@ -29,7 +30,6 @@ from .batches import as_batches, prepare_batch, split_batch
 from .compute import evaluating
 from .finetune import find_head, param_groups, select
 from .scoring import resolve_loss
-from .train import Settings, fit
 
 __all__ = [
     "elastic_net", "Penalized", "penalty", "shrink", "Proximal",
@@ -235,6 +235,7 @@ class Proximal:
 
     Examples
     --------
+    >>> from ftbook.train import fit
     >>> net, data = nn.Linear(4, 1), (torch.zeros(8, 4), torch.zeros(8, 1))
     >>> how = {"loss": "mse", "callbacks": [Proximal(net, "weight", l1=1e3)]}
     >>> _ = fit(net, data, **how)
@@ -322,6 +323,7 @@ class DecoupledDecay(_BeforeStep):
 
     Examples
     --------
+    >>> from ftbook.train import Settings, fit
     >>> net = nn.Linear(2, 1, bias=False)
     >>> net.weight.data.fill_(1.0)
     tensor([[1., 1.]])
@@ -840,6 +842,7 @@ class WeightAverage:
 
     Examples
     --------
+    >>> from ftbook.train import fit
     >>> average, net = WeightAverage(decay=0.9), nn.Linear(2, 2)
     >>> data = (torch.randn(8, 2), torch.tensor([0, 1] * 4))
     >>> _ = fit(net, data, batch_size=4, callbacks=[average])
