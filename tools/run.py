@@ -136,7 +136,8 @@ def execute(path: Path) -> dict:
         refuse_edited(path, before)
         keep(path, run)
     for output in stored_texts(nb):
-        output["data"]["text/markdown"] = Markdown(output["metadata"]["ftbook"]).text
+        payload = json.loads(json.dumps(output["metadata"]["ftbook"]))  # nbformat reads dicts of a kind of its own
+        output["data"]["text/markdown"] = Markdown(payload).text
     clean(nb)
     refuse_edited(path, before)
     write(nb, path)
