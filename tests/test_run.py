@@ -106,6 +106,19 @@ def test_a_sentence_shown_before_its_number_was_stored_says_the_stored_one(noteb
     assert output["data"]["text/markdown"] == "loss 2.5"
 
 
+GAIN = """from ftbook import results
+old, new = (results.row("accuracy", values) for values in ([0.7, 0.75], [0.8, 0.9]))
+results.say("{gain:+.1%} points", gain=results.difference(new, old))"""
+
+
+@pytest.mark.slow
+def test_a_row_that_stands_in_a_sentence_keeps_its_interval(notebook):
+    path = notebook(GAIN)
+    run.execute(path)
+    [output] = run.stored_texts(nbformat.read(path, 4))
+    assert output["data"]["text/markdown"].startswith("+12.5 % [")
+
+
 @pytest.mark.slow
 def test_the_line_of_facts_shows_this_very_run(notebook):
     path = notebook("from ftbook import data\ndata.status('99_demo')")
