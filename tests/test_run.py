@@ -120,6 +120,15 @@ def test_a_row_that_stands_in_a_sentence_keeps_its_interval(notebook):
 
 
 @pytest.mark.slow
+def test_a_file_that_could_not_be_replaced_stays_stale(notebook, monkeypatch):
+    path = notebook("1 + 1")
+    monkeypatch.setattr(run, "write", lambda nb, path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.execute(path)
+    assert not run.is_fresh(path)
+
+
+@pytest.mark.slow
 def test_the_line_of_facts_shows_this_very_run(notebook):
     path = notebook("from ftbook import data\ndata.status('99_demo')")
     run.execute(path)

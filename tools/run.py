@@ -134,13 +134,18 @@ def execute(path: Path) -> dict:
             return run
         refuse_stand_ins(path, value(client, SUBSTITUTED))
         refuse_edited(path, before)
+        earlier = stored_run(path, PROFILE)
         keep(path, run)
-    for output in stored_texts(nb):
-        payload = json.loads(json.dumps(output["metadata"]["ftbook"]))  # nbformat reads dicts of a kind of its own
-        output["data"]["text/markdown"] = Markdown(payload).text
-    clean(nb)
-    refuse_edited(path, before)
-    write(nb, path)
+    try:
+        for output in stored_texts(nb):
+            payload = json.loads(json.dumps(output["metadata"]["ftbook"]))  # nbformat reads dicts of a kind of its own
+            output["data"]["text/markdown"] = Markdown(payload).text
+        clean(nb)
+        refuse_edited(path, before)
+        write(nb, path)
+    except BaseException:  # the file stays as it was, so the record of its run does, too
+        keep(path, earlier or {**run, "code": "", "library": ""})
+        raise
     return run
 
 
