@@ -1242,6 +1242,53 @@ def _render_table(
     below = ["", f"*{_safe(' '.join(caption.split()))}*"] if caption else []
     return "\n".join(out + below)
 
+# %% ../nbs/A4_results.ipynb #d3af4222
+def _key(choice: Mapping, seed: int, digits: int | None = None) -> str:
+    """A text that is the same for the same run: exact, and 1 is 1.0."""
+
+    def plain(value: Any) -> Any:
+        value = _to_json(value, digits=digits)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return float(value) if whole and abs(value) < 2**53 else value
+
+    setting = {str(k): plain(v) for k, v in choice.items()}
+    return json.dumps([setting, int(seed)], sort_keys=True)
+
+
+def _order(run: Mapping) -> tuple:
+    """Sorts runs by their settings, numbers as numbers, then by seed."""
+
+    def rank(v: Any) -> tuple:
+        if isinstance(v, (int, float)):
+            return 1, float(v), ""
+        return (0, 0.0, "") if v is None else (2, 0.0, str(v))
+
+    return [(k, *rank(v)) for k, v in sorted(run["choice"].items())], run[
+        "seed"
+    ]
+
+
+def _match(block: Mapping, wanted: Sequence[tuple]) -> list[dict | None]:
+    """The stored run of each wanted (setting, seed), or None.
+
+    Files from before settings were stored exactly have six digits: such a run
+    stands for the one wanted setting that rounds to it.
+    """
+    origins = block["provenance"]
+    exact = {_key(r["choice"], r["seed"]): r for r in block["value"]["runs"]}
+    rough = {k: r for k, r in exact.items() if _is_rough(origins[r["origin"]])}
+    if not rough:
+        return [exact.get(_key(*w)) for w in wanted]
+    rounded = [_key(*w, digits=6) for w in wanted]
+    times = Counter(rounded)
+    spare = [rough.get(k) if times[k] == 1 else None for k in rounded]
+    pairs = zip(wanted, spare, strict=True)
+    return [exact.get(_key(*w)) or run for w, run in pairs]
+
+
+def _is_rough(origin: Mapping) -> bool:
+    return "ftbook" not in origin
+
 # %% ../nbs/A4_results.ipynb #e6a6f98f
 def _settings(
     choices: Mapping[str, Sequence],
@@ -1298,53 +1345,6 @@ def _options(name: str, given: Any) -> list:
             )
         once.setdefault(_key({"option": o}, 0), o)
     return list(once.values())
-
-# %% ../nbs/A4_results.ipynb #d3af4222
-def _key(choice: Mapping, seed: int, digits: int | None = None) -> str:
-    """A text that is the same for the same run: exact, and 1 is 1.0."""
-
-    def plain(value: Any) -> Any:
-        value = _to_json(value, digits=digits)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return float(value) if whole and abs(value) < 2**53 else value
-
-    setting = {str(k): plain(v) for k, v in choice.items()}
-    return json.dumps([setting, int(seed)], sort_keys=True)
-
-
-def _order(run: Mapping) -> tuple:
-    """Sorts runs by their settings, numbers as numbers, then by seed."""
-
-    def rank(v: Any) -> tuple:
-        if isinstance(v, (int, float)):
-            return 1, float(v), ""
-        return (0, 0.0, "") if v is None else (2, 0.0, str(v))
-
-    return [(k, *rank(v)) for k, v in sorted(run["choice"].items())], run[
-        "seed"
-    ]
-
-
-def _match(block: Mapping, wanted: Sequence[tuple]) -> list[dict | None]:
-    """The stored run of each wanted (setting, seed), or None.
-
-    Files from before settings were stored exactly have six digits: such a run
-    stands for the one wanted setting that rounds to it.
-    """
-    origins = block["provenance"]
-    exact = {_key(r["choice"], r["seed"]): r for r in block["value"]["runs"]}
-    rough = {k: r for k, r in exact.items() if _is_rough(origins[r["origin"]])}
-    if not rough:
-        return [exact.get(_key(*w)) for w in wanted]
-    rounded = [_key(*w, digits=6) for w in wanted]
-    times = Counter(rounded)
-    spare = [rough.get(k) if times[k] == 1 else None for k in rounded]
-    pairs = zip(wanted, spare, strict=True)
-    return [exact.get(_key(*w)) or run for w, run in pairs]
-
-
-def _is_rough(origin: Mapping) -> bool:
-    return "ftbook" not in origin
 
 # %% ../nbs/A4_results.ipynb #86bf51c5
 def _sweep_row(stored: dict, source: dict, runs: dict | None = None) -> Row:
