@@ -118,6 +118,18 @@ def test_of_a_long_definition_the_signature_stays():
         assert "Show the whole code" in str(body)
 
 
+@pytest.mark.parametrize("data", [{"image/png": "AA=="}, {"text/html": ["<figure>", "<img alt='a'></figure>"]}])
+def test_a_page_opens_with_a_picture_and_not_with_the_code_that_draws_it(data):
+    picture = {"output_type": "display_data", "data": data, "metadata": {"alt": "a"}}
+    drawing = "def name(r):\n    return r\n\n\nx = name(1)\nassert x"
+    cells = [code(drawing), code(drawing, [picture]), code(drawing)]
+    for target, mark in (("quarto", "code-fold: true"), ("sphinx", "hide-input")):
+        kept = transform({"cells": cells, "metadata": {}}, target)["cells"]
+        assert [mark in str(c) for c in kept] == [True, True, False]
+        kept = transform({"cells": cells[::2], "metadata": {}}, target)["cells"]
+        assert [mark in str(c) for c in kept] == [False, False], "no picture, nothing to wait for"
+
+
 def test_alerts_become_callouts_of_the_builder():
     nb = {"cells": [text("> [!NOTE]\n> Mind **this**.\n\nAfter.")], "metadata": {}}
     quarto, sphinx = ("".join(transform(nb, t)["cells"][0]["source"]) for t in ("quarto", "sphinx"))

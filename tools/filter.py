@@ -241,8 +241,11 @@ def outline(lines: list) -> list:
     return shown
 
 
-def code_cell(cell: dict, target: str, save=None):
-    """A code cell without directives; None where the reader does not see it."""
+def code_cell(cell: dict, target: str, save=None, early: bool = False):
+    """A code cell without directives; None where the reader does not see it.
+
+    `early` says that no figure stands above it: a page opens with a picture and not with the code that draws it.
+    """
     options, lines = options_of(lines_of(cell["source"]))
     silent = "default_exp" in options and not any(line.strip() for line in lines)
     if "hide" in options or options.get("include") == "false" or silent:
@@ -251,7 +254,8 @@ def code_cell(cell: dict, target: str, save=None):
         lines = lines[1:]
     tags, meta = list(cell.get("metadata", {}).get("tags", [])), {}
     short = outline(lines)
-    if "code-fold" not in options and (short or is_folded(lines)):
+    opening = early and not options.keys() & {"export", "exports"}
+    if "code-fold" not in options and (short or opening or is_folded(lines)):
         options["code-fold"] = "true"
     if options.get("code-fold") == "true":
         options.setdefault("code-summary", "Show the whole code" if short else "Show code")
@@ -281,6 +285,12 @@ def code_cell(cell: dict, target: str, save=None):
     }
 
 
+def is_drawn(cell: dict) -> bool:
+    """Whether a cell shows a picture."""
+    data = [o.get("data", {}) for o in cell.get("outputs", [])]
+    return any(m in d for d in data for m in IMAGES) or any("<img " in "".join(d.get("text/html", "")) for d in data)
+
+
 def signature(cell: dict) -> list:
     """The cell of prose that shows what a folded definition is called with."""
     lines = outline([x for x in lines_of(cell["source"]) if not OPTION.match(x)]) if cell["cell_type"] == "code" else []
@@ -292,10 +302,12 @@ def signature(cell: dict) -> list:
 
 def transform(nb: dict, target: str = "quarto", name: str = "", save=None) -> dict:
     """The notebook that the builder reads; `name` is the file's, `save` stores pictures."""
-    cells, first = [], True
+    draws = any(map(is_drawn, nb["cells"]))
+    cells, first, early = [], True, True
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
-            cell = code_cell(cell, target, save)
+            drawn = is_drawn(cell)
+            cell, early = code_cell(cell, target, save, early and draws), early and not drawn
             if cell is None:
                 continue
         elif cell["cell_type"] == "markdown":
