@@ -189,7 +189,7 @@ def _is_text(node) -> bool:
 
 def _shows(node) -> bool:
     """Whether a statement is a call that draws, tabulates or says."""
-    if isinstance(node, ast.Assign) or not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
         return False
     called = node.value.func
     return getattr(called, "attr", getattr(called, "id", "")) in SHOWS
@@ -241,15 +241,15 @@ def outline(lines: list) -> list:
     return shown
 
 
-def code_cell(cell: dict, target: str, save=None, early: bool = False):
-    """A code cell without directives; None where the reader does not see it.
+def code_cells(cell: dict, target: str, save=None, early: bool = False) -> list:
+    """A code cell without directives, below the signatures of what is folded in it; [] where the reader does not see it.
 
     `early` says that no figure stands above it: a page opens with a picture and not with the code that draws it.
     """
     options, lines = options_of(lines_of(cell["source"]))
     silent = "default_exp" in options and not any(line.strip() for line in lines)
     if "hide" in options or options.get("include") == "false" or silent:
-        return None
+        return []
     while lines and not lines[0].strip():
         lines = lines[1:]
     tags, meta = list(cell.get("metadata", {}).get("tags", [])), {}
@@ -276,13 +276,17 @@ def code_cell(cell: dict, target: str, save=None, early: bool = False):
             meta["mystnb"] = {"code_prompt_show": options["code-summary"], "code_prompt_hide": options["code-summary"]}
     outputs = [o for o in (shown(o, target, save) for o in cell.get("outputs", [])) if o]
     if not outputs and (not any(line.strip() for line in lines) or "remove-input" in tags):
-        return None
-    return {
+        return []
+    kept = {
         **cell,
         "source": source_of(lines),
         "outputs": outputs,
         "metadata": {**meta, **({"tags": tags} if tags else {})},
     }
+    if not short:
+        return [kept]
+    text = source_of(["```python", *short, "```"])
+    return [{"cell_type": "markdown", "id": f"{cell['id']}-s", "metadata": {}, "source": text}, kept]
 
 
 def is_drawn(cell: dict) -> bool:
@@ -291,31 +295,20 @@ def is_drawn(cell: dict) -> bool:
     return any(m in d for d in data for m in IMAGES) or any("<img " in "".join(d.get("text/html", "")) for d in data)
 
 
-def signature(cell: dict) -> list:
-    """The cell of prose that shows what a folded definition is called with."""
-    lines = outline([x for x in lines_of(cell["source"]) if not OPTION.match(x)]) if cell["cell_type"] == "code" else []
-    if not lines:
-        return []
-    text = ["```python", *lines, "```"]
-    return [{"cell_type": "markdown", "id": f"{cell['id']}-s", "metadata": {}, "source": source_of(text)}]
-
-
 def transform(nb: dict, target: str = "quarto", name: str = "", save=None) -> dict:
     """The notebook that the builder reads; `name` is the file's, `save` stores pictures."""
-    draws = any(map(is_drawn, nb["cells"]))
-    cells, first, early = [], True, True
+    cells, first, early = [], True, any(map(is_drawn, nb["cells"]))
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
-            drawn = is_drawn(cell)
-            cell, early = code_cell(cell, target, save, early and draws), early and not drawn
-            if cell is None:
-                continue
-        elif cell["cell_type"] == "markdown":
+            cells += code_cells(cell, target, save, early)
+            early = early and not is_drawn(cell)
+            continue
+        if cell["cell_type"] == "markdown":
             lines = prose(lines_of(cell["source"]), target)
             if first and target == "sphinx":
                 lines = numbered(lines, name)
             cell, first = {**cell, "source": source_of(lines), "metadata": {}}, False
-        cells += [*signature(cell), cell]
+        cells.append(cell)
     return {**nb, "cells": cells}
 
 

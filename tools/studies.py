@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from .settings import RESULTS, ROOT, chapters, find
+from .settings import ROOT, chapters, find
 
 STUDIES = ROOT / "ftbook" / "studies"
 RUN = "import sys; from ftbook.studies import {name}; {name}.main(*sys.argv[1:])"
@@ -12,15 +12,8 @@ RUN = "import sys; from ftbook.studies import {name}; {name}.main(*sys.argv[1:])
 
 def commands() -> dict:
     """Chapter -> the command that runs its studies, in the order of the book."""
-    found = {}
-    for chapter in (f.stem for f in chapters()):
-        name = chapter.split("_", 1)[1]
-        script = RESULTS / "sweeps" / f"{chapter}.py"
-        if (STUDIES / f"{name}.py").is_file():
-            found[chapter] = ["-c", RUN.format(name=name)]
-        elif script.is_file():
-            found[chapter] = [str(script)]
-    return found
+    names = {f.stem: f.stem.split("_", 1)[1] for f in chapters()}
+    return {k: ["-c", RUN.format(name=n)] for k, n in names.items() if (STUDIES / f"{n}.py").is_file()}
 
 
 def main(arguments: list) -> int:
