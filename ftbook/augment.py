@@ -886,8 +886,8 @@ def mention_table(
 
     Examples
     --------
-    >>> york, oslo = (["New", "York"], ["B-LOC", "I-LOC"]), (["Oslo"], ["B-LOC"])
-    >>> mention_table([york, oslo])
+    >>> york = ["New", "York"], ["B-LOC", "I-LOC"]
+    >>> mention_table([york, (["Oslo"], ["B-LOC"])])
     {'LOC': [('New', 'York'), ('Oslo',)]}
     """
     table: dict[str, dict] = {}

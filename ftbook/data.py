@@ -1321,7 +1321,8 @@ def status_text(
     """The Markdown of `status`."""
     runs = {name: _last_run(chapter, name) for name in ("cpu", "gpu")}
     facts = [
-        f"{name} profile: {run['minutes']:.1f} minutes, {run['peak_mb']:,.0f} MB"
+        f"{name} profile: {run['minutes']:.1f} minutes, {run['peak_mb']:,.0f} "
+        f"MB"
         for name, run in runs.items()
         if run
     ]
@@ -1587,7 +1588,8 @@ register(
         ),
         cite=(
             "S. Chilamkurthy. Transfer Learning for Computer Vision Tutorial."
-            " https://pytorch.org/tutorials/beginner/transfer_learning_tutorial.html;"
+            " "
+            "https://pytorch.org/tutorials/beginner/transfer_learning_tutorial.html;"
             " photos: O. Russakovsky et al. (2015),"
             " https://doi.org/10.1007/s11263-015-0816-y"
         ),

@@ -323,7 +323,8 @@ def freeze(
     Examples
     --------
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> freeze(net, depth=1), [n for n, p in net.named_parameters() if p.requires_grad]
+    >>> frozen, named = freeze(net, depth=1), net.named_parameters()
+    >>> frozen, [n for n, p in named if p.requires_grad]
     (['0.weight', '0.bias'], ['2.weight', '2.bias'])
     """
     names = _select(model, patterns, depth)
@@ -479,7 +480,8 @@ def param_groups(
     Examples
     --------
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> [(g["block"], g["lr"], g["weight_decay"]) for g in param_groups(net, 1e-3, layer_decay=0.5, head_lr=0.01)]
+    >>> groups = param_groups(net, 1e-3, layer_decay=0.5, head_lr=0.01)
+    >>> [(g["block"], g["lr"], g["weight_decay"]) for g in groups]
     [('0', 0.0005, 0.01), ('0', 0.0005, 0.0), ('2', 0.01, 0.01), ('2', 0.01,
     0.0)]
     """
@@ -688,8 +690,8 @@ class _Alternating(_ByEpoch):
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     >>> groups = param_groups(net, lr=0.1, frozen=True)
     >>> data = (torch.rand(4, 2), torch.tensor([0, 1, 1, 0]))
-    >>> how = {"callbacks": [_Alternating()], "settings": Settings(params=groups)}
-    >>> _ = fit(net, data, epochs=2, **how)
+    >>> trained, turns = Settings(params=groups), [_Alternating()]
+    >>> _ = fit(net, data, epochs=2, callbacks=turns, settings=trained)
     >>> [name for name, p in net.named_parameters() if p.requires_grad]
     ['0.weight', '0.bias']
     """

@@ -1132,25 +1132,8 @@ def _rising_rate(
     """Train with a rate that grows from `low` to `high` by the same factor per
     step, and record the loss.
 
-    Parameters
-    ----------
-    step : callable (rate) -> float
-        Takes one training step at that rate and returns the loss before it;
-        `range_test` makes one.
-    stop : float
-        Ends the test when the smoothed loss exceeds `stop` times its lowest
-        value, or is not finite.
-    keep : float
-        Share kept by the running mean.
-
-    Raises
-    ------
-    ValueError
-        If the rates do not grow, or no step gave a finite loss.
-
-    References
-    ----------
-    Smith 2017, arXiv:1506.01186.
+    `step(rate)` takes one training step and returns the loss before it. What
+    the others mean, errors and reference: see `range_test`.
     """
     if not (0 < low < high and steps >= 2 and math.isfinite(high)):
         raise ValueError(

@@ -253,7 +253,8 @@ class _Layer(nn.Module):
         """Raise TypeError where other weights of `base` cannot do the same."""
         if not self.mergeable:
             raise TypeError(
-                f"{type(self).__name__[1:]} does not merge: it adds computation "
+                f"{type(self).__name__[1:]} does not merge: it adds "
+                f"computation "
                 "that the base layer cannot hold; LoRA, DoRA, IA3 and BitFit do"
             )
         _refuse_merge(base)

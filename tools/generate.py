@@ -31,12 +31,13 @@ def button(name: str) -> str:
 def install() -> str:
     cfg = settings()
     return (
-        f"#| include: false\n# {MARK}: installs the library in Colab, does nothing elsewhere\n"
+        f"#| include: false\n# {MARK}:\n# installs the library in Colab, does nothing elsewhere\n"
         "import sys\n\n"
         'if "google.colab" in sys.modules:\n'
         "    get_ipython().run_line_magic(\n"
         '        "pip",\n'
-        f"        \"install -q 'ftbook[notebook] @ git+{cfg['repository']}@{cfg['branch']}'\",\n"
+        '        "install -q "\n'
+        f"        \"'ftbook[notebook] @ git+{cfg['repository']}@{cfg['branch']}'\",\n"
         "    )"
     )
 
