@@ -1,6 +1,5 @@
 """How do time and memory grow? One figure each: tokens, rank, adapters, corpus, processes, steps."""
 
-import json
 import os
 import socket
 import subprocess
@@ -133,7 +132,7 @@ def preparation(args) -> dict:
     }
 
 
-def workload(tiny: bool) -> dict:
+def workload(tiny: bool) -> float | None:
     """Run by torchrun: seconds of `fit` on the same work, whatever the number of processes."""
     from ftbook.train import is_main
 
@@ -145,7 +144,7 @@ def workload(tiny: bool) -> dict:
     fit(model, (x, y), batch_size=256, settings=Settings(precision="fp32", max_steps=2, progress=False))
     start = time.perf_counter()
     fit(model, (x, y), epochs=1 if tiny else 3, batch_size=256, settings=Settings(precision="fp32", progress=False))
-    return {"seconds": time.perf_counter() - start, "main": is_main()}
+    return time.perf_counter() - start if is_main() else None
 
 
 def processes(args) -> dict:
@@ -167,10 +166,9 @@ def processes(args) -> dict:
             "workload",
         ] + ["--tiny"] * args.tiny
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        if done.returncode or not lines:
+        if done.returncode or not done.stdout.strip():
             raise RuntimeError(f"torchrun with {n} processes failed:\n{done.stderr[-1500:]}")
-        found.append(next(line["seconds"] for line in lines if line["main"]))
+        found.append(float(done.stdout))
     return {
         "x": counts,
         "series": {"fit": found},
@@ -217,7 +215,8 @@ PARTS = {f.__name__: f for f in (tokens, rank, adapters, preparation, processes,
 def main(argv=None):
     args = bench.arguments(__doc__, argv)
     if args.part == "workload":
-        print(json.dumps(workload(args.tiny)), flush=True)
+        if (seconds := workload(args.tiny)) is not None:  # one process speaks: lines of two could mix
+            print(seconds, flush=True)
         return
     found = {}
     for name, part in PARTS.items():

@@ -866,16 +866,36 @@ OPTIMIZERS = {
 }
 
 # %% ../nbs/03_optim.ipynb #92a72f7c
-def optimizer(name: str, params, **options) -> Foreach:
-    """An optimizer of this chapter by its name.
+_FUSED = (SGD, Adam, AdamW)  # rules for which PyTorch has a kernel for a CPU
+
+
+def _twin(kind: type[Foreach], params, **options) -> torch.optim.Optimizer:
+    """PyTorch's optimizer of the same rule, fused where all tensors allow it."""
+    held = list(params)
+    groups = [g["params"] if isinstance(g, dict) else [g] for g in held]
+    fused = all(
+        p.is_floating_point() and p.device.type in ("cpu", "cuda")
+        for group in groups
+        for p in ([group] if isinstance(group, Tensor) else group)
+    )
+    assert kind.twin is not None
+    return kind.twin(held, fused=fused or None, **options)
+
+
+def optimizer(
+    name: str, params, *, fast: bool = False, **options
+) -> torch.optim.Optimizer:
+    """An optimizer by its name.
 
     Parameters
     ----------
     name : str
-        A key of `OPTIMIZERS`.
+        A key of `OPTIMIZERS`, in upper or lower case; "sgd" is "momentum".
     params : Module, or iterable of parameters or group dicts
         A module gives its trained parameters; "Muon" splits them into hidden
         matrices and the others.
+    fast : bool
+        PyTorch's own class of the same rule, where it has a fused kernel.
     **options
         Learning rate and what else the class takes.
 
@@ -889,19 +909,23 @@ def optimizer(name: str, params, **options) -> Foreach:
     >>> rule = optimizer("momentum", nn.Linear(2, 1), lr=0.1)
     >>> rule.param_groups[0]["momentum"]
     0.9
+    >>> optimizer("adamw", nn.Linear(2, 1), fast=True).defaults["fused"]
+    True
     """
-    if name not in OPTIMIZERS:
+    known = {n.casefold(): n for n in OPTIMIZERS} | {"sgd": "momentum"}
+    if (key := str(name).casefold()) not in known:
         raise ValueError(
             f"unknown optimizer {name!r}; use one of {', '.join(OPTIMIZERS)}"
         )
-    kind, preset = OPTIMIZERS[name]
+    kind, preset = OPTIMIZERS[known[key]]
     if isinstance(params, nn.Module):
         params = (
             _muon_groups(params)
             if kind is MuonAdamW
             else [p for p in params.parameters() if p.requires_grad]
         )
-    return kind(params, **{**preset, **options})
+    make = partial(_twin, kind) if fast and kind in _FUSED else kind
+    return make(params, **{**preset, **options})
 
 # %% ../nbs/03_optim.ipynb #4b75c2f5
 def constant(step: int, total_steps: int) -> float:

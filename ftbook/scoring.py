@@ -17,11 +17,11 @@ __all__ = [
     "class_target",
     "plain_loss",
     "resolve_loss",
-    "logits_of",
     "one_tensor",
     "forward",
     "accuracy",
     "resolve_metrics",
+    "measure",
     "count_scored",
     "denominator",
     "sums_over",
@@ -182,7 +182,7 @@ def _reduction_of(loss) -> str:
     return getattr(loss, "reduction", "mean") if ours else "mean"
 
 # %% ../nbs/04_train.ipynb #db0b0da4
-def logits_of(output):
+def _logits_of(output):
     """What losses and metrics see: the tensor, or its "logits", in float32."""
     if not torch.is_tensor(output):
         if isinstance(output, Mapping):
@@ -246,8 +246,8 @@ def forward(model, batch, loss, autocast=None) -> tuple:
     with autocast or contextlib.nullcontext():
         output = model(*args, **kwargs)
     if loss is None:
-        return logits_of(output), _own_loss(output), target
-    output = logits_of(output)
+        return _logits_of(output), _own_loss(output), target
+    output = _logits_of(output)
     if not torch.is_tensor(output) and any(f is loss for f in _LOSSES.values()):
         one_tensor(output)
     return output, loss(output, target), target
@@ -329,6 +329,34 @@ def resolve_metrics(metrics, loss=None) -> dict:
     binary = loss == "bce" or isinstance(loss, nn.BCEWithLogitsLoss)
     return {n: _binary_accuracy if binary else _METRICS[n] for n in names}
 
+
+def measure(metrics: dict, output, target) -> dict:
+    """Value of every metric on one batch, as a plain number or a tensor.
+
+    Raises
+    ------
+    TypeError
+        Where a metric gives something else, with its name.
+
+    Examples
+    --------
+    >>> measure({"first": lambda output, target: output[0]}, [2], None)
+    {'first': 2.0}
+    """
+    found = {}
+    for name, metric in metrics.items():
+        value = metric(output, target)
+        if not isinstance(value, torch.Tensor):
+            try:
+                value = float(value)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"metric {name!r} gave {value!r}; a metric returns one "
+                    "number for a batch, the mean over its scored targets"
+                ) from None
+        found[name] = value
+    return found
+
 # %% ../nbs/04_train.ipynb #c47a6e93
 def count_scored(target, rows: int) -> int:
     """How many targets count: integers other than -100, else the rows."""
@@ -404,8 +432,8 @@ def sums_over(
         output, value, target = forward(model, batch, loss, autocast)
         n, total = n + count, total + weight
         sums["loss"] += value.detach() * weight
-        for name, fn in metrics.items():
-            sums[name] += fn(output, target) * count
+        for name, found in measure(metrics, output, target).items():
+            sums[name] += found * count
     return {k: float(v) for k, v in sums.items()}, n, total
 
 # %% ../nbs/04_train.ipynb #4c96dbbd
@@ -510,7 +538,7 @@ def predict(
             kwargs.pop("labels", None)
             with autocast:
                 output = model(*args, **kwargs)
-            outputs.append(one_tensor(logits_of(output)).cpu())
+            outputs.append(one_tensor(_logits_of(output)).cpu())
     if not outputs:
         raise ValueError("x has nothing to predict: the iterable gave no batch")
     return torch.cat(outputs)

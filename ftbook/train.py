@@ -80,6 +80,7 @@ from ftbook.compute import (
     wants_channels_last,
 )
 from .data import Batches
+from .optim import optimizer as named_optimizer
 from .optim import schedule as named_schedule
 from .runtime import check_value
 from .runtime import device as default_device
@@ -91,6 +92,7 @@ from ftbook.scoring import (
     evaluate,
     forward,
     means_of,
+    measure,
     one_tensor,
     plain_loss,
     predict,
@@ -100,13 +102,6 @@ from ftbook.scoring import (
 )
 
 # %% ../nbs/04_train.ipynb #e622cb72
-_OPTIMIZERS: dict = {
-    "adamw": (torch.optim.AdamW, {}),
-    "adam": (torch.optim.Adam, {}),
-    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
-}
-
-
 def _decay_groups(params, weight_decay: float) -> list[dict]:
     """Two groups: weight decay on tensors of two or more dimensions only.
 
@@ -127,23 +122,14 @@ def _decay_groups(params, weight_decay: float) -> list[dict]:
     return [g for g in groups if g["params"]]
 
 
-def _named_optimizer(name, params, lr, weight_decay, split):
-    """One of our names, fused where the tensors allow it."""
-    if name not in _OPTIMIZERS:
-        raise ValueError(
-            f"unknown optimizer {name!r}; use one of {sorted(_OPTIMIZERS)}, "
-            "an Optimizer class, a factory(params) or an instance"
-        )
-    cls, options = _OPTIMIZERS[name]
-    groups = _decay_groups(params, weight_decay) if split else params
-    fused = all(
-        p.is_floating_point() and p.device.type in ("cpu", "cuda")
-        for g in groups
-        for p in (g["params"] if isinstance(g, dict) else [g])
-    )
-    return cls(
-        groups, lr=lr, weight_decay=weight_decay, fused=fused or None, **options
-    )
+def _named_optimizer(name, model, params, lr, weight_decay, split):
+    """One of `optim.OPTIMIZERS`, by PyTorch's fused kernel where it has one."""
+    if split and name.casefold() != "muon":  # which splits a model by itself
+        params = _decay_groups(params, weight_decay)
+    elif split:
+        params = model
+    options = {"lr": lr, "weight_decay": weight_decay}
+    return named_optimizer(name, params, fast=True, **options)
 
 # %% ../nbs/04_train.ipynb #d2b964a6
 def build_optimizer(
@@ -158,10 +144,10 @@ def build_optimizer(
     Parameters
     ----------
     optimizer : str, Optimizer class, callable (params) -> Optimizer, Optimizer
-        Names (adamw, adam, sgd with momentum 0.9) and classes get `lr` and
-        `weight_decay`; a name applies the decay to tensors of two or more
-        dimensions; a factory gets the trainable parameters and decides the
-        rest.
+        Names are those of `ftbook.optim.OPTIMIZERS`, and "sgd" for SGD with
+        momentum 0.9. Names and classes get `lr` and `weight_decay`; a name
+        applies the decay to tensors of two or more dimensions; a factory gets
+        the trainable parameters and decides the rest.
     params : list of parameters or groups, optional
         Instead of all trainable parameters, with decay as the groups say.
 
@@ -189,7 +175,7 @@ def build_optimizer(
             )
         if isinstance(optimizer, str):
             built = _named_optimizer(
-                optimizer, trained, lr, weight_decay, params is None
+                optimizer, model, trained, lr, weight_decay, params is None
             )
         elif isinstance(optimizer, type):
             known = inspect.signature(optimizer).parameters
@@ -742,8 +728,8 @@ def _measure(run: Run) -> None:
     late = counts[0] is None
     count = count_scored(target, len(target)) if late else sum(counts)
     with torch.no_grad():
-        for name, fn in run.metrics.items():
-            run._sums[name] += fn(output, target) * count
+        for name, found in measure(run.metrics, output, target).items():
+            run._sums[name] += found * count
 
 # %% ../nbs/04_train.ipynb #01945abb
 def _settle(run: Run) -> None:

@@ -673,7 +673,7 @@ def test_the_study_has_a_row_for_every_strategy_with_as_many_rates(tmp_path, mon
     assert results.load_sweep(study.CHAPTER, "pretrained").row("old_accuracy")["n"] == len(
         study.two_tasks()["old_test"]
     )
-    with pytest.raises(ValueError, match="no study 'rate'; there are "):
+    with pytest.raises(ValueError, match="no study 'rate'; use strategies, rates, "):
         study.main("rate")
 
 

@@ -430,7 +430,7 @@ def test_the_study_has_a_row_for_each_variant_and_goes_on_where_it_stopped(slice
     found = results.load_sweep("06_mlm", "variants")
     assert len(found.runs) == 24 and found.row("loss", variant="standard")["values"] == [8, 9, 10]
     assert all(r["metrics"]["valid"] for r in found.runs)
-    with pytest.raises(ValueError, match="no study 'nonsense'; there are .*'finish'"):
+    with pytest.raises(ValueError, match="no study 'nonsense'; use .*finish"):
         study.main("variants", "nonsense")
 
 

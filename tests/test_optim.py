@@ -386,8 +386,8 @@ def test_bad_groups_are_refused():
         optim.Adam([{"params": weights([(2,)])}, 3])
     with pytest.raises(ValueError, match=r"shape \(2,\)"):
         optim.Muon(weights([(2,)]))
-    with pytest.raises(ValueError, match="unknown optimizer 'adam'"):
-        optim.optimizer("adam", nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="unknown optimizer 'adamax'"):
+        optim.optimizer("adamax", nn.Linear(2, 2))
     with pytest.raises(NotImplementedError, match="update"):
         params = weights([(2,)])
         params[0].grad = torch.ones(2).double()

@@ -816,7 +816,7 @@ def test_the_study_chooses_between_two_strengths_for_every_method(tmp_path, monk
     assert [r["method"] for r in rows] == list(study.METHODS) and {r["n"] for r in rows} == {248}
     assert [r["tried"] for r in rows] == [1] + [2] * 18 and all(len(r["values"]) == 5 for r in rows)
     assert all(r["strength"] == min(study.METHODS[r["method"]][0]) for r in rows)
-    with pytest.raises(ValueError, match="no study 'sst2'; there are "):
+    with pytest.raises(ValueError, match="no study 'sst2'; use digits, sentiment"):
         study.main("sst2")
 
 

@@ -26,6 +26,7 @@ from torch import nn
 from ftbook import batches, checkpoint, compute, losses, scoring
 from ftbook import train as T
 from ftbook.data import Batches, ImageSet
+from ftbook.optim import OPTIMIZERS
 from ftbook.train import Checkpoint, EarlyStopping, History, Run, Settings, evaluate, fit, predict
 
 
@@ -376,7 +377,7 @@ def test_results_do_not_lose_a_metric_by_its_name():
 
 def test_optimizer_forms():
     data = toy()
-    for optimizer in ("adamw", "adam", "sgd", torch.optim.RMSprop, lambda p: torch.optim.SGD(p, lr=0.1)):
+    for optimizer in ("adamw", "sgd", *OPTIMIZERS, torch.optim.RMSprop, lambda p: torch.optim.SGD(p, lr=0.1)):
         model = net()
         assert quiet(model, data, optimizer=optimizer, epochs=2, lr=0.01)["train_loss"][1] > 0
         assert not same(model, net())
@@ -388,13 +389,23 @@ def test_optimizer_forms():
     groups = [{"params": model[3].parameters(), "lr": 0.5}]
     history = quiet(model, data, params=groups, schedule=lambda step, total: 0.5)
     assert torch.equal(before, model[0].weight) and history["lr"] == [0.25]
+    fused = {n for n in OPTIMIZERS if T.build_optimizer(n, net(), 0.1).defaults.get("fused")}
+    assert fused == {"gradient descent", "momentum", "Nesterov", "Adam", "AdamW"}
     built = T.build_optimizer("adamw", net(), 0.1, 0.3)
     assert [(g["weight_decay"], len(g["params"])) for g in built.param_groups] == [(0.3, 2), (0.0, 2)]
     assert T.build_optimizer(torch.optim.SGD, net(), 0.1, 0.3).param_groups[0]["weight_decay"] == 0.3
-    with pytest.raises(ValueError, match="unknown optimizer 'lamb'.*adamw"):
+    with pytest.raises(ValueError, match="unknown optimizer 'lamb'.*AdamW"):
         quiet(net(), data, optimizer="lamb")
     with pytest.raises(ValueError, match="unfreeze"):
         quiet(net().requires_grad_(False), data)
+
+
+@pytest.mark.parametrize("value", [None, "high", {"a": 1}, [0.5, 0.5]])
+def test_a_metric_that_gives_no_number_is_named(value):
+    with pytest.raises(TypeError, match="metric 'mine' gave .*one number for a batch"):
+        quiet(net(), toy(), metrics={"mine": lambda output, target: value})
+    with pytest.raises(TypeError, match="metric 'mine' gave"):
+        evaluate(net(), toy(), metrics={"mine": lambda output, target: value})
 
 
 def test_an_optimizer_of_another_model_is_refused():
@@ -1328,7 +1339,7 @@ def test_what_is_frozen_and_every_callback_go_on_too(tmp_path, step, again):
         "batch_size": 34,
         "lr": 0.05,
         "schedule": "cosine",
-        "metrics": {"right": lambda output, target: np.float32(scoring.accuracy(output, target))},
+        "metrics": {"right": lambda output, target: np.float64(scoring.accuracy(output, target))},
     }
     whole, broken, file = turning(), turning(), Checkpoint(tmp_path / "run.pt", every=1)
     a = quiet(whole, toy(), toy(40, 1), callbacks=[Turns(), Average(), EarlyStopping(), Bomb(-1)], **options)

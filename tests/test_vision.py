@@ -464,7 +464,7 @@ def test_the_study_of_photos_takes_rates_of_others_and_knows_its_names(monkeypat
     assert list(rows) == [r["way"] for r in study.PHOTO_ROWS] and set(rows) == set(study.WAYS)
     assert rows["full, augmented"]["lr"] == rows["full"]["lr"] == 0.01 == rows["linear probe"]["strength"]
     assert len(asked) == 7 * 3 + 9 * 3 and not any(s == "valid" and "augmented" in w for s, w, _ in asked)
-    with pytest.raises(ValueError, match="no study 'photo' in chapter 9; allowed are source, classes, photos"):
+    with pytest.raises(ValueError, match="no study 'photo'; use source, classes, photos"):
         study.main("photo")
 
 

@@ -14,6 +14,7 @@ from functools import cache
 
 from .. import augment, data, mlm, results, runtime
 from ..finetune import SmallCNN
+from . import run_named
 from ..texts import TextClassifier, encode_texts
 from ..train import Settings, evaluate, fit
 
@@ -231,7 +232,4 @@ def main(*names, executor=None):
     """Run all studies, or those named: images, texts, longer, judges."""
     known = {"images": _images, "texts": _texts}
     known |= {"longer": _longer, "judges": _judges}
-    if unknown := [n for n in names if n not in known]:
-        raise ValueError(f"no study {unknown[0]!r}; use {', '.join(known)}")
-    for name in names or known:
-        known[name](executor)
+    run_named(known, names, executor)

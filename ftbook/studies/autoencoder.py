@@ -28,6 +28,7 @@ from ftbook.autoencoder import (
     pretrain,
 )
 from ..images import ImageSet
+from . import run_named
 from ..train import Settings, evaluate, fit
 
 CHAPTER = "05_autoencoder"
@@ -232,10 +233,4 @@ def main(*names: str, executor: Any = None) -> None:
         "ablation": ablation,
         "baselines": baselines,
     }
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"there is no study {unknown[0]!r} in chapter 5; allowed are "
-            f"{', '.join(known)}"
-        )
-    for name in names or known:
-        known[name](executor)
+    run_named(known, names, executor)

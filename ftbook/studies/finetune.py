@@ -26,6 +26,7 @@ from ftbook.finetune import (
     tune,
 )
 from ..images import ImageSet
+from . import run_named
 from ..train import Settings, evaluate, fit
 
 __all__ = [
@@ -199,30 +200,41 @@ def rows() -> list[dict]:
     return [{"strategy": s, "lr": rates} for s in ("scratch", *STRATEGIES)]
 
 
+SEEDS = runtime.pick(quick=range(2), cpu=range(3))
+
+
+def _strategies(executor) -> None:
+    tasks = two_tasks()
+    found = results.study(
+        run,
+        rows(),
+        chapter=CHAPTER,
+        name="strategies",
+        choose="accuracy",
+        seeds=SEEDS,
+        search_seeds=SEEDS,
+        n={split: len(tasks[split]) for split in ("valid", "test")},
+        budget=BUDGET,
+        executor=executor,
+    )
+    for row in found.rows("accuracy"):
+        print(row["strategy"], row["lr"], format(row, ".1%"))
+
+
+def _rates(executor) -> None:
+    """Two rates at once, shown and not chosen from."""
+    pairs = {"lr": [1e-3, 1e-2], "head_lr": [1e-2, 1e-1]}
+    both = functools.partial(run, split="valid", strategy="full")
+    about = {"chapter": CHAPTER, "name": "rates", "budget": BUDGET}
+    results.sweep(both, pairs, SEEDS, n=len(two_tasks()["valid"]), **about)
+
+
+def _untuned(executor) -> None:
+    about = {"chapter": CHAPTER, "name": "pretrained"}
+    results.sweep(untuned, {}, SEEDS, n=len(two_tasks()["old_test"]), **about)
+
+
 def main(*names: str, executor=None) -> None:
     """Fill in what is missing of "strategies", "rates" and "pretrained"."""
-    known = ("strategies", "rates", "pretrained")
-    if unknown := [n for n in names if n not in known]:
-        raise ValueError(f"no study {unknown[0]!r}; there are {known}")
-    wanted, tasks = names or known, two_tasks()
-    seeds = runtime.pick(quick=range(2), cpu=range(3))
-    size = {split: len(tasks[split]) for split in ("valid", "test")}
-    about: dict[str, Any] = {"chapter": CHAPTER, "budget": BUDGET}
-    if "strategies" in wanted:
-        how: dict[str, Any] = {
-            "choose": "accuracy",
-            "search_seeds": seeds,
-            "n": size,
-        }
-        how |= {"name": "strategies", "executor": executor}
-        found = results.study(run, rows(), seeds=seeds, **how, **about)
-        for row in found.rows("accuracy"):
-            print(row["strategy"], row["lr"], format(row, ".1%"))
-    if "rates" in wanted:  # shown, not chosen from
-        pairs = {"lr": [1e-3, 1e-2], "head_lr": [1e-2, 1e-1]}
-        both = functools.partial(run, split="valid", strategy="full")
-        how = {"name": "rates", "n": size["valid"]}
-        results.sweep(both, pairs, seeds, **how, **about)
-    if "pretrained" in wanted:
-        how = {"name": "pretrained", "n": len(tasks["old_test"])}
-        results.sweep(untuned, {}, seeds, chapter=CHAPTER, **how)
+    known = {"strategies": _strategies, "rates": _rates}
+    run_named(known | {"pretrained": _untuned}, names, executor)

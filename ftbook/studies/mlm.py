@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .. import data, mlm, results, runtime
 from ..compute import evaluating
+from . import run_named
 from ..train import Checkpoint, Settings, fit, is_main
 
 __all__ = [
@@ -476,10 +477,7 @@ def main(*names: str) -> None:
         "pretrain": train_checkpoint,
         "finish": write_checkpoint,
     }
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"no study {unknown[0]!r}; there are {list(known)}")
-    for name in names or ["variants"]:
-        known[name]()
+    run_named(known, names or ["variants"])
 
 # %% ../../nbs/06_mlm.ipynb #10fb91c1
 TARGETS = ("previous", "next", "itself", "[CLS]", "[SEP]", "same piece")

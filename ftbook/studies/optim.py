@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import data, mlm, optim, results, runtime
+from . import run_named
 from ..train import Settings, fit
 
 __all__ = ["task", "batches", "Classifier", "run", "run_head", "main"]
@@ -249,8 +250,5 @@ def main(*names, executor=None):
     """Run all studies, or those named: alone, optimizers, heads, decay."""
     known = {"alone": _alone, "optimizers": _optimizers}
     known |= {"heads": _heads, "decay": _decay}
-    if unknown := [n for n in names if n not in known]:
-        raise ValueError(f"no study {unknown[0]!r}; use {', '.join(known)}")
     torch.set_num_threads(1)
-    for name in names or known:
-        known[name](executor)
+    run_named(known, names, executor)

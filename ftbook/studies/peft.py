@@ -19,6 +19,7 @@ import torch
 from .. import data, finetune, mlm, peft, results, runtime
 from ..corpus import Corpus
 from ..ner import BucketBatches, NERTagger, token_classifier
+from . import run_named
 from ..train import Settings
 
 __all__ = ["METHODS", "rows", "run", "run_tone", "forgetting", "main"]
@@ -323,8 +324,4 @@ def main(*names, executor=None):
         "tasks": _tasks, "labels": _labels, "ranks": _ranks,
     }  # fmt: skip
     torch.set_num_threads(1)
-    for name in names or known:
-        if name not in known:
-            raise ValueError(f"no study {name!r}; use {', '.join(known)}")
-        print("==", name, flush=True)
-        known[name](executor)
+    run_named(known, names, executor)

@@ -37,6 +37,7 @@ from ftbook.regularize import (
     penalty,
     set_dropout,
 )
+from . import run_named
 from ..texts import TextClassifier, encode_texts
 from ..train import EarlyStopping, History, Settings, fit, predict
 
@@ -415,34 +416,31 @@ def rows() -> list[dict]:
     ]
 
 
+def _study(name: str, executor) -> None:
+    task, at = _task(name), BUDGETS[name]
+    search_seeds, seeds = SEEDS[name]
+    epochs, size, lr = at["epochs"], at["batch_size"], at["lr"]
+    found = results.study(
+        partial(run, task=name),
+        rows(),
+        chapter=CHAPTER,
+        name=name,
+        choose="accuracy",
+        budget=f"{epochs} epochs, batches of {size}, rate {lr:g}, 2 strengths",
+        seeds=seeds,
+        search_seeds=search_seeds,
+        n={"valid": _size(task.valid), "test": _size(task.test)},
+        executor=executor,
+    )
+    for row in found.rows("accuracy"):
+        print(name, row["method"], row["strength"], format(row, ".1%"))
+
+
 def main(*names: str, executor=None) -> None:
     """Fill in what is missing of "digits" and "sentiment"."""
-    if unknown := [n for n in names if n not in BUDGETS]:
-        raise ValueError(f"no study {unknown[0]!r}; there are {[*BUDGETS]}")
     torch.set_num_threads(1)
-    for name in names or BUDGETS:
-        task, at, (search_seeds, seeds) = (
-            _task(name),
-            BUDGETS[name],
-            SEEDS[name],
-        )
-        epochs, size, lr = at["epochs"], at["batch_size"], at["lr"]
-        found = results.study(
-            partial(run, task=name),
-            rows(),
-            chapter=CHAPTER,
-            name=name,
-            choose="accuracy",
-            budget=(
-                f"{epochs} epochs, batches of {size}, rate {lr:g}, 2 strengths"
-            ),
-            seeds=seeds,
-            search_seeds=search_seeds,
-            n={"valid": _size(task.valid), "test": _size(task.test)},
-            executor=executor,
-        )
-        for row in found.rows("accuracy"):
-            print(name, row["method"], row["strength"], format(row, ".1%"))
+    known = {name: partial(_study, name) for name in BUDGETS}
+    run_named(known, names, executor)
 
 
 def _size(part: Any) -> int:

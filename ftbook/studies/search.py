@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import data, results, runtime, search
 from ..scoring import accuracy
+from . import run_named
 from ..train import Settings, evaluate, fit, predict
 
 __all__ = ["SPACE", "mlp", "garments", "run", "main"]
@@ -128,7 +129,4 @@ def _halving():
 def main(*names):
     """Run all of it, or what is named: random, grid, halving."""
     known = {"random": _random, "grid": _grid, "halving": _halving}
-    if unknown := [n for n in names if n not in known]:
-        raise ValueError(f"no study {unknown[0]!r}; use {', '.join(known)}")
-    for name in names or known:
-        known[name]()
+    run_named(known, names)

@@ -30,8 +30,10 @@ import torch
 from torch import nn
 
 from .. import data, results, runtime
-from ..finetune import SmallCNN, find_head, replace_head, tune
+from ..finetune import SmallCNN, find_head, tune
 from ..images import ImageSet, resized
+from . import run_named
+from .finetune import fresh_head
 from ..train import History, Settings, evaluate, fit, predict
 from ftbook.vision import (
     SHIFTS,
@@ -66,19 +68,6 @@ WAYS: dict[str, Any] = {
 TRANSFORMS = {
     "full, augmented": Augment(light=1.5, contrast=0.3, blur=0.3, noise=0.15)
 }
-
-
-def fresh_head(
-    original: nn.Module, n_classes: int, seed: int, scratch: bool = False
-) -> nn.Module:
-    """A copy with a new head; with `scratch` every weight is drawn anew."""
-    runtime.seed_everything(seed)
-    model = copy.deepcopy(original)
-    replace_head(model, n_classes)
-    for module in model.modules() if scratch else ():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    return model
 
 # %% ../../nbs/09_vision.ipynb #b0211437
 def tuned_by(
@@ -524,11 +513,5 @@ def main(*names: str, executor: Any = None) -> None:
         "memory": memory,
         "bundled": bundled,
     }
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"there is no study {unknown[0]!r} in chapter 9; allowed are "
-            f"{', '.join(known)}"
-        )
     torch.set_num_threads(runtime.pick(quick=1, cpu=1, gpu=8))
-    for name in names or [name for name in known if name != "bundled"]:
-        known[name](executor)
+    run_named(known, names or [n for n in known if n != "bundled"], executor)
