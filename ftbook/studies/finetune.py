@@ -225,13 +225,16 @@ def _rates(executor) -> None:
     """Two rates at once, shown and not chosen from."""
     pairs = {"lr": [1e-3, 1e-2], "head_lr": [1e-2, 1e-1]}
     both = functools.partial(run, split="valid", strategy="full")
-    about = {"chapter": CHAPTER, "name": "rates", "budget": BUDGET}
-    results.sweep(both, pairs, SEEDS, n=len(two_tasks()["valid"]), **about)
+    about: dict[str, Any] = {"name": "rates", "budget": BUDGET}
+    about |= {"chapter": CHAPTER, "n": len(two_tasks()["valid"])}
+    results.sweep(both, pairs, SEEDS, **about)
 
 
 def _untuned(executor) -> None:
-    about = {"chapter": CHAPTER, "name": "pretrained"}
-    results.sweep(untuned, {}, SEEDS, n=len(two_tasks()["old_test"]), **about)
+    size = len(two_tasks()["old_test"])
+    results.sweep(
+        untuned, {}, SEEDS, chapter=CHAPTER, name="pretrained", n=size
+    )
 
 
 def main(*names: str, executor=None) -> None:
