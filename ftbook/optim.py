@@ -878,8 +878,8 @@ def _twin(kind: type[Foreach], params, **options) -> torch.optim.Optimizer:
         for group in groups
         for p in ([group] if isinstance(group, Tensor) else group)
     )
-    assert kind.twin is not None
-    return kind.twin(held, fused=fused or None, **options)
+    make: Any = kind.twin
+    return make(held, fused=fused or None, **options)
 
 
 def optimizer(
