@@ -122,6 +122,9 @@ def _decay_groups(params, weight_decay: float) -> list[dict]:
     return [g for g in groups if g["params"]]
 
 
+_SEE = ". See the appendix 'It does not learn'"
+
+
 def _named_optimizer(name, model, params, lr, weight_decay, split):
     """One of `optim.OPTIMIZERS`, by PyTorch's fused kernel where it has one."""
     if split and name.casefold() != "muon":  # which splits a model by itself
@@ -171,7 +174,7 @@ def build_optimizer(
         if not trained:
             raise ValueError(
                 "no trainable parameters: every parameter has "
-                "requires_grad=False; unfreeze some first"
+                "requires_grad=False; unfreeze some first" + _SEE
             )
         if isinstance(optimizer, str):
             built = _named_optimizer(
@@ -190,7 +193,7 @@ def build_optimizer(
         raise ValueError(
             f"{type(built).__name__} holds no trainable parameter of this "
             "model, so nothing would be learned: build it, and params=, from "
-            "model.parameters() of the very model that is trained"
+            "model.parameters() of the very model that is trained" + _SEE
         )
     return built
 
@@ -769,7 +772,7 @@ def _not_finite(run: Run, value, step, batch) -> str:
         f"loss is {value} in epoch {run.epoch + 1}, step {step + 1}, batch "
         f"{batch + 1} of the epoch (lr {rate:.3g}, precision {run.precision}). "
         "Try a smaller lr, warmup=0.1, clip_norm=1.0 or precision='fp32', and "
-        "check that this batch's inputs are finite"
+        "check that this batch's inputs are finite" + _SEE
     )
 
 # %% ../nbs/04_train.ipynb #68fc95d7
@@ -838,7 +841,7 @@ def _check_labels(y, classes: int, name: str = "train", ignored=-100) -> None:
         raise ValueError(
             f"{name}: label {high if high >= classes else low} is out of "
             f"range: the model gives {classes} classes, so labels are 0 to "
-            f"{classes - 1}. Change the last layer, or renumber the labels"
+            f"{classes - 1}. Change the last layer, or renumber the labels{_SEE}"
         )
 
 
@@ -881,7 +884,7 @@ def _check_scored(run: Run) -> None:
         if y is not None and not _unsigned(y) and count_scored(y, len(y)) == 0:
             raise ValueError(
                 f"{name} has nothing to score: every target is -100; check "
-                "how the labels were made"
+                "how the labels were made" + _SEE
             )
 
 
@@ -1280,7 +1283,7 @@ def _finish_epoch(run: Run, started: float) -> None:
     if train is None:
         raise ValueError(
             f"train gave nothing to learn from in epoch {run.epoch + 1}: no "
-            "batch, or only targets of -100"
+            "batch, or only targets of -100" + _SEE
         )
     run.row = {"epoch": run.epoch + 1, "steps": run.step}
     run.row |= {f"train_{k}": v for k, v in train.items()}
@@ -1325,7 +1328,7 @@ def _validate(run: Run) -> dict:
         raise ValueError(
             f"valid has nothing to score after epoch {run.epoch + 1}: it gave "
             "no batch (an iterator can be read only once: pass a list or a "
-            "DataLoader), or every target is -100"
+            "DataLoader), or every target is -100" + _SEE
         )
     return means
 

@@ -419,6 +419,24 @@ def test_an_optimizer_of_another_model_is_refused():
             quiet(net(), toy(), **how)
 
 
+def test_messages_about_a_run_that_does_not_learn_name_the_appendix():
+    x, y = toy()
+    frozen, nothing = net().requires_grad_(False), torch.full_like(y, -100)
+    other = torch.optim.SGD(net().parameters(), lr=0.1)
+    for kind, call in (
+        (ValueError, lambda: quiet(frozen, (x, y))),
+        (ValueError, lambda: quiet(net(), (x, y), optimizer=other)),
+        (FloatingPointError, lambda: quiet(net(), (x * math.nan, y))),
+        (ValueError, lambda: quiet(net(classes=2), (x, y))),
+        (ValueError, lambda: quiet(net(), (x, nothing))),
+        (ValueError, lambda: quiet(net(), [(x, nothing)])),
+        (ValueError, lambda: quiet(net(), (x, y), [(x, nothing)])),
+    ):
+        with pytest.raises(kind) as caught:
+            call()
+        assert str(caught.value).endswith("See the appendix 'It does not learn'")
+
+
 def test_settings_check_themselves_and_serve_again():
     bad = {
         "schedule": "step",
