@@ -157,20 +157,25 @@ def label_efficiency(executor: Any = None) -> Any:
 
 
 def ablation(executor: Any = None) -> Any:
-    """Every pretext task at every rate, on validation data."""
-    return results.sweep(
-        functools.partial(label_run, split="valid"),
-        {
-            "architecture": ["conv"],
-            "method": ["probe", "full"],
-            "pool": [POOLS[-1]],
-            "labels": [LABELS[:2][-1]],
-            "corruption": ["none", "noise", "mask"],
-            "lr": RATES,
-        },
-        SEEDS[:3],
+    """The three pretext tasks at 30 labels per class."""
+    where = {
+        "architecture": "conv",
+        "pool": POOLS[-1],
+        "labels": LABELS[:2][-1],
+    }
+    rows = [
+        {**where, "corruption": c, "method": m, "lr": RATES}
+        for c in ("none", "noise", "mask")
+        for m in ("probe", "full")
+    ]
+    return results.study(
+        label_run,
+        rows,
         name="ablation",
-        n=N and N["valid"],
+        choose="valid_accuracy",
+        seeds=SEEDS,
+        n=N,
+        executor=executor,
         **ABOUT,
     )
 
@@ -205,25 +210,25 @@ def baseline_run(
 
 
 def baselines(executor: Any = None) -> Any:
-    """Three strengths tried with two seeds on validation data, then five."""
-    rows = []
-    for name in ("pixels", "pca"):
-        for n in LABELS:
-            score = {
-                C: sum(
-                    baseline_run(s, "valid", name, n, C)["valid_accuracy"]
-                    for s in SEEDS[:2]
-                )
-                for C in (0.01, 0.1, 1.0)
-            }
-            C = max(score, key=score.__getitem__)
-            test = [baseline_run(s, "test", name, n, C) for s in SEEDS]
-            values = [scores["test_accuracy"] for scores in test]
-            varied = {"features": name, "labels": n, "C": C}
-            about: dict[str, Any] = {"budget": "3 strengths tried"}
-            about["n"] = len(parts()[2])
-            rows.append(results.row("test_accuracy", values, **about, **varied))
-    return results.record(CHAPTER, "baselines", rows)
+    """Strengths tried with two seeds on validation data, then five seeds."""
+    strengths = runtime.pick(quick=[0.1, 1.0], cpu=[1e-3, 0.01, 0.1, 1.0, 10.0])
+    rows = [
+        {"features": name, "labels": n, "C": strengths}
+        for name in ("pixels", "pca")
+        for n in LABELS
+    ]
+    return results.study(
+        baseline_run,
+        rows,
+        chapter=CHAPTER,
+        name="baselines",
+        choose="valid_accuracy",
+        seeds=SEEDS,
+        search_seeds=SEEDS[:2],
+        n=N,
+        budget=f"{len(strengths)} strengths tried",
+        executor=executor,
+    )
 
 # %% ../../nbs/05_autoencoder.ipynb #3c31f519
 def main(*names: str, executor: Any = None) -> None:
