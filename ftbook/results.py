@@ -526,11 +526,14 @@ def _results_dir(profile: str | None = None) -> Path:
 def _folders(profile: str | None = None) -> list[Path]:
     """Folders to read from, first found wins.
 
-    The one written to, the checkout's, the installed package's copy.
+    The one written to, the checkout's, the copy in the installed package, and
+    results/ beside a package that is used from its checkout.
     """
     package = Path(str(importlib.resources.files("ftbook")))
-    shared = (_checkout() or Path.cwd()) / "results"
-    folders = [_results_dir(profile), shared, package / "assets" / "results"]
+    folders = [_results_dir(profile), (_checkout() or Path.cwd()) / "results"]
+    folders += [package / "assets" / "results"]
+    if (package.parent / "settings.ini").is_file():
+        folders += [package.parent / "results"]
     return list(dict.fromkeys(folders))
 
 

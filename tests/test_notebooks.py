@@ -1,7 +1,10 @@
 """Every notebook runs from its first cell to its last: quick profile, fresh kernel, no network, nothing written here."""
 
+import ast
 import hashlib
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +13,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
+from tools.generate import NEEDS, is_generated
 from tools.settings import NBS, RESULTS
 
 NOTEBOOKS = sorted(NBS.glob("[!.]*.ipynb"))
@@ -44,6 +48,59 @@ def test_notebook_runs_in_the_quick_profile(path):
     assert all(c.execution_count for c in ran)
     assert not any(o.output_type == "error" for c in ran for o in c.outputs)
     assert state() == before, "a quick run must not write into nbs/ or results/"
+
+
+CHAPTERS = [path for path in NOTEBOOKS if path.name != "index.ipynb"]
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+# named in the chapter, but not loaded in the cpu profile: of the gpu profile, of a study only, of an example
+NAMED = {
+    "06_mlm": {"minilm"},
+    "10_ner": {"conll2003", "minilm"},
+    "A1_data": {"conll2003"},
+    "A2_models": {"cifar10"},
+    "A4_results": {"wnut17"},
+}
+
+
+def code_of(path) -> list:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [("".join(c["source"]), is_generated(c)) for c in cells if c["cell_type"] == "code"]
+
+
+@each_chapter
+def test_offline_in_the_cpu_profile_a_chapter_stops_at_once_and_says_what_to_do(path, cache, monkeypatch, capsys):
+    monkeypatch.setenv("FTBOOK_OFFLINE", "1")
+    first, generated = code_of(path)[0]
+    assert generated, "the first cell of code is the generated one"
+    if not NEEDS.get(path.stem):
+        exec(first, {})
+        assert capsys.readouterr().out == "profile: cpu\n"
+        return
+    with pytest.raises(FileNotFoundError) as stopped:
+        exec(first, {})
+    told, shown = str(stopped.value), capsys.readouterr()
+    assert shown.out == "profile: cpu\n" and "replaced" not in shown.err
+    for name in set(NEEDS[path.stem].split()) - {"wiki_excerpt"}:  # nobody serves this one
+        assert name in told.split(":")[0]
+    assert "FTBOOK_OFFLINE is set" in told and " from https://" in told and str(cache) in told
+    assert "models.require(" in told and told.endswith("FTBOOK_PROFILE=quick before Python starts.")
+    assert stopped.value._render_traceback_() == told.split("\n"), "a notebook shows the message and nothing else"
+    assert not list(cache.rglob("*")), "nothing was written"
+
+
+@each_chapter
+def test_the_first_cell_asks_for_all_that_the_chapter_loads(path):
+    from ftbook import data, models
+
+    known = {n for n in data.names() if any(data.card(n).variants.values())}
+    known |= {n for n in models.names("cpu") if models.card(n).files}
+    named = set()
+    for source, generated in code_of(path):
+        if not generated:
+            tree = ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.M))
+            named |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value in known}
+    missing = named - set(NEEDS.get(path.stem, "").split()) - NAMED.get(path.stem, set())
+    assert not missing, f"add {', '.join(sorted(missing))} to NEEDS in tools/generate.py, or to NAMED above"
 
 
 @pytest.mark.parametrize(

@@ -269,11 +269,66 @@ def test_equal_figures_are_equal_files():
     assert files[0] == files[1] and not re.search(rb"\d{4}-\d\d-\d\dT", files[0])
 
 
-def test_widget_leaves_a_note(monkeypatch):
+WIDGET_7 = """
+import sys, types
+from ipywidgets import widgets
+ipywidgets = sys.modules["ipywidgets"]
+del ipywidgets.Widget._repr_mimebundle_  # what 7.7 does not have
+"""
+PLAY = """
+from ftbook import plot
+def draw(rate=0.5, kind="a"):
+    if kind == "b":
+        raise ValueError("no b here")
+    print("rate", rate)
+    plot.show(plot.curves({"a": [0, rate]}, xlabel="x", ylabel="y"), alt=f"A line that ends at {rate}.", caption="Up.")
+plot.widget(draw, rate=(0.0, 1.0, 0.25), kind=["a", "b"])
+"""
+MOVE = """
+import gc, ipywidgets
+[control] = [w for w in gc.get_objects() if isinstance(w, ipywidgets.{kind})]
+control.value = {value}
+"""
+
+
+def played(*cells) -> list:
+    """The outputs of a notebook, one list per cell, after all cells ran in a kernel."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nb.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
+    NotebookClient(nb, timeout=120, extra_arguments=["--IPKernelApp.log_level=40"]).execute()
+    return [cell.outputs for cell in nb.cells]
+
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["", WIDGET_7], ids=["ipywidgets 8", "ipywidgets 7"])
+def test_a_saved_notebook_keeps_the_last_picture_of_a_widget(version):
+    note, controls, text, picture, caption = played(version + PLAY, MOVE.format(kind="FloatSlider", value=0.75))[0]
+    assert note["data"]["text/markdown"].startswith("**Play:**") and "`rate`, `kind`" in note["data"]["text/markdown"]
+    assert controls["data"][VIEW]["model_id"] and text["data"]["text/plain"] == "rate 0.75"
+    assert 'alt="A line that ends at 0.75."' in picture["data"]["text/html"]
+    assert picture["metadata"]["ftbook"]["caption"] == "Up." and caption["data"]["text/markdown"] == "*Up.*"
+
+
+@pytest.mark.slow
+def test_an_error_of_a_moved_widget_stands_where_its_picture_was():
+    first, second = played("import ipywidgets" + PLAY, MOVE.format(kind="Dropdown", value="'b'"))
+    texts = [o["data"].get("text/plain") for o in first[2:]]
+    assert (
+        texts == ["ValueError: no b here", "", ""] and not any("text/html" in o["data"] for o in first) and not second
+    )
+
+
+def test_without_a_notebook_a_widget_is_what_ipywidgets_makes_of_it(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
     plot.widget(lambda rate: None, rate=(0.0, 1.0, 0.1))
-    assert "`rate`" in shown[0].data and "application/vnd.jupyter.widget-view+json" in shown[1]._repr_mimebundle_()
+    assert "`rate`" in shown[0].data and VIEW in shown[1]._repr_mimebundle_()
     shown.clear()
     monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
     plot.widget(lambda rate: None, rate=(0.0, 1.0, 0.1))

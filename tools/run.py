@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .fingerprint import fingerprint
+from .generate import is_generated
 from .generate import main as generate
 from .settings import NBS, RESULTS, ROOT, find
 
@@ -50,6 +51,14 @@ def is_noise(output: dict) -> bool:
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
+def for_the_page(cell: dict) -> list:
+    """Outputs of a cell that a page keeps: of what a widget drew only where the cell shows no picture or text of its own."""
+    kept = [o for o in cell["outputs"] if not is_noise(o)]
+    own = [o for o in kept if "live" not in o.get("metadata", {})]
+    shows = any("ftbook" in o.get("metadata", {}) or o["output_type"] == "stream" for o in own)
+    return [] if is_generated(cell) else own if shows else kept
+
+
 def clean(nb) -> None:
     from nbdev.clean import clean_nb
     from nbdev.config import get_config
@@ -57,7 +66,7 @@ def clean(nb) -> None:
     cfg = get_config(path=ROOT)
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
-            cell["outputs"] = [o for o in cell["outputs"] if not is_noise(o)]
+            cell["outputs"] = for_the_page(cell)
     nb["metadata"].pop("widgets", None)
     clean_nb(
         nb,
@@ -112,7 +121,7 @@ def execute(path: Path) -> dict:
     nb.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
     client = NotebookClient(
         nb,
-        timeout=None,
+        timeout=1_800,  # a cell: a kernel whose messages got lost would be waited for forever
         store_widget_state=True,
         resources={"metadata": {"path": str(NBS)}},
         on_cell_execute=Progress(path.stem, len(nb.cells)),
