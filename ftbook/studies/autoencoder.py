@@ -205,7 +205,7 @@ def baseline_run(
         (change(images.float().flatten(1).numpy()), images.y.numpy())
         for images in (few, part)
     )
-    model = LogisticRegression(C=C, max_iter=100).fit(x, y)
+    model = LogisticRegression(C=C, max_iter=2_000).fit(x, y)
     return {f"{split}_accuracy": float(model.score(*scored))}
 
 
