@@ -17,7 +17,7 @@ PUBLIC = {
     "corpus": "read_conll",
     "data": "TextSet Batches",
     "models": "",
-    "losses": "mse bce_with_logits cross_entropy focal label_smoothing distillation_kl calibration_error",
+    "losses": "mse bce_with_logits cross_entropy focal label_smoothing distillation_kl info_nce dpo calibration_error",
     "optim": "SGD AdaGrad RMSProp Adam AdamW Lion Muon range_test",
     "texts": "TextClassifier encode_texts",
     "batches": "",
@@ -36,7 +36,7 @@ PUBLIC = {
     "search": "successive_halving expected_best",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
-__all__ = ["__version__", *PUBLIC, *_WHERE]
+__all__ = ["__version__", *PUBLIC]  # what help() prints; `dir` and completion know the names too
 
 
 def __getattr__(name: str):
@@ -50,4 +50,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_WHERE})

@@ -870,7 +870,7 @@ _FUSED = (SGD, Adam, AdamW)  # rules for which PyTorch has a kernel for a CPU
 
 
 def _twin(kind: type[Foreach], params, **options) -> torch.optim.Optimizer:
-    """PyTorch's optimizer of the same rule, fused where all tensors allow it."""
+    """PyTorch's optimizer of this rule, fused where all tensors allow it."""
     held = list(params)
     groups = [g["params"] if isinstance(g, dict) else [g] for g in held]
     fused = all(

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import pydoc
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tools.export import arranged
-from tools.fingerprint import fingerprint
+from tools.fingerprint import fingerprint, reached
 from tools.generate import main as generate
 from tools.run import stored_run, stored_texts
 from tools.settings import EXTRAS, NBS, ROOT, chapters, requirements, settings
@@ -188,8 +189,10 @@ def test_the_version_is_one():
 def test_every_public_name_resolves_and_is_listed():
     import ftbook
 
-    for name in ftbook.__all__:
+    names = [n for names in ftbook.PUBLIC.values() for n in names.split()]
+    for name in [*ftbook.__all__, *names]:
         assert getattr(ftbook, name) is not None and name in dir(ftbook)
+    assert pydoc.render_doc(ftbook).count("\n") < 100, "help(ftbook) can be read"
     with pytest.raises(AttributeError, match="its modules are runtime"):
         ftbook.nothing  # noqa: B018
     modules = {f.stem for f in (ROOT / "ftbook").glob("[!_]*.py")}
@@ -241,6 +244,14 @@ def test_stored_sentences_and_tables_equal_the_results(path):
 
     for output in stored_texts(load(path)):
         assert Markdown(output["metadata"]["ftbook"]).text == "".join(output["data"]["text/markdown"])
+
+
+def test_what_a_study_imports_belongs_to_the_code_of_a_chapter():
+    found = reached([ast.parse("from ftbook.studies import vision as study\nstudy.tuned_by, study.main")])
+    assert {("studies", "run_named"), ("studies.finetune", "fresh_head"), ("vision", "Augment")} <= found
+    assert ("studies.vision", "WAYS") in found and ("train", "fit") in found
+    by_name = reached([ast.parse("from ftbook.studies import run_named\nrun_named({}, [])")])
+    assert by_name == {("studies", "run_named")}
 
 
 @each_notebook

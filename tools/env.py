@@ -4,10 +4,12 @@ Written so that an old interpreter can still read it far enough to say that it i
 """
 
 import os
+import re
 import subprocess
 import sys
 
-LOW, HIGH = (3, 11), (3, 13)
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "settings.ini")) as file:
+    LOW, HIGH = re.findall(r"^m(?:in|ax)_python = (\S+)$", file.read(), flags=re.M)
 
 
 def stop(text):
@@ -25,10 +27,11 @@ def uv(*command):
 
 
 def main(folder, lock, editable):
-    if not LOW <= sys.version_info[:2] <= HIGH:
+    low, high = [tuple(int(part) for part in text.split(".")) for text in (LOW, HIGH)]
+    if not low <= sys.version_info[:2] <= high:
         stop(
-            "Python %d.%d cannot be used: ftbook needs 3.11 to 3.13. Name another one: make PYTHON=python3.12 ..."
-            % sys.version_info[:2]
+            "Python %d.%d cannot be used: ftbook needs %s to %s. Name another one: make PYTHON=python%s ..."
+            % (sys.version_info[:2] + (LOW, HIGH, HIGH))
         )
     python = os.path.join(folder, "bin", "python")
     if not os.path.exists(python):

@@ -25,14 +25,24 @@ class _Bare(ast.NodeTransformer):
         return node
 
 
-def _imports(tree) -> dict:
-    """local name -> (module, name or None) for what a piece of code imports from ftbook."""
+def _file(module: str) -> Path | None:
+    """The file of a module of ftbook, for "studies.vision" and for the package "studies"; None where there is none."""
+    path = LIBRARY.joinpath(*module.split("."))
+    return next((f for f in (path.with_suffix(".py"), path / "__init__.py") if module and f.is_file()), None)
+
+
+def _imports(tree, package: tuple = ()) -> dict:
+    """local name -> (module, name or None) for what a piece of code in a package of ftbook imports from ftbook."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "ftbook"):
-            module = (node.module or "") if node.level else node.module.partition(".")[2]
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            inner = (node.module or "").split(".")[0 if node.level else 1 :]
+            module = ".".join([*base, *filter(None, inner)])
             for a in node.names:
-                found[a.asname or a.name] = (module, a.name) if module else (a.name, None)
+                below = f"{module}.{a.name}" if module else a.name
+                is_module = not module or _file(below) is not None
+                found[a.asname or a.name] = (below, None) if is_module else (module, a.name)
         elif isinstance(node, ast.Import):
             for a in node.names:
                 if a.name.startswith("ftbook"):
@@ -68,8 +78,10 @@ def _public() -> dict:
 @cache
 def _module(name: str) -> tuple:
     """(definitions: name -> (hashable dump, names used inside the module), imports) of one module of ftbook."""
-    tree = _Bare().visit(ast.parse((LIBRARY / f"{name}.py").read_text(encoding="utf-8")))
-    imports, parts = _imports(tree), {}
+    file = _file(name)
+    assert file is not None
+    tree = _Bare().visit(ast.parse(file.read_text(encoding="utf-8")))
+    imports, parts = _imports(tree, file.parent.relative_to(LIBRARY).parts), {}
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
             names = [node.name]
@@ -92,7 +104,7 @@ def reached(trees: list) -> set:
         todo += _uses(tree, imports)
     while todo:
         module, name = todo.pop()
-        if not module or (LIBRARY / f"{module}.py").exists() is False:
+        if _file(module) is None:
             if module in _public():
                 todo.append((_public()[module], module))
             elif not module and name in _public():

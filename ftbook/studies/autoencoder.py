@@ -211,7 +211,7 @@ def baseline_run(
 
 def baselines(executor: Any = None) -> Any:
     """Strengths tried with two seeds on validation data, then five seeds."""
-    strengths = runtime.pick(quick=[0.1, 1.0], cpu=[0.01, 0.1, 1.0, 10.0, 100.0])
+    strengths = runtime.pick(quick=[0.1, 1.0], cpu=[0.01, 0.1, 1.0, 10, 100])
     rows = [
         {"features": name, "labels": n, "C": strengths}
         for name in ("pixels", "pca")
