@@ -841,7 +841,8 @@ def _check_labels(y, classes: int, name: str = "train", ignored=-100) -> None:
         raise ValueError(
             f"{name}: label {high if high >= classes else low} is out of "
             f"range: the model gives {classes} classes, so labels are 0 to "
-            f"{classes - 1}. Change the last layer, or renumber the labels{_SEE}"
+            f"{classes - 1}. Change the last layer, or renumber the labels"
+            f"{_SEE}"
         )
 
 

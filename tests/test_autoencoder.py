@@ -318,7 +318,7 @@ def test_the_studies_fill_their_rows(monkeypatch, tmp_path):
     rows = results.load_study(study.CHAPTER, "label_efficiency").rows("test_accuracy")
     assert len(rows) == 2 * 5 * len(study.LABELS) and all(r["lr"] == 0.01 and r["tried"] == 3 for r in rows)
     best = results.load_study(study.CHAPTER, "ablation").rows("test_accuracy")
-    assert len(best) == 6 and all(r["lr"] == 0.01 and len(r["values"]) == 5 for r in best)
+    assert len(best) == 6 and all(r["lr"] == 0.1 and len(r["values"]) == 5 for r in best)
     linear = results.load_study(study.CHAPTER, "baselines").rows("test_accuracy")
     assert [r["C"] for r in linear] == [0.1] * 2 * len(study.LABELS)
     with pytest.raises(ValueError, match="no study 'label'; use label_efficiency, ablation, base"):

@@ -125,6 +125,7 @@ def label_run(
 # %% ../../nbs/05_autoencoder.ipynb #ecec1633
 SEEDS = [0, 1, 2, 3, 4]
 RATES = [1e-3, 3e-3, 1e-2]
+WIDE = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 POOLS = runtime.pick(quick=(100, 1_000), cpu=(5_500, 55_000))
 LABELS = runtime.pick(quick=[2], cpu=[10, 30, 100, 300, 1_000])
 N = runtime.pick(quick=None, cpu={"valid": 5_000, "test": 10_000})
@@ -164,7 +165,7 @@ def ablation(executor: Any = None) -> Any:
         "labels": LABELS[:2][-1],
     }
     rows = [
-        {**where, "corruption": c, "method": m, "lr": RATES}
+        {**where, "corruption": c, "method": m, "lr": WIDE}
         for c in ("none", "noise", "mask")
         for m in ("probe", "full")
     ]
@@ -176,7 +177,7 @@ def ablation(executor: Any = None) -> Any:
         seeds=SEEDS,
         n=N,
         executor=executor,
-        **ABOUT,
+        **ABOUT | {"budget": "300 steps of 64 images, 5 learning rates tried"},
     )
 
 # %% ../../nbs/05_autoencoder.ipynb #ac6b179c
