@@ -1567,6 +1567,36 @@ def _attempt(
     about = {"origin": _provenance(), "substituted": substituted()}
     return done | about | {"seconds": seconds}
 
+
+def _results_of(
+    run: Callable, tasks: Sequence[tuple], split: str | None, executor: Any
+) -> Iterator[dict]:
+    """The runs as they end, here or wherever the executor takes them."""
+    if executor is None:
+        for choice, seed in tasks:
+            yield _attempt(run, choice, seed, split)
+        return
+    futures = [executor.submit(_attempt, run, *task, split) for task in tasks]
+    try:
+        for future in as_completed(futures):
+            yield _result_of(future)
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _result_of(future: Any) -> dict:
+    try:
+        return future.result()
+    except OSError:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"the executor could not do a run ({type(error).__name__}: {error})"
+            ". What goes to other processes must be importable there: a run() "
+            "at the top level of a module, not in a function or a notebook cell"
+        ) from error
+
 # %% ../nbs/A4_results.ipynb #13fe9b87
 class _Store:
     """The place of a sweep in results/: what it has, and adding a run."""
@@ -1647,6 +1677,7 @@ def sweep(
     budget: str | None = None,
     substitute: str | None = None,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> _Sweep:
     """Run `run(seed=..., **choice)` for all combinations and seeds.
 
@@ -1671,6 +1702,9 @@ def sweep(
         What stood in for the data, where something did (`substituted`).
     progress : bool
         Show a bar.
+    executor : concurrent.futures.Executor, optional
+        Runs the runs, for example a ProcessPoolExecutor; default: here, one
+        after the other.
 
     Returns
     -------
@@ -1704,15 +1738,14 @@ def sweep(
     combos = _settings(choices, search, trials)
     wanted, failed = [(c, s) for c in combos for s in seeds], []
     missing = store.missing(wanted)
-    for one in _bar(missing, name, len(missing), progress):
-        done = _attempt(run, *one)
-        if "error" not in done:
-            store.keep(done)
-            continue
-        failed.append(dict(zip(("choice", "seed"), one, strict=True)))
-        failed[-1]["error"] = done["error"]
-        what = f"sweep {name}: {one[0]}, seed {one[1]} failed: {done['error']}"
-        warnings.warn(what, stacklevel=2)
+    with closing(_results_of(run, missing, None, executor)) as results:
+        for done in _bar(results, name, len(missing), progress):
+            if "error" not in done:
+                store.keep(done)
+                continue
+            failed.append({k: done[k] for k in ("choice", "seed", "error")})
+            what = "sweep {}: {choice}, seed {seed} failed: {error}"
+            warnings.warn(what.format(name, **failed[-1]), stacklevel=2)
     return _Sweep(
         store.chapter, name, store.profile, store.block(), wanted, failed
     )
@@ -1948,36 +1981,6 @@ def _rows(
     return rows
 
 # %% ../nbs/A4_results.ipynb #1dce2801
-def _results_of(
-    run: Callable, tasks: Sequence[tuple], split: str, executor: Any
-) -> Iterator[dict]:
-    """The runs as they end, here or wherever the executor takes them."""
-    if executor is None:
-        for choice, seed in tasks:
-            yield _attempt(run, choice, seed, split)
-        return
-    futures = [executor.submit(_attempt, run, *task, split) for task in tasks]
-    try:
-        for future in as_completed(futures):
-            yield _result_of(future)
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-def _result_of(future: Any) -> dict:
-    try:
-        return future.result()
-    except OSError:
-        raise
-    except Exception as error:
-        raise RuntimeError(
-            f"the executor could not do a run ({type(error).__name__}: {error})"
-            ". What goes to other processes must be importable there: a run() "
-            "at the top level of a module, not in a function or a notebook cell"
-        ) from error
-
-
 def _fill(
     run: Callable,
     store: _Store,

@@ -611,6 +611,21 @@ def test_an_option_that_stands_twice_in_a_row_of_a_study_is_tried_once():
     assert [r["tried"] for r in found.rows("score")] == [2, 2]
 
 
+def test_a_sweep_hands_its_runs_to_an_executor():
+    def run(seed, lr):
+        if lr == 3:
+            raise ValueError("too large")
+        return {"loss": lr + seed}
+
+    how = {"chapter": "00_demo", "progress": False}
+    with ThreadPoolExecutor(2) as pool, pytest.warns(UserWarning, match=r"sweep many: .*'lr': 3.*, seed 0 failed: Value"):
+        many = results.sweep(run, {"lr": [1, 2, 3]}, [0, 1], name="many", executor=pool, **how)
+    with pytest.warns(UserWarning):
+        one = results.sweep(run, {"lr": [1, 2, 3]}, [0, 1], name="one", **how)
+    bare = [[{k: v for k, v in r.items() if k in ("choice", "seed", "metrics")} for r in s.runs] for s in (many, one)]
+    assert bare[0] == bare[1] and len(bare[0]) == 4 and len(many.failed) == len(one.failed) == 2
+
+
 def test_sweep_reports_failures_and_refuses_wrong_questions():
     with pytest.warns(UserWarning, match="diverged"):
         done = results.sweep(

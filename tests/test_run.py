@@ -2,12 +2,15 @@
 
 import json
 import os
+import sys
 import time
+import types
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from ftbook.studies import __main__ as study_command
 from tools import run, studies
 
 
@@ -79,19 +82,39 @@ def test_leftovers_are_removed_when_they_are_surely_dead(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted(kept)
 
 
-def test_the_studies_say_where_their_rows_go(tmp_path, monkeypatch, capfd):
-    (tmp_path / "demo.py").write_text("")
-    monkeypatch.setattr(studies, "STUDIES", tmp_path)
-    monkeypatch.setattr(studies, "RUN", "import sys; print('ran {name}', *sys.argv[1:]); raise SystemExit(3)")
-    monkeypatch.setattr(studies, "chapters", lambda: [Path("nbs/98_other.ipynb"), Path("nbs/99_demo.ipynb")])
+def test_the_studies_say_where_their_rows_go(monkeypatch, capfd):
+    command = ["-c", "import sys; print('ran demo', *sys.argv[1:]); raise SystemExit(3)"]
+    monkeypatch.setattr(studies, "commands", lambda: {"99_demo": command})
     monkeypatch.setattr(studies, "find", lambda name: {"98": Path("98_other.ipynb"), "99": Path("99_demo.ipynb")}[name])
     for profile, place in (("cpu", "results/99_demo.json"), ("quick", "a temporary folder")):
         monkeypatch.setenv("FTBOOK_PROFILE", profile)
         assert studies.main(["99", "rates", "costs"]) == 3
         said = capfd.readouterr().out
-        assert f"in the {profile} profile, rows into {place}" in said and "ran demo rates costs" in said
+        assert f"in the {profile} profile, rows into {place}" in said and "ran demo rates costs\n" in said
+    monkeypatch.setenv("JOBS", "2")
+    assert studies.main(["99", "rates"]) == 3 and "ran demo rates --jobs 2" in capfd.readouterr().out
     with pytest.raises(SystemExit, match="98_other has no study; chapters with studies: 99_demo"):
         studies.main(["98"])
+
+
+def test_every_chapter_with_a_study_has_its_command():
+    assert studies.commands()["10_ner"] == ["-m", "ftbook.studies", "ner"]
+    assert set(studies.commands()) >= {"03_optim", "05_autoencoder", "11_peft", "17_search"}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_study_runs_its_jobs_here_or_in_processes(jobs, monkeypatch):
+    asked = []
+    demo = types.SimpleNamespace(main=lambda *names, **options: asked.append((names, options)))
+    monkeypatch.setitem(sys.modules, "ftbook.studies.demo", demo)
+    monkeypatch.setattr(sys, "argv", ["studies", "demo", "rates", "--jobs", str(jobs)])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    study_command.main()
+    ((names, options),) = asked
+    assert names == ("rates",) and [type(v).__name__ for v in options.values()] == ["ProcessPoolExecutor"] * (jobs - 1)
+    monkeypatch.setattr(sys, "argv", ["studies", "demo", "--jobs", "0"])
+    with pytest.raises(SystemExit):
+        study_command.main()
 
 
 EARLY = "from ftbook import results\nresults.record('99_demo', 'loss', {old})\nresults.say('loss {{x}}', x=('99_demo', 'loss'))"

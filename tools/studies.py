@@ -1,4 +1,7 @@
-"""Run the long studies of a chapter: `ftbook/studies/NAME.py` fills results/NN_name.json, and goes on where it stopped."""
+"""Run the long studies of a chapter: `ftbook/studies/NAME.py` fills results/NN_name.json, and goes on where it stopped.
+
+JOBS=2 in the environment makes two runs at a time.
+"""
 
 import os
 import subprocess
@@ -7,13 +10,12 @@ import sys
 from .settings import ROOT, chapters, find
 
 STUDIES = ROOT / "ftbook" / "studies"
-RUN = "import sys; from ftbook.studies import {name}; {name}.main(*sys.argv[1:])"
 
 
 def commands() -> dict:
     """Chapter -> the command that runs its studies, in the order of the book."""
     names = {f.stem: f.stem.split("_", 1)[1] for f in chapters()}
-    return {k: ["-c", RUN.format(name=n)] for k, n in names.items() if (STUDIES / f"{n}.py").is_file()}
+    return {k: ["-m", "ftbook.studies", n] for k, n in names.items() if (STUDIES / f"{n}.py").is_file()}
 
 
 def main(arguments: list) -> int:
@@ -29,7 +31,8 @@ def main(arguments: list) -> int:
         profile = os.environ["FTBOOK_PROFILE"]
         place = "a temporary folder" if profile == "quick" else f"results/{chapter}.json"
         print(f"results: studies of {chapter} in the {profile} profile, rows into {place}", flush=True)
-        code = subprocess.call([sys.executable, *command, *names], cwd=ROOT)
+        jobs = ["--jobs", os.environ["JOBS"]] if os.environ.get("JOBS") else []
+        code = subprocess.call([sys.executable, *command, *names, *jobs], cwd=ROOT)
         if code:
             return code
     return 0

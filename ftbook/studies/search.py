@@ -89,16 +89,17 @@ ABOUT = {"chapter": CHAPTER, "n": 10_000}
 ABOUT["budget"] = f"{STEPS} steps of 32 images"
 
 
-def _random():
+def _random(executor):
     """Random trials."""
-    search.run_settings(run, search.draw(SPACE, TRIALS), name="random", **ABOUT)
+    settings, about = search.draw(SPACE, TRIALS), {"name": "random", **ABOUT}
+    search.run_settings(run, settings, executor=executor, **about)
 
 
-def _grid():
+def _grid(executor):
     """Three rates, weight decays and widths; dropout 0.3."""
     points = runtime.pick(quick=1, cpu=3)
     choices = {**search.grid_choices(SPACE, points), "dropout": [0.3]}
-    results.sweep(run, choices, [0], name="grid", **ABOUT)
+    results.sweep(run, choices, [0], name="grid", executor=executor, **ABOUT)
 
 
 def _halved(repeat):
@@ -120,13 +121,15 @@ def _halved(repeat):
     return {"repeat": repeat, "cost": found.cost, **scores, **found.best}
 
 
-def _halving():
-    """Searches by successive halving, one after the other."""
+def _halving(executor):
+    """Searches by successive halving, one after the other: a rung waits for
+    the one before it.
+    """
     rows = [_halved(i) for i in range(REPEATS)]
     results.record(CHAPTER, "halving", rows)
 
 
-def main(*names):
+def main(*names, executor=None):
     """Run all of it, or what is named: random, grid, halving."""
     known = {"random": _random, "grid": _grid, "halving": _halving}
-    run_named(known, names)
+    run_named(known, names, executor)
