@@ -41,7 +41,7 @@ run: $(ALL)/.installed     ## re-execute chapters in place, cpu profile, where o
 models: $(ALL)/.installed  ## fetch the pretrained models of the cpu profile (about 200 MB; 770 MB on disk)
 	@$(PY) -m tools.models
 
-results: $(ALL)/.installed ## run a chapter's long studies into results/NN_name.json (CH=11), resumable
+results: $(ALL)/.installed ## run a chapter's long studies into results/NN_name.json (CH=11 JOBS=2), resumable
 	@$(PY) -m tools.studies $(CH)
 
 check: $(ALL)/.installed   ## what one runs while working: ruff, mypy, the library, changed chapters
