@@ -274,7 +274,7 @@ def run(seed, split, init, trained, target, lr, model=None, **length):
 # %% ../../nbs/10_ner.ipynb #3e4870c0
 LONG = runtime.pick(
     quick={"epochs": 1, "batch_size": 16, "max_length": 64},
-    cpu={"epochs": 4, "batch_size": 16, "max_length": 128},
+    cpu={"epochs": 2, "batch_size": 16, "max_length": 128},
 )
 BODY = runtime.pick(quick=[2e-4], cpu=[5e-5, 1e-4, 2e-4, 4e-4, 8e-4])
 NEW = runtime.pick(quick=[2e-4], cpu=[1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3])
