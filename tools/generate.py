@@ -35,6 +35,7 @@ NEEDS = {
     "17_search": "fashion_mnist",
     "A1_data": "fashion_mnist cifar10 hymenoptera wnut17 sst2 wikitext2 wiki_excerpt",
     "A2_models": "minilm smollm2 efficientnet_lite0 sst2 hymenoptera",
+    "A8_debug": "cifar10 sst2 wnut17 minilm",
 }
 
 INSTALL = """
