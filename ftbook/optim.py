@@ -928,7 +928,7 @@ def optimizer(
     return make(params, **{**preset, **options})
 
 # %% ../nbs/03_optim.ipynb #4b75c2f5
-def constant(step: int, total_steps: int) -> float:
+def _constant(step: int, total_steps: int) -> float:
     """Factor 1 at every step."""
     return 1.0
 
@@ -937,24 +937,24 @@ def _share(step: float, total_steps: float) -> float:
     return min(1.0, step / max(1, total_steps))
 
 
-def linear(step: int, total_steps: int, end: float = 0.0) -> float:
+def _linear(step: int, total_steps: int, end: float = 0.0) -> float:
     """From 1 to `end` along a straight line.
 
     Examples
     --------
-    >>> [linear(t, 4) for t in range(5)]
+    >>> [_linear(t, 4) for t in range(5)]
     [1.0, 0.75, 0.5, 0.25, 0.0]
     """
     return 1 + (end - 1) * _share(step, total_steps)
 
 
-def cosine(step: float, total_steps: float, end: float = 0.0) -> float:
+def _cosine(step: float, total_steps: float, end: float = 0.0) -> float:
     """From 1 to `end` along half a cosine (Loshchilov, Hutter 2017,
     arXiv:1608.03983).
 
     Examples
     --------
-    >>> [round(cosine(t, 4), 3) for t in range(5)]
+    >>> [round(_cosine(t, 4), 3) for t in range(5)]
     [1.0, 0.854, 0.5, 0.146, 0.0]
     """
     return end + (1 - end) * 0.5 * (
@@ -962,31 +962,31 @@ def cosine(step: float, total_steps: float, end: float = 0.0) -> float:
     )
 
 # %% ../nbs/03_optim.ipynb #1ed9f31c
-def exponential(step: int, total_steps: int, end: float = 0.01) -> float:
+def _exponential(step: int, total_steps: int, end: float = 0.01) -> float:
     """From 1 to `end` by the same factor per step.
 
     Examples
     --------
-    >>> [round(exponential(t, 4), 3) for t in range(5)]
+    >>> [round(_exponential(t, 4), 3) for t in range(5)]
     [1.0, 0.316, 0.1, 0.032, 0.01]
     """
     return end ** _share(step, total_steps)
 
 
-def staircase(
+def _staircase(
     step: int, total_steps: int, parts: int = 3, gamma: float = 0.1
 ) -> float:
     """`parts` stretches of equal length, each `gamma` times the one before.
 
     Examples
     --------
-    >>> [staircase(t, 4, parts=2, gamma=0.5) for t in range(4)]
+    >>> [_staircase(t, 4, parts=2, gamma=0.5) for t in range(4)]
     [1.0, 1.0, 0.5, 0.5]
     """
     return float(gamma ** min(parts - 1, step * parts // max(1, total_steps)))
 
 # %% ../nbs/03_optim.ipynb #b277c62f
-def one_cycle(
+def _one_cycle(
     step: int,
     total_steps: int,
     rise: float = 0.3,
@@ -1008,18 +1008,22 @@ def one_cycle(
 
     Examples
     --------
-    >>> [round(one_cycle(t, 11), 3) for t in (0, 1, 10)]
+    >>> [round(_one_cycle(t, 11), 3) for t in (0, 1, 10)]
     [0.04, 0.422, 0.0]
     """
     peak, last = max(0.0, rise * total_steps - 1), total_steps - 1
     if step <= peak:
-        return cosine(step, peak) * (start - 1) + 1 if peak > 0 else 1.0
-    return cosine(step - peak, last - peak, end) if last > peak else end
+        return _cosine(step, peak) * (start - 1) + 1 if peak > 0 else 1.0
+    return _cosine(step - peak, last - peak, end) if last > peak else end
 
 # %% ../nbs/03_optim.ipynb #471a00c7
-SCHEDULES = {
-    f.__name__: f
-    for f in (constant, linear, cosine, exponential, staircase, one_cycle)
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "exponential": _exponential,
+    "staircase": _staircase,
+    "one_cycle": _one_cycle,
 }
 
 
@@ -1072,7 +1076,7 @@ def schedule(
     return factor
 
 # %% ../nbs/03_optim.ipynb #2e20700d
-class RangeTest(NamedTuple):
+class _RangeTest(NamedTuple):
     """What a learning-rate range test saw.
 
     Attributes
@@ -1152,7 +1156,7 @@ def _rising_rate(
     steps: int = 100,
     stop: float = 4.0,
     keep: float = 0.9,
-) -> RangeTest:
+) -> _RangeTest:
     """Train with a rate that grows from `low` to `high` by the same factor per
     step, and record the loss.
 
@@ -1179,7 +1183,7 @@ def _rising_rate(
             f"{rate:g}; start lower"
         )
     smooth = _running_mean(losses, keep)
-    return RangeTest(
+    return _RangeTest(
         rates,
         losses,
         smooth,
@@ -1253,7 +1257,7 @@ def range_test(
     loss: Callable | None = None,
     optimizer: Callable = AdamW,
     **options,
-) -> RangeTest:
+) -> _RangeTest:
     """Learning-rate range test of a model; the model comes back exactly as it
     was.
 
@@ -1270,6 +1274,13 @@ def range_test(
         so many, each at a rate larger by the same factor. `stop` (4.0): ends
         when the smoothed loss exceeds `stop` times its lowest value. `keep`
         (0.9): share kept by the running mean.
+
+    Returns
+    -------
+    NamedTuple
+        `rates`, `losses` and `smooth` of every step, `suggestion` (where the
+        smoothed loss falls fastest per decade), `lowest` (where it is lowest),
+        and a method `plot(ax=None)`.
 
     Raises
     ------

@@ -454,14 +454,14 @@ def rates(make, steps):
 T = 24
 S = torch.optim.lr_scheduler
 SAME = {
-    "constant": (optim.constant, lambda o: S.ConstantLR(o, factor=1.0)),
-    "linear": (optim.linear, lambda o: S.LinearLR(o, 1.0, 0.0, T)),
+    "constant": (optim.SCHEDULES["constant"], lambda o: S.ConstantLR(o, factor=1.0)),
+    "linear": (optim.SCHEDULES["linear"], lambda o: S.LinearLR(o, 1.0, 0.0, T)),
     "linear to a tenth": (optim.schedule("linear", end=0.1), lambda o: S.LinearLR(o, 1.0, 0.1, T)),
-    "cosine": (optim.cosine, lambda o: S.CosineAnnealingLR(o, T)),
+    "cosine": (optim.SCHEDULES["cosine"], lambda o: S.CosineAnnealingLR(o, T)),
     "cosine to a tenth": (optim.schedule("cosine", end=0.1), lambda o: S.CosineAnnealingLR(o, T, 0.1)),
-    "exponential": (optim.exponential, lambda o: S.ExponentialLR(o, 0.01 ** (1 / T))),
-    "staircase": (optim.staircase, lambda o: S.StepLR(o, T // 3, 0.1)),
-    "one cycle": (optim.one_cycle, lambda o: S.OneCycleLR(o, 1.0, T, cycle_momentum=False)),
+    "exponential": (optim.SCHEDULES["exponential"], lambda o: S.ExponentialLR(o, 0.01 ** (1 / T))),
+    "staircase": (optim.SCHEDULES["staircase"], lambda o: S.StepLR(o, T // 3, 0.1)),
+    "one cycle": (optim.SCHEDULES["one_cycle"], lambda o: S.OneCycleLR(o, 1.0, T, cycle_momentum=False)),
     "warm-up": (
         optim.schedule("linear", warmup=0.25),
         lambda o: S.SequentialLR(o, [S.LinearLR(o, 1 / 6, 1.0, 5), S.LinearLR(o, 1.0, 0.0, 18)], [6]),
@@ -497,7 +497,7 @@ def test_schedules_refuse_what_they_do_not_know():
     with pytest.raises(ValueError, match="warmup is 1"):
         optim.schedule("linear", warmup=1)
     assert optim.schedule(lambda step, total: 0.5)(3, 10) == 0.5
-    assert optim.one_cycle(0, 1) == 1.0 and optim.one_cycle(5, 5, rise=1.0) == 4e-6
+    assert optim.SCHEDULES["one_cycle"](0, 1) == 1.0 and optim.SCHEDULES["one_cycle"](5, 5, rise=1.0) == 4e-6
 
 
 def net_with_everything():
