@@ -1,9 +1,9 @@
 """Losses from logits, equal to PyTorch's in value and gradient.
 
-`mse`, `bce_with_logits`, `cross_entropy`, `label_smoothing`, `focal` and
-`distillation_kl` take logits, compute in float32 when given 16-bit numbers, and
-refuse what they would answer wrongly. `calibration_error` says how far stated
-probabilities are from the truth.
+`mse`, `bce_with_logits`, `cross_entropy`, `label_smoothing`, `focal`,
+`distillation_kl`, `info_nce` and `dpo` compute in float32 when given 16-bit
+numbers, and refuse what they would answer wrongly. `reliability` and
+`calibration_error` say how far stated probabilities are from the truth.
 
 >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
 >>> round(cross_entropy(logits, torch.tensor([0])).item(), 3)
@@ -20,6 +20,9 @@ __all__ = [
     "label_smoothing",
     "focal",
     "distillation_kl",
+    "info_nce",
+    "dpo",
+    "reliability",
     "calibration_error",
 ]
 
@@ -28,71 +31,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# %% ../nbs/02_math.ipynb #f1659534
-def _check_float(name: str, x: Tensor) -> Tensor:
-    """Return a floating-point tensor, in float32 if it is half precision."""
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{name} must be a torch.Tensor, got {type(x).__name__}; "
-            "wrap it with torch.as_tensor"
-        )
-    if not x.is_floating_point():
-        raise TypeError(
-            f"{name} must be floating point, got {x.dtype}; "
-            f"convert it with {name}.float()"
-        )
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _can_look(x: Tensor) -> bool:
-    """Whether reading values is cheap: on the CPU, and nothing is compiled."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_same_shape(output: Tensor, target: Tensor) -> None:
-    if output.shape != target.shape:
-        raise ValueError(
-            f"output has shape {tuple(output.shape)} and target "
-            f"{tuple(target.shape)}; they must be equal "
-            "(no broadcasting: (N,) against (N, 1) would compare every pair). "
-            "Use squeeze() or unsqueeze()"
-        )
-
-# %% ../nbs/02_math.ipynb #eb0ca93e
-def _reduce(
-    losses: Tensor, reduction: str = "mean", weight: Tensor | None = None
-) -> Tensor:
-    """Turn one loss per example into what the caller asked for.
-
-    Parameters
-    ----------
-    losses : Tensor of any shape
-    reduction : {"mean", "sum", "none"}
-    weight : Tensor broadcastable to `losses`, optional
-        Weight of each example; the mean is then divided by the sum of weights.
-
-    Returns
-    -------
-    Tensor
-        A scalar, or a tensor shaped like `losses` for "none".
-
-    Examples
-    --------
-    >>> _reduce(torch.tensor([1.0, 3.0]), "mean").item()
-    2.0
-    """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(
-            f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}"
-        )
-    if weight is not None:
-        losses = losses * weight
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    return losses.mean() if weight is None else losses.sum() / weight.sum()
 
 # %% ../nbs/02_math.ipynb #7750f2f2
 def mse(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -173,137 +111,6 @@ def bce_with_logits(
     weight = 1 if pos_weight is None else pos_weight
     return _reduce(weight * y * positive + (1 - y) * negative, reduction)
 
-# %% ../nbs/02_math.ipynb #1487807e
-def _class_dim(logits: Tensor) -> int:
-    if logits.ndim == 0:
-        raise ValueError(
-            "logits must have a class dimension: shape (C,), (N, C) or (N, C, "
-            "d1, ...), got a scalar"
-        )
-    return 0 if logits.ndim == 1 else 1
-
-
-def _check_label_form(logits: Tensor, target: Tensor) -> None:
-    """Refuse labels that are no integers, or of another shape than needed."""
-    dim = _class_dim(logits)
-    is_tensor = isinstance(target, Tensor)
-    got = target.dtype if is_tensor else type(target).__name__
-    if not is_tensor or target.is_floating_point() or target.is_complex():
-        raise TypeError(
-            f"class labels must be an integer tensor, got {got}; "
-            "convert them with target.long()"
-        )
-    shape = logits.shape[:dim] + logits.shape[dim + 1 :]
-    if target.shape != shape:
-        hint = " (move the classes to dimension 1: logits.transpose(1, -1))"
-        raise ValueError(
-            f"logits of shape {tuple(logits.shape)} hold {logits.shape[dim]} "
-            f"classes in dimension {dim} and need labels of shape "
-            f"{tuple(shape)}, got {tuple(target.shape)}"
-            f"{hint if logits.shape[:-1] == target.shape else ''}"
-        )
-
-# %% ../nbs/02_math.ipynb #dcb30981
-def _check_labels(
-    logits: Tensor, target: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor | None]:
-    """Labels as int64, ignored ones 0, and a mask of the others (None: all)."""
-    _check_label_form(logits, target)
-    labels, classes = target.long(), logits.shape[_class_dim(logits)]
-    if _can_look(labels) and labels.numel():
-        low, high = (int(v) for v in torch.aminmax(labels))
-        if low >= 0 and high < classes and not 0 <= ignore_index < classes:
-            return labels, None
-        kept = labels[labels != ignore_index]
-        if kept.numel() and not (kept.min() >= 0 and kept.max() < classes):
-            raise ValueError(
-                f"labels must lie in 0..{classes - 1} for {classes} classes "
-                f"(or equal ignore_index={ignore_index}), got "
-                f"{int(kept.min())} to {int(kept.max())}"
-            )
-    keep = labels != ignore_index
-    return labels.masked_fill(~keep, 0), keep
-
-# %% ../nbs/02_math.ipynb #d6e796f7
-def _check_weight(name: str, weight: Tensor, logits: Tensor) -> Tensor:
-    classes = logits.shape[_class_dim(logits)]
-    if weight.shape != (classes,):
-        raise ValueError(
-            f"{name} must hold one value per class, shape ({classes},), got "
-            f"{tuple(weight.shape)}"
-        )
-    return weight.to(logits)
-
-
-def _example_weights(
-    keep: Tensor | None,
-    class_weight: Tensor | None,
-    labels: Tensor,
-    reduction: str,
-    like: Tensor,
-) -> Tensor | None:
-    """Weight of each example, 0 where ignored; None if all weights are 1."""
-    if keep is None:
-        return None if class_weight is None else class_weight[labels]
-    if reduction == "mean" and _can_look(keep) and not keep.any():
-        raise ValueError(
-            "every target equals ignore_index: the mean over no examples is "
-            "undefined; skip this batch"
-        )
-    if class_weight is None:
-        return keep.to(like.dtype)
-    return class_weight[labels] * keep
-
-
-def _per_class(weight: Tensor, like: Tensor) -> Tensor:
-    """Class weights (C,) in a shape that multiplies along the classes."""
-    shape = [1] * like.ndim
-    shape[_class_dim(like)] = -1
-    return weight.view(shape)
-
-# %% ../nbs/02_math.ipynb #17d1d6e0
-def _soft_cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-) -> Tensor:
-    """Cross-entropy for targets that are probabilities, equation (2.12)."""
-    dim = _class_dim(logits)
-    if _can_look(target) and target.numel():
-        if target.min() < 0 or (target.sum(dim) - 1).abs().max() > 1e-2:
-            raise ValueError(
-                "probability targets must be >= 0 and sum to 1 over the "
-                "classes; normalize them first"
-            )
-    share = label_smoothing / logits.shape[dim]
-    target = target.to(logits.dtype) * (1 - label_smoothing) + share
-    if weight is not None:
-        target = target * _per_class(weight, target)
-    return _reduce(-(target * logits.log_softmax(dim)).sum(dim), reduction)
-
-# %% ../nbs/02_math.ipynb #6465a641
-def _smoothed(
-    losses: Tensor,
-    log_p: Tensor,
-    weights: Tensor | None,
-    keep: Tensor | None,
-    class_weight: Tensor | None,
-    smoothing: float,
-    reduction: str,
-) -> Tensor:
-    """Blend each label's loss with the mean over all classes, (2.17)."""
-    if class_weight is not None:
-        log_p = log_p * _per_class(class_weight, log_p)
-    every = -log_p.mean(_class_dim(log_p))
-    every = every if keep is None else every * keep
-    losses = losses if weights is None else losses * weights
-    losses = (1 - smoothing) * losses + smoothing * every
-    if reduction == "mean" and weights is not None:
-        return losses.sum() / weights.sum()
-    return _reduce(losses, reduction)
-
 # %% ../nbs/02_math.ipynb #78c66862
 def cross_entropy(
     logits: Tensor,
@@ -369,6 +176,49 @@ def cross_entropy(
     return _smoothed(
         losses, log_p, weights, keep, weight, label_smoothing, reduction
     )
+
+# %% ../nbs/02_math.ipynb #17d1d6e0
+def _soft_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+) -> Tensor:
+    """Cross-entropy for targets that are probabilities, equation (2.12)."""
+    dim = _class_dim(logits)
+    if _can_look(target) and target.numel():
+        if target.min() < 0 or (target.sum(dim) - 1).abs().max() > 1e-2:
+            raise ValueError(
+                "probability targets must be >= 0 and sum to 1 over the "
+                "classes; normalize them first"
+            )
+    share = label_smoothing / logits.shape[dim]
+    target = target.to(logits.dtype) * (1 - label_smoothing) + share
+    if weight is not None:
+        target = target * _per_class(weight, target)
+    return _reduce(-(target * logits.log_softmax(dim)).sum(dim), reduction)
+
+# %% ../nbs/02_math.ipynb #6465a641
+def _smoothed(
+    losses: Tensor,
+    log_p: Tensor,
+    weights: Tensor | None,
+    keep: Tensor | None,
+    class_weight: Tensor | None,
+    smoothing: float,
+    reduction: str,
+) -> Tensor:
+    """Blend each label's loss with the mean over all classes, (2.17)."""
+    if class_weight is not None:
+        log_p = log_p * _per_class(class_weight, log_p)
+    every = -log_p.mean(_class_dim(log_p))
+    every = every if keep is None else every * keep
+    losses = losses if weights is None else losses * weights
+    losses = (1 - smoothing) * losses + smoothing * every
+    if reduction == "mean" and weights is not None:
+        return losses.sum() / weights.sum()
+    return _reduce(losses, reduction)
 
 # %% ../nbs/02_math.ipynb #6b136ab1
 def label_smoothing(
@@ -484,13 +334,141 @@ def distillation_kl(
     student = _check_float("student_logits", student_logits)
     teacher = _check_float("teacher_logits", teacher_logits)
     _check_same_shape(student, teacher)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    _check_positive("temperature", temperature)
     dim = _class_dim(student)
     log_p = (teacher.detach() / temperature).log_softmax(dim)
     log_q = (student / temperature).log_softmax(dim)
     kl = (log_p.exp() * (log_p - log_q)).sum(dim)
     return _reduce(temperature**2 * kl, reduction)
+
+# %% ../nbs/02_math.ipynb #18b2ee6c
+def info_nce(
+    anchors: Tensor,
+    positives: Tensor,
+    *,
+    temperature: float = 0.1,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of finding each anchor's partner, equation (2.21).
+
+    Parameters
+    ----------
+    anchors, positives : Tensor (N, D)
+        Row i of both is a pair; the other N - 1 rows of `positives` are the
+        wrong answers. Rows are scaled to length 1. For the loss in both
+        directions average `info_nce(a, b)` and `info_nce(b, a)`.
+    temperature : float > 0
+        Divides the cosine similarities.
+    reduction : {"mean", "sum", "none"}
+
+    References
+    ----------
+    van den Oord et al. (2018), https://arxiv.org/abs/1807.03748
+
+    Examples
+    --------
+    >>> pairs = torch.eye(2)  # similarity 1 to the partner, 0 to the other
+    >>> round(info_nce(pairs, pairs, temperature=1.0).item(), 4)
+    0.3133
+    """
+    anchors = _check_float("anchors", anchors)
+    positives = _check_float("positives", positives)
+    _check_same_shape(anchors, positives)
+    if anchors.ndim != 2:
+        raise ValueError(
+            "anchors and positives must have shape (N, D), a pair per row, "
+            f"got {tuple(anchors.shape)}; flatten them first"
+        )
+    _check_positive("temperature", temperature)
+    a, b = (torch.nn.functional.normalize(v) for v in (anchors, positives))
+    partner = torch.arange(len(a), device=a.device)
+    return cross_entropy(a @ b.T / temperature, partner, reduction=reduction)
+
+# %% ../nbs/02_math.ipynb #f3ff856c
+def dpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float = 0.1,
+    reduction: str = "mean",
+) -> Tensor:
+    """Direct preference optimization, equation (2.22).
+
+    Parameters
+    ----------
+    chosen, rejected : Tensor (N,)
+        Log-probability of the better and of the worse answer under the model:
+        the sum over the answer's tokens, without those of the question.
+    reference_chosen, reference_rejected : Tensor (N,)
+        The same under the frozen reference; no gradient flows into it.
+    beta : float > 0
+        How strongly the reference holds the model back.
+    reduction : {"mean", "sum", "none"}
+
+    References
+    ----------
+    Rafailov et al. (2023), https://arxiv.org/abs/2305.18290
+
+    Examples
+    --------
+    >>> one = torch.tensor([-5.0])  # the model still equals the reference
+    >>> round(dpo(one, one - 2, one, one - 2).item(), 4)  # log 2
+    0.6931
+    """
+    chosen = _check_float("chosen", chosen)
+    gains = []
+    for name, ours, theirs in (
+        ("reference_chosen", chosen, reference_chosen),
+        ("reference_rejected", rejected, reference_rejected),
+    ):
+        ours, theirs = (
+            _check_float("rejected", ours),
+            _check_float(name, theirs),
+        )
+        _check_same_shape(ours, chosen)
+        _check_same_shape(theirs, chosen)
+        gains.append(ours - theirs.detach())
+    _check_positive("beta", beta)
+    margin = beta * (gains[0] - gains[1])
+    return bce_with_logits(margin, torch.ones_like(margin), reduction=reduction)
+
+# %% ../nbs/02_math.ipynb #6cf7e4aa
+def reliability(
+    probabilities: Tensor, target: Tensor, bins: int = 15
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The points of a reliability diagram: what was stated, what was so.
+
+    Parameters
+    ----------
+    probabilities : Tensor, shape (N, C)
+        Rows sum to 1.
+    target : Tensor of integers, shape (N,)
+    bins : int
+        Number of equal-width bins of the top probability.
+
+    Returns
+    -------
+    confidence, accuracy, count : Tensor (B,)
+        Mean top probability, share of right guesses, and number of examples of
+        each bin that has any.
+
+    Examples
+    --------
+    >>> stated = torch.tensor([[0.8, 0.2], [0.8, 0.2]])
+    >>> [round(v.item(), 2) for v in reliability(stated, torch.tensor([0, 1]))]
+    [0.8, 0.5, 2.0]
+    """
+    probabilities = _check_float("probabilities", probabilities)
+    _check_probabilities(probabilities, target)
+    confidence, guess = probabilities.max(1)
+    hit = (guess == target).to(confidence)
+    where = (confidence * bins).long().clamp(max=bins - 1)
+    each = torch.stack([confidence, hit, torch.ones_like(hit)], 1)
+    sums = each.new_zeros(bins, 3).index_add(0, where, each)
+    confidence, hit, count = sums[sums[:, 2] > 0].unbind(1)
+    return confidence / count, hit / count, count
 
 # %% ../nbs/02_math.ipynb #a5238ddd
 def calibration_error(
@@ -500,11 +478,8 @@ def calibration_error(
 
     Parameters
     ----------
-    probabilities : Tensor, shape (N, C)
-        Rows sum to 1.
-    target : Tensor of integers, shape (N,)
-    bins : int
-        Number of equal-width bins of the top probability.
+    probabilities, target, bins
+        As for `reliability`.
 
     Returns
     -------
@@ -521,7 +496,170 @@ def calibration_error(
     >>> round(calibration_error(stated, torch.tensor([0, 1])), 4)  # 0.8 - 1/2
     0.3
     """
-    probabilities = _check_float("probabilities", probabilities)
+    confidence, accuracy, n = reliability(probabilities, target, bins)
+    return float((n * (accuracy - confidence).abs()).sum() / n.sum())
+
+# %% ../nbs/02_math.ipynb #eb0ca93e
+def _reduce(
+    losses: Tensor, reduction: str = "mean", weight: Tensor | None = None
+) -> Tensor:
+    """Turn one loss per example into what the caller asked for.
+
+    Parameters
+    ----------
+    losses : Tensor of any shape
+    reduction : {"mean", "sum", "none"}
+    weight : Tensor broadcastable to `losses`, optional
+        Weight of each example; the mean is then divided by the sum of weights.
+
+    Returns
+    -------
+    Tensor
+        A scalar, or a tensor shaped like `losses` for "none".
+
+    Examples
+    --------
+    >>> _reduce(torch.tensor([1.0, 3.0]), "mean").item()
+    2.0
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}"
+        )
+    if weight is not None:
+        losses = losses * weight
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if weight is None else losses.sum() / weight.sum()
+
+# %% ../nbs/02_math.ipynb #f1659534
+def _check_float(name: str, x: Tensor) -> Tensor:
+    """Return a floating-point tensor, in float32 if it is half precision."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(x).__name__}; "
+            "wrap it with torch.as_tensor"
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{name} must be floating point, got {x.dtype}; "
+            f"convert it with {name}.float()"
+        )
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _can_look(x: Tensor) -> bool:
+    """Whether reading values is cheap: on the CPU, and nothing is compiled."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_same_shape(output: Tensor, target: Tensor) -> None:
+    if output.shape != target.shape:
+        raise ValueError(
+            f"output has shape {tuple(output.shape)} and target "
+            f"{tuple(target.shape)}; they must be equal "
+            "(no broadcasting: (N,) against (N, 1) would compare every pair). "
+            "Use squeeze() or unsqueeze()"
+        )
+
+# %% ../nbs/02_math.ipynb #1487807e
+def _class_dim(logits: Tensor) -> int:
+    if logits.ndim == 0:
+        raise ValueError(
+            "logits must have a class dimension: shape (C,), (N, C) or (N, C, "
+            "d1, ...), got a scalar"
+        )
+    return 0 if logits.ndim == 1 else 1
+
+
+def _check_label_form(logits: Tensor, target: Tensor) -> None:
+    """Refuse labels that are no integers, or of another shape than needed."""
+    dim = _class_dim(logits)
+    is_tensor = isinstance(target, Tensor)
+    got = target.dtype if is_tensor else type(target).__name__
+    if not is_tensor or target.is_floating_point() or target.is_complex():
+        raise TypeError(
+            f"class labels must be an integer tensor, got {got}; "
+            "convert them with target.long()"
+        )
+    shape = logits.shape[:dim] + logits.shape[dim + 1 :]
+    if target.shape != shape:
+        hint = " (move the classes to dimension 1: logits.transpose(1, -1))"
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} hold {logits.shape[dim]} "
+            f"classes in dimension {dim} and need labels of shape "
+            f"{tuple(shape)}, got {tuple(target.shape)}"
+            f"{hint if logits.shape[:-1] == target.shape else ''}"
+        )
+
+# %% ../nbs/02_math.ipynb #dcb30981
+def _check_labels(
+    logits: Tensor, target: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """Labels as int64, ignored ones 0, and a mask of the others (None: all)."""
+    _check_label_form(logits, target)
+    labels, classes = target.long(), logits.shape[_class_dim(logits)]
+    if _can_look(labels) and labels.numel():
+        low, high = (int(v) for v in torch.aminmax(labels))
+        if low >= 0 and high < classes and not 0 <= ignore_index < classes:
+            return labels, None
+        kept = labels[labels != ignore_index]
+        if kept.numel() and not (kept.min() >= 0 and kept.max() < classes):
+            raise ValueError(
+                f"labels must lie in 0..{classes - 1} for {classes} classes "
+                f"(or equal ignore_index={ignore_index}), got "
+                f"{int(kept.min())} to {int(kept.max())}"
+            )
+    keep = labels != ignore_index
+    return labels.masked_fill(~keep, 0), keep
+
+# %% ../nbs/02_math.ipynb #d6e796f7
+def _check_weight(name: str, weight: Tensor, logits: Tensor) -> Tensor:
+    classes = logits.shape[_class_dim(logits)]
+    if weight.shape != (classes,):
+        raise ValueError(
+            f"{name} must hold one value per class, shape ({classes},), got "
+            f"{tuple(weight.shape)}"
+        )
+    return weight.to(logits)
+
+
+def _example_weights(
+    keep: Tensor | None,
+    class_weight: Tensor | None,
+    labels: Tensor,
+    reduction: str,
+    like: Tensor,
+) -> Tensor | None:
+    """Weight of each example, 0 where ignored; None if all weights are 1."""
+    if keep is None:
+        return None if class_weight is None else class_weight[labels]
+    if reduction == "mean" and _can_look(keep) and not keep.any():
+        raise ValueError(
+            "every target equals ignore_index: the mean over no examples is "
+            "undefined; skip this batch"
+        )
+    if class_weight is None:
+        return keep.to(like.dtype)
+    return class_weight[labels] * keep
+
+
+def _per_class(weight: Tensor, like: Tensor) -> Tensor:
+    """Class weights (C,) in a shape that multiplies along the classes."""
+    shape = [1] * like.ndim
+    shape[_class_dim(like)] = -1
+    return weight.view(shape)
+
+# %% ../nbs/02_math.ipynb #da9381ee
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be > 0, got {value}")
+
+
+def _check_probabilities(probabilities: Tensor, target: Tensor) -> None:
+    """Refuse what is no table of probabilities with a label for each row."""
     if (
         probabilities.ndim != 2
         or target.shape != probabilities.shape[:1]
@@ -537,8 +675,3 @@ def calibration_error(
             "probabilities must be >= 0 and sum to 1 per row; apply "
             "softmax(1) to logits first"
         )
-    confidence, guess = probabilities.max(1)
-    gap = (guess == target).to(confidence) - confidence
-    where = (confidence * bins).long().clamp(max=bins - 1)
-    per_bin = confidence.new_zeros(bins).index_add(0, where, gap)
-    return float(per_bin.abs().sum() / len(target))

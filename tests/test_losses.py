@@ -1,5 +1,7 @@
 """Every loss of chapter 2 against torch.nn.functional: values, gradients, extreme logits, bad input."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,6 +162,68 @@ def test_focal_with_gamma_zero_is_cross_entropy(seed, reduction):
     same(losses.focal(z, y, gamma=0, reduction=reduction), F.cross_entropy(z, y, reduction=reduction), z)
 
 
+def pairs_of_rows(seed, n=5, d=3):
+    a, g = data(seed, n, d)
+    return a.requires_grad_(), torch.randn(n, d, generator=g, dtype=torch.float64).requires_grad_()
+
+
+@few
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 6), temperature=st.floats(0.05, 2), reduction=reductions)
+def test_info_nce_is_the_cross_entropy_of_cosines(seed, n, temperature, reduction):
+    a, b = pairs_of_rows(seed, n)
+    cosine = F.cosine_similarity(a[:, None], b[None], dim=2)
+    theirs = F.cross_entropy(cosine / temperature, torch.arange(n), reduction=reduction)
+    same(losses.info_nce(a, b, temperature=temperature, reduction=reduction), theirs, a, b)
+
+
+def test_info_nce_of_two_pairs_by_hand_and_of_rows_that_are_all_alike():
+    two = torch.eye(2, dtype=torch.float64)  # logits (1, 0) for both
+    assert losses.info_nce(two, 7 * two, temperature=1.0).item() == pytest.approx(math.log(1 + math.exp(-1)))
+    assert losses.info_nce(torch.ones(8, 3), torch.ones(8, 3)).item() == pytest.approx(math.log(8), rel=1e-6)
+
+
+def four(seed, n=6):
+    g = torch.Generator().manual_seed(seed)
+    return [(-20 + 5 * torch.randn(n, generator=g, dtype=torch.float64)).requires_grad_() for _ in range(4)]
+
+
+@few
+@given(seed=st.integers(0, 10**6), beta=st.floats(0.01, 5), reduction=reductions)
+def test_dpo_is_the_formula_of_the_paper(seed, beta, reduction):
+    chosen, rejected, ref_chosen, ref_rejected = values = four(seed)
+    each = -F.logsigmoid(beta * (chosen - ref_chosen.detach()) - beta * (rejected - ref_rejected.detach()))
+    theirs = {"mean": each.mean(), "sum": each.sum(), "none": each}[reduction]
+    same(losses.dpo(*values, beta=beta, reduction=reduction), theirs, chosen, rejected)
+
+
+def test_dpo_by_hand_and_no_gradient_for_the_reference():
+    reference = torch.tensor([-20.0], requires_grad=True), torch.tensor([-18.0], requires_grad=True)
+    chosen, rejected = torch.tensor([-17.0], requires_grad=True), torch.tensor([-19.0], requires_grad=True)
+    loss = losses.dpo(chosen, rejected, *reference, beta=0.5)  # logit 0.5 (3 + 1) = 2
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
+    slope = 0.5 * (1 / (1 + math.exp(-2)) - 1)
+    assert chosen.grad.item() == pytest.approx(slope, rel=1e-5)
+    assert rejected.grad.item() == pytest.approx(-slope, rel=1e-5)
+    assert reference[0].grad is None and reference[1].grad is None
+
+
+@few
+@given(seed=st.integers(0, 10**6), bins=st.integers(2, 20))
+def test_reliability_has_the_points_of_scikit_learn(seed, bins):
+    from sklearn.calibration import calibration_curve
+
+    g = torch.Generator().manual_seed(seed)
+    p = torch.randn(200, 3, generator=g, dtype=torch.float64).mul(2).softmax(1)
+    y = torch.randint(0, 3, (200,), generator=g)
+    stated, so, count = losses.reliability(p, y, bins)
+    share, mean = calibration_curve(p.argmax(1) == y, p.amax(1), n_bins=bins)
+    torch.testing.assert_close(so, torch.from_numpy(share))
+    torch.testing.assert_close(stated, torch.from_numpy(mean))
+    ece = (count * (so - stated).abs()).sum() / 200
+    assert count.sum() == 200 and losses.calibration_error(p, y, bins) == pytest.approx(ece.item())
+
+
 Y = torch.tensor([0, 3, -100, 2])
 CASES = {
     "mse": lambda z: losses.mse(z, torch.ones_like(z)),
@@ -169,6 +233,8 @@ CASES = {
     "label_smoothing": lambda z: losses.label_smoothing(z, Y, 0.3),
     "focal": lambda z: losses.focal(z, Y, gamma=2.0, alpha=z.new_tensor([1, 2, 3, 4])),
     "focal_half": lambda z: losses.focal(z, Y, gamma=0.5),
+    "info_nce": lambda z: losses.info_nce(z, z.flip(0).flip(1) + 0.5),
+    "dpo": lambda z: losses.dpo(z[:, 0], z[:, 1], z.new_full((4,), -1.0), z.new_full((4,), 2.0)),
     "distillation": lambda z: losses.distillation_kl(z, z.new_tensor([3.0, -3, 1e4, 0]).expand_as(z), temperature=2.0),
 }
 
@@ -268,6 +334,12 @@ BAD = [
     (lambda: losses.focal(N3, INT3, alpha=torch.ones(2)), ValueError, "alpha"),
     (lambda: losses.distillation_kl(N3, N3[:2]), ValueError, r"\(2, 4\)"),
     (lambda: losses.distillation_kl(N3, N3, temperature=0), ValueError, "temperature must be > 0"),
+    (lambda: losses.info_nce(N3, N3[:2]), ValueError, r"\(2, 4\)"),
+    (lambda: losses.info_nce(N3[0], N3[0]), ValueError, r"\(N, D\).*got \(4,\)"),
+    (lambda: losses.info_nce(N3, N3, temperature=0.0), ValueError, "temperature must be > 0"),
+    (lambda: losses.dpo(N3[0], N3[1], N3[2], N3[2], beta=0), ValueError, "beta must be > 0, got 0"),
+    (lambda: losses.dpo(N3[0], N3[1], N3[2], N3[2, :1]), ValueError, "no broadcasting"),
+    (lambda: losses.dpo(N3[0], -1.0, N3[2], N3[2]), TypeError, "rejected must be a torch.Tensor, got float"),
     (lambda: losses.calibration_error(N3, INT3), ValueError, "softmax"),
     (lambda: losses.calibration_error(N3.softmax(1), INT3[:2]), ValueError, r"\(N, C\)"),
 ]
@@ -285,3 +357,70 @@ def test_small_binary_losses_do_not_cancel():
     exact = torch.nn.functional.softplus(-z.double().abs())
     ours = losses.bce_with_logits(z, y, reduction="none").double()
     assert torch.allclose(ours, exact, rtol=1e-5, atol=0)
+
+
+def test_the_three_forms_of_the_maximum_differ_in_their_slope_at_zero():
+    """What chapter 2's table shows; the library's form is right."""
+    for y in (0.0, 0.25, 1.0):
+        found = {}
+        for name, positive in {
+            "relu": F.relu,
+            "clamp": lambda z: z.clamp(min=0),
+            "maximum": lambda z: torch.maximum(z, torch.zeros_like(z)),
+        }.items():
+            z = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            (positive(z) - y * z + torch.log1p(torch.exp(-z.abs()))).backward()
+            found[name] = z.grad.item()
+        assert found["relu"] == -y and found["clamp"] in (-y, 1 - y) and found["maximum"] == 0.5 - y
+
+
+def test_exercises_accept_the_solutions_and_say_what_is_off(capsys):
+    from ftbook.exercises import math as check
+
+    def per_class(z, y):
+        target = F.one_hot(y, z.shape[1]).to(z)
+        return losses.bce_with_logits(z, target, reduction="none").sum(1).mean()
+
+    def two_sided(a, b):
+        return (losses.info_nce(a, b) + losses.info_nce(b, a)) / 2
+
+    def best_temperature(z, y):
+        return min(torch.logspace(-1, 1, 81).tolist(), key=lambda T: losses.cross_entropy(z / T, y).item())
+
+    assert check.factor(32) and check.by_hand((math.log(4), -0.75, 0.75)) and check.smoothed((0.1, 0.8, 0.1))
+    assert check.per_class(per_class) and check.two_sided(two_sided) and check.temperature(best_temperature)
+    assert capsys.readouterr().out == "correct\n" * 6
+    for exercise in (check.factor, check.by_hand, check.smoothed, check.per_class, check.two_sided, check.temperature):
+        assert not exercise(None)
+    wrong = [check.factor(1 / 32), check.by_hand((1.386, 0.75, -0.75)), check.smoothed((0, 0.7, 0.3))]
+    wrong += [check.per_class(F.cross_entropy), check.two_sided(losses.info_nce), check.temperature(lambda z, y: 1.0)]
+    assert not any(wrong) and "correct" not in capsys.readouterr().out
+
+
+def test_one_run_of_the_study_on_each_split():
+    from ftbook.studies import math as study
+
+    for split, count in (("valid", 200), ("test", 200)):
+        for settings_ in ({"method": "focal", "lr": 1e-3}, {"method": "logistic, words", "C": 1.0}):
+            found = study.run(0, split, **settings_, noise=0.2)
+            assert found.keys() == {"accuracy", "nll", "confidence", "ece", "ece_noisy"}
+            assert len(found["accuracy"]) == count
+            assert all(math.isfinite(v) for k, v in found.items() if k != "accuracy")
+
+
+def test_the_study_chooses_among_rates_and_has_a_row_per_loss_and_baseline(monkeypatch, tmp_path):
+    from ftbook import results
+    from ftbook.studies import math as study
+
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "vectors", lambda split: (None, torch.zeros(10)))
+
+    def run(seed, split, method, lr=0.0, C=0.0, *, noise):
+        good = torch.arange(10) < 9 - 1e4 * abs(lr - 1e-3) - (C != 1)
+        return {"accuracy": good.numpy(), "nll": noise + seed, "ece": 0.1, "ece_noisy": 0.1, "confidence": 0.9}
+
+    monkeypatch.setattr(study, "run", run)
+    study.main("flipped")
+    rows = results.load_study("02_math", "flipped").rows("accuracy")
+    assert [r["method"] for r in rows] == [*study.LOSSES, "logistic, words", "logistic, vectors"]
+    assert all(r["lr"] == 1e-3 for r in rows[:4]) and all(r["C"] == 1 for r in rows[4:])
