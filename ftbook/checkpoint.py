@@ -1,7 +1,8 @@
 """Files from which a run goes on: written whole, read without running code.
 
 `Checkpoint` is what a caller passes to `ftbook.train.fit`; the other functions
-read and write the state of its `Run`.
+write and read what its `Run` is made of: model, loss, optimizer, callbacks, and
+the loop's own, which `Run.state` gives and `Run.load_state` takes.
 
 >>> Checkpoint("run.pt", every=500).keep
 True
@@ -15,8 +16,9 @@ __all__ = [
     "check_states",
     "signature_of",
     "save_checkpoint",
+    "load_checkpoint",
     "clear_leftovers",
-    "go_on",
+    "plain_values",
 ]
 import itertools
 import os
@@ -28,11 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from .batches import length_of
-from .compute import match_layout, rng_state, set_rng_state
+from .compute import match_layout
 from .runtime import atomic_write, check_value
 from .scoring import plain_loss
 
@@ -79,12 +79,12 @@ class Checkpoint:
         check_value("resume", self.resume, (True, False))
 
 # %% ../nbs/04_train.ipynb #e41c7b90
-def _plain(value, where: str = "a checkpoint"):
+def plain_values(value, where: str = "a checkpoint"):
     """Numbers of numpy as those of Python, arrays as tensors, all through.
 
     Examples
     --------
-    >>> _plain({"f1": np.float64(0.5), "counts": [np.int64(3)]})
+    >>> plain_values({"f1": np.float64(0.5), "counts": [np.int64(3)]})
     {'f1': 0.5, 'counts': [3]}
     """
     if isinstance(value, np.generic):
@@ -99,9 +99,12 @@ def _plain(value, where: str = "a checkpoint"):
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, Mapping):
-        return {_plain(k, where): _plain(v, where) for k, v in value.items()}
+        return {
+            plain_values(k, where): plain_values(v, where)
+            for k, v in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        plain = [_plain(v, where) for v in value]
+        plain = [plain_values(v, where) for v in value]
         return plain if isinstance(value, list) else tuple(plain)
     raise TypeError(
         f"{where} holds a {type(value).__name__}; a checkpoint keeps tensors, "
@@ -114,7 +117,7 @@ def _state_of(callback) -> Any:
     if not hasattr(callback, "state_dict"):
         return None
     where = f"{type(callback).__name__}.state_dict()"
-    return _plain(callback.state_dict(), where)
+    return plain_values(callback.state_dict(), where)
 
 
 def check_states(run) -> None:
@@ -161,9 +164,13 @@ def _name(f):
     return getattr(f, "__qualname__", type(f).__name__)
 
 
-def signature_of(run) -> dict:
-    """What two runs must share for one to go on from the other's file."""
-    o, state = run.settings, run.model.state_dict()
+def signature_of(run, schedule, batches, generators) -> dict:
+    """What two runs must share for one to go on from the other's file.
+
+    Of the loop's own: its schedule, how many batches an epoch has, and how
+    many random generators the data hold.
+    """
+    settings, state = run.settings, run.model.state_dict()
     weights = [
         [k, list(v.shape), str(v.dtype)]
         for k, v in state.items()
@@ -181,20 +188,20 @@ def signature_of(run) -> dict:
         "seed": run.seed,
         "batch_size": run.batch_size,
         "frozen": [name for name, p in named if not p.requires_grad],
-        "accumulate": o.accumulate,
-        "clip_norm": o.clip_norm,
+        "accumulate": settings.accumulate,
+        "clip_norm": settings.clip_norm,
         "precision": run.precision,
         "metrics": list(run.metrics),
-        "schedule": _name(run._schedule),
-        "warmup": o.warmup,
-        "batches": length_of(run._batches),
-        "max_steps": o.max_steps,
-        "total_steps": run.total_steps if run._schedule else None,
-        "transform": _name(o.transform),
-        "generators": len(run._generators),
+        "schedule": _name(schedule),
+        "warmup": settings.warmup,
+        "batches": batches,
+        "max_steps": settings.max_steps,
+        "total_steps": run.total_steps if schedule else None,
+        "transform": _name(settings.transform),
+        "generators": generators,
         "callbacks": [type(c).__name__ for c in run.callbacks],
     }
-    return _plain({"model": weights, "config": config})
+    return plain_values({"model": weights, "config": config})
 
 
 def _check_signature(found: dict, wanted: dict, path) -> None:
@@ -219,7 +226,6 @@ def _check_signature(found: dict, wanted: dict, path) -> None:
             )
 
 # %% ../nbs/04_train.ipynb #825a3163
-_COUNTERS = ("epoch", "step", "batch", "stop")
 _PARTS = (
     "processes",
     "trained",
@@ -231,43 +237,40 @@ _PARTS = (
     "optimizer",
     "model",
     "loss",
-    *_COUNTERS,
+    "epoch",
+    "step",
+    "batch",
+    "stop",
 )
 
 
-def save_checkpoint(run) -> None:
-    """Write everything a run needs to go on; the file replaces the old one."""
-    streams = [run._epoch_rng, rng_state(run.device, run._generators)]
-    mine = [streams, _plain(run._sums, "metrics"), run._count, run._weight]
-    every = [mine] * run._size
-    if run._size > 1:
-        dist.all_gather_object(every, mine)
-    if run._rank != 0:
-        return
+def save_checkpoint(path, signature: dict, run, loop: dict) -> None:
+    """Write everything a run needs to go on; the file replaces the old one.
+
+    `loop` is what `run.state()` gave; the rest is read from the run's model,
+    loss, optimizer and callbacks.
+    """
     model = run.model
     state = {
-        "signature": run._signature,
-        "processes": every,
-        **{k: getattr(run, k) for k in _COUNTERS},
+        "signature": signature,
+        **loop,
         "trained": {n: p.requires_grad for n, p in model.named_parameters()},
         "modes": {n: m.training for n, m in model.named_modules()},
         "groups": _group_names(run),
-        "history": _plain([run.history.rows, run.history.best], "a row"),
         "callbacks": [_state_of(c) for c in run.callbacks],
-        "scaler": run._scaler.state_dict(),
-        "optimizer": _plain(run.optimizer.state_dict(), "the optimizer"),
+        "optimizer": plain_values(run.optimizer.state_dict(), "the optimizer"),
         "model": _plain_extras(model.state_dict()),
         "loss": _loss_state(run),
     }
-    with atomic_write(Path(run._checkpoint.path)) as path:
-        torch.save(state, path)
+    with atomic_write(Path(path)) as part:
+        torch.save(state, part)
 
 
 def _plain_extras(state):
     """A model's state, of which `get_extra_state` may be anything."""
     for name, value in state.items():
         if not torch.is_tensor(value):
-            state[name] = _plain(value, f"the model's state {name!r}")
+            state[name] = plain_values(value, f"the model's state {name!r}")
     return state
 
 
@@ -328,7 +331,7 @@ def _is_running(process: int) -> bool:
     return True
 
 # %% ../nbs/04_train.ipynb #95dd03c2
-def _load_checkpoint(path, wanted: dict) -> dict:
+def _read(path, wanted: dict) -> dict:
     """Read a checkpoint (no code in it) and check that it fits this run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -342,10 +345,9 @@ def _load_checkpoint(path, wanted: dict) -> dict:
     return state
 
 
-def go_on(run) -> None:
-    """Put the run where its checkpoint left it."""
-    path = run._checkpoint.path
-    state = _load_checkpoint(path, run._signature)
+def load_checkpoint(path, signature: dict, run) -> None:
+    """Put a run where its file left it."""
+    state = _read(path, signature)
     for name, p in run.model.named_parameters():
         p.requires_grad_(state["trained"][name])
     for name, module in run.model.named_modules():
@@ -358,14 +360,10 @@ def go_on(run) -> None:
     _restore_groups(run, state["groups"], path)
     run.optimizer.load_state_dict(state["optimizer"])
     match_layout(run.optimizer)
-    run._scaler.load_state_dict(state["scaler"])
     for callback, saved in zip(run.callbacks, state["callbacks"], strict=True):
         if saved is not None:
             callback.load_state_dict(saved)
-    for key in _COUNTERS:
-        setattr(run, key, state[key])
-    run.history.rows, run.history.best = state["history"]
-    _restore_process(run, state["processes"])
+    run.load_state(state)
 
 # %% ../nbs/04_train.ipynb #e5207cd8
 def _restore_groups(run, saved: list, path) -> None:
@@ -385,22 +383,3 @@ def _restore_groups(run, saved: list, path) -> None:
             run.optimizer.add_param_group({"params": [named[n] for n in new]})
         else:
             groups[i]["params"].extend(named[n] for n in new)
-
-
-def _restore_process(run, saved: list) -> None:
-    """This process's random streams, and its sums of a broken-off epoch."""
-    totals = [entry[1:] for entry in saved]
-    if len(saved) != run._size:  # another number of processes: one has it all
-        summed = totals[0]
-        for sums, count, weight in totals[1:]:
-            if summed[0] is not None:
-                sums = {k: v + sums[k] for k, v in summed[0].items()}
-            summed = [sums, summed[1] + count, summed[2] + weight]
-        nothing = [summed[0] and dict.fromkeys(summed[0], 0.0), 0.0, 0.0]
-        totals = [summed] + [nothing] * (run._size - 1)
-    run._sums, run._count, run._weight = totals[run._rank]
-    if run._rank < len(saved):
-        run._epoch_rng, now = saved[run._rank][0]
-        run._resume_rng = now if run.batch else None
-        state = run._epoch_rng if run.batch else now
-        set_rng_state(state, run.device, run._generators)

@@ -63,7 +63,8 @@ from ftbook.checkpoint import (
     Checkpoint,
     check_states,
     clear_leftovers,
-    go_on,
+    load_checkpoint,
+    plain_values,
     save_checkpoint,
     signature_of,
 )
@@ -77,6 +78,7 @@ from ftbook.compute import (
     rng_state,
     seeded,
     set_rng_state,
+    undecayed,
     wants_channels_last,
 )
 from .data import Batches
@@ -102,22 +104,23 @@ from ftbook.scoring import (
 )
 
 # %% ../nbs/04_train.ipynb #e622cb72
-def _decay_groups(params, weight_decay: float) -> list[dict]:
-    """Two groups: weight decay on tensors of two or more dimensions only.
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups of what is trained: with weight decay, and `undecayed`.
 
     Examples
     --------
-    >>> groups = _decay_groups(nn.Linear(2, 2).parameters(), 0.1)
+    >>> groups = _decay_groups(nn.Linear(2, 2), 0.1)
     >>> [(len(g["params"]), g["weight_decay"]) for g in groups]
     [(1, 0.1), (1, 0.0)]
     """
-    params = [p for p in params if p.requires_grad]
+    plain = undecayed(model)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
         {
-            "params": [p for p in params if p.ndim > 1],
+            "params": [p for n, p in named if n not in plain],
             "weight_decay": weight_decay,
         },
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for n, p in named if n in plain], "weight_decay": 0.0},
     ]
     return [g for g in groups if g["params"]]
 
@@ -128,7 +131,7 @@ _SEE = ". See the appendix 'It does not learn'"
 def _named_optimizer(name, model, params, lr, weight_decay, split):
     """One of `optim.OPTIMIZERS`, by PyTorch's fused kernel where it has one."""
     if split and name.casefold() != "muon":  # which splits a model by itself
-        params = _decay_groups(params, weight_decay)
+        params = _decay_groups(model, weight_decay)
     elif split:
         params = model
     options = {"lr": lr, "weight_decay": weight_decay}
@@ -149,7 +152,7 @@ def build_optimizer(
     optimizer : str, Optimizer class, callable (params) -> Optimizer, Optimizer
         Names are those of `ftbook.optim.OPTIMIZERS`, and "sgd" for SGD with
         momentum 0.9. Names and classes get `lr` and `weight_decay`; a name
-        applies the decay to tensors of two or more dimensions; a factory gets
+        applies the decay to all but `ftbook.compute.undecayed`; a factory gets
         the trainable parameters and decides the rest.
     params : list of parameters or groups, optional
         Instead of all trainable parameters, with decay as the groups say.
@@ -475,6 +478,41 @@ class Run:
     def __repr__(self) -> str:
         return f"Run(epoch {self.epoch}, step {self.step}, {self.history!r})"
 
+    def state(self) -> dict:
+        """What a file must keep of the loop; every process takes part."""
+        streams = [self._epoch_rng, rng_state(self.device, self._generators)]
+        sums = plain_values(self._sums, "metrics")
+        mine = [streams, sums, self._count, self._weight]
+        every = [mine] * self._size
+        if self._size > 1:
+            dist.all_gather_object(every, mine)
+        return {
+            "processes": every,
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "history": plain_values(
+                [self.history.rows, self.history.best], "a row"
+            ),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Stand where the run stood that gave this state."""
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        self.history.rows, self.history.best = state["history"]
+        self._scaler.load_state_dict(state["scaler"])
+        saved = state["processes"]
+        totals = _shared_out([entry[1:] for entry in saved], self._size)
+        self._sums, self._count, self._weight = totals[self._rank]
+        if self._rank < len(saved):
+            self._epoch_rng, now = saved[self._rank][0]
+            self._resume_rng = now if self.batch else None
+            start = self._epoch_rng if self.batch else now
+            set_rng_state(start, self.device, self._generators)
+
+
+_COUNTERS = ("epoch", "step", "batch", "stop")
+
 # %% ../nbs/04_train.ipynb #db16c9d4
 def _call(run: Run, hook: str) -> None:
     """Call a method of every callback that has it.
@@ -568,8 +606,9 @@ class EarlyStopping:
         """Keep the weights of a best epoch; stop when patience runs out."""
         if self.monitor not in run.row:
             raise ValueError(
-                f"monitor={self.monitor!r} was not measured; this run has "
-                f"{sorted(run.row)}"
+                f"monitor={self.monitor!r} was not measured in epoch "
+                f"{run.epoch}, which has {sorted(run.row)}. Add it to "
+                "metrics=, or to run.row in a callback's on_epoch_end"
             )
         value = float(run.row[self.monitor])
         sign = 1 if self.mode == "max" else -1
@@ -775,6 +814,26 @@ def _not_finite(run: Run, value, step, batch) -> str:
         "check that this batch's inputs are finite" + _SEE
     )
 
+# %% ../nbs/04_train.ipynb #2616c88b
+def _save(run: Run) -> None:
+    """Write the run's file: all processes give their part, the first writes."""
+    loop = run.state()
+    if run._rank == 0:
+        save_checkpoint(run._checkpoint.path, run._signature, run, loop)
+
+
+def _shared_out(totals: list, size: int) -> list:
+    """The sums of an epoch, its count and its weight, for `size` processes."""
+    if len(totals) == size:
+        return totals
+    summed = totals[0]
+    for sums, count, weight in totals[1:]:
+        if summed[0] is not None:
+            sums = {k: v + sums[k] for k, v in summed[0].items()}
+        summed = [sums, summed[1] + count, summed[2] + weight]
+    nothing = [summed[0] and dict.fromkeys(summed[0], 0.0), 0.0, 0.0]
+    return [summed] + [nothing] * (size - 1)
+
 # %% ../nbs/04_train.ipynb #68fc95d7
 def _check_arguments(run: Run) -> None:
     """Refuse what cannot work."""
@@ -808,13 +867,13 @@ def _check_arguments(run: Run) -> None:
         )
 
 
-def _check_monitor(stopper: EarlyStopping, run: Run, others: bool) -> None:
+def _check_monitor(stopper: EarlyStopping, run: Run, added: bool) -> None:
     """Refuse a monitor that no epoch will measure.
 
-    Other callbacks may add columns: then the first epoch shows.
+    `added`: another callback may add columns; then the first epoch shows.
     """
     monitor = stopper.monitor
-    if others:
+    if added:
         return
     if monitor.startswith("valid_") and run.valid is None:
         raise ValueError(
@@ -1001,8 +1060,10 @@ def _sort_callbacks(run: Run) -> None:
     others = [c for c in run.callbacks if not isinstance(c, Checkpoint)]
     run.callbacks = sorted(others, key=lambda c: isinstance(c, EarlyStopping))
     stoppers = [c for c in others if isinstance(c, EarlyStopping)]
+    rest = run.callbacks[: len(others) - len(stoppers)]
+    added = any(hasattr(c, "on_epoch_end") for c in rest)
     for stopper in stoppers:
-        _check_monitor(stopper, run, len(others) > len(stoppers))
+        _check_monitor(stopper, run, added)
     if files:
         run._checkpoint = files[0]
 
@@ -1029,23 +1090,29 @@ def _unsigned(y) -> bool:
 # %% ../nbs/04_train.ipynb #bd1397b2
 def _prepare_speed(run: Run) -> None:
     """Precision, memory layout, optimizer, schedule."""
-    o, device = run.settings, run.device
-    run.precision, why = choose_precision(o.precision, run.model, device)
+    settings, device = run.settings, run.device
+    run.precision, why = choose_precision(settings.precision, run.model, device)
     run._autocast = autocast_for(run.precision, device)
     scaled = run.precision == "fp16"
     run._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-    if wants_channels_last(o.channels_last, run.model, _first_batch(run)):
+    if wants_channels_last(
+        settings.channels_last, run.model, _first_batch(run)
+    ):
         run._channels_last = True
         run.model.to(memory_format=torch.channels_last)
     plain = run._on_cpu and run.precision == "bf16"
     run._switched = fused_attention(run.model) if plain else []
     run.optimizer = build_optimizer(
-        run.optimizer, run.model, float(run.lr), float(o.weight_decay), o.params
+        run.optimizer,
+        run.model,
+        float(run.lr),
+        float(settings.weight_decay),
+        settings.params,
     )
     match_layout(run.optimizer)
     for group in run.optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    run._schedule = _resolve_schedule(o.schedule, o.warmup)
+    run._schedule = _resolve_schedule(settings.schedule, settings.warmup)
     run.total_steps = _count_steps(run)
     run.history.settings = {
         "precision": run.precision,
@@ -1071,11 +1138,12 @@ def _first_batch(run: Run):
 
 def _count_steps(run: Run) -> int | None:
     """Optimizer steps of the whole run; None when the data have no length."""
-    o, batches, steps = run.settings, length_of(run._batches), None
+    settings, batches, steps = run.settings, length_of(run._batches), None
     if batches is not None:
-        steps = run.epochs * math.ceil(batches / o.accumulate)
-    if o.max_steps is not None:
-        steps = o.max_steps if steps is None else min(steps, o.max_steps)
+        steps = run.epochs * math.ceil(batches / settings.accumulate)
+    end = settings.max_steps
+    if end is not None:
+        steps = end if steps is None else min(steps, end)
     if steps is None and run._schedule is not None:
         raise ValueError(
             "a schedule or warmup needs the number of steps, but train has no "
@@ -1123,7 +1191,12 @@ def _running(run: Run):
         run.model.train()
         if saving is not None:
             check_states(run)
-            run._signature = signature_of(run)
+            run._signature = signature_of(
+                run,
+                run._schedule,
+                length_of(run._batches),
+                len(run._generators),
+            )
         try:
             for callback in run.callbacks:
                 if hasattr(callback, "close"):
@@ -1132,7 +1205,7 @@ def _running(run: Run):
                     callback.on_train_begin(run)
             if saving is not None:
                 if saving.resume and Path(saving.path).exists():
-                    go_on(run)
+                    load_checkpoint(saving.path, run._signature, run)
                 if run._rank == 0:
                     clear_leftovers(saving.path)
             run._bar = _Bar(run)
@@ -1259,7 +1332,7 @@ def _train_epoch(run: Run) -> None:
             break
         if every and run.step % every == 0:
             _settle(run)
-            save_checkpoint(run)
+            _save(run)
     _settle(run)
 
 
@@ -1436,6 +1509,6 @@ def fit(
             _train_epoch(run)
             _finish_epoch(run, started)
             if run._checkpoint is not None:
-                save_checkpoint(run)
+                _save(run)
         _call(run, "on_train_end")
     return run.history

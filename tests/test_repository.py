@@ -178,6 +178,49 @@ def test_modules_import_only_from_floors_below():
     assert wrong == []
 
 
+def private_names(tree) -> set[str]:
+    """The private names that a module gives: functions, classes, and attributes of what it defines."""
+    names = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            own = isinstance(node, ast.Name) or ast.unparse(node.value) in ("self", "cls")
+            names |= {node.id if isinstance(node, ast.Name) else node.attr} if own else set()
+    torchs = {"_parameters", "_buffers", "_modules"}  # of every nn.Module
+    return {n for n in names if n.startswith("_") and not n.startswith("__")} - torchs
+
+
+def foreign_privates(modules: dict) -> list[str]:
+    """Where a module reads or sets, on some object, a private name that only another module gives."""
+    given, wrong = {name: private_names(tree) for name, tree in modules.items()}, []
+    for name, tree in modules.items():
+        others = set().union(*(g for n, g in given.items() if n != name)) - given[name]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+                found = node.attr
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+                found = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            else:
+                continue
+            if found in others:
+                wrong.append(f"{name}: {ast.unparse(node)}")
+    return wrong
+
+
+def test_no_module_uses_private_attributes_of_another():
+    trees = {f"{f.parent.name}/{f.stem}": ast.parse(f.read_text(encoding="utf-8")) for f in MODULES}
+    assert foreign_privates(trees) == []
+
+
+def test_the_use_of_a_private_attribute_of_another_module_is_found():
+    given = "class Run:\n    _sums: dict\n    def __init__(self):\n        self._n, self.step = 0, 0\ndef _f(): ..."
+    uses = (
+        "def save(run):\n    return run._sums, run.step, getattr(run, '_n'), train._f()\nrun._n = 1\ntorch._C, run._own"
+    )
+    own = "\n_own = 1"
+    found = foreign_privates({"train": ast.parse(given), "checkpoint": ast.parse(uses + own)})
+    assert sorted(f.split(": ")[1] for f in found) == ["getattr(run, '_n')", "run._n", "run._sums", "train._f"]
+
+
 def test_the_version_is_one():
     import ftbook
 

@@ -77,7 +77,7 @@ class Bomb:
 def test_equals_a_bare_loop_bit_for_bit():
     data, ours, bare = toy(), net(), net()
     quiet(ours, data, toy(40, 1), epochs=2, batch_size=32, metrics="accuracy", seed=5)
-    optimizer = torch.optim.AdamW(T._decay_groups(bare.parameters(), 0.01), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(T._decay_groups(bare, 0.01), lr=1e-3, fused=True)
     batches = Batches(*data, batch_size=32, shuffle=True, seed=5)
     for _ in range(2):
         for x, y in batches:
@@ -847,8 +847,29 @@ def test_early_stopping_options():
     for bad in ({"mode": "up"}, {"patience": 0}, {"min_delta": -1}):
         with pytest.raises(ValueError, match="mode|patience|min_delta"):
             EarlyStopping(**bad)
-    with pytest.raises(ValueError, match="'other' was not measured"):
-        quiet(net(), toy(), callbacks=[EarlyStopping("other"), Fake([1])])
+    with pytest.raises(ValueError, match="'other' was not measured in epoch 1, which has .*'lr'.*run.row"):
+        quiet(net(), toy(), epochs=3, callbacks=[EarlyStopping("other"), Fake([1])])
+
+
+def test_early_stopping_takes_a_value_that_another_callback_measures():
+    scores, weights = iter((0.2, 0.9, 0.5, 0.4)), []
+
+    class Scores:
+        def on_epoch_end(self, run):
+            run.row["valid_f1"] = next(scores)
+            weights.append(run.model[0].weight.detach().clone())
+
+    class OneStep:
+        def on_step_end(self, run):
+            run.stop = True
+
+    model, stopper = net(), EarlyStopping("valid_f1", patience=2)
+    history = quiet(model, toy(), epochs=9, callbacks=[stopper, Scores()])  # whatever the order
+    assert history["valid_f1"] == [0.2, 0.9, 0.5, 0.4] and history.best["epoch"] == 2
+    assert torch.equal(model[0].weight, weights[1])
+    silent = OneStep()  # cannot add to a row: refused before the first step
+    with pytest.raises(ValueError, match="'train_f1' will not be measured"):
+        quiet(net(), toy(), callbacks=[EarlyStopping("train_f1"), silent])
 
 
 def test_best_weights_include_what_was_unfrozen_later():
@@ -1646,14 +1667,74 @@ def test_a_process_without_anything_to_score_waits_for_the_others(tmp_path):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
 
 
+def test_a_checkpoint_has_the_keys_that_every_version_reads(tmp_path):
+    """Written out by hand, as the first version wrote it: a run goes on from it."""
+    data, path = toy(n=16), tmp_path / "run.pt"
+    model = torch.nn.Linear(data[0].shape[1], 3)
+    options = {"epochs": 3, "batch_size": 8, "lr": 0.01, "optimizer": "sgd"}
+    whole = copy.deepcopy(model)
+    rows = quiet(whole, data, **options).rows
+    quiet(model, data, callbacks=[Checkpoint(path)], **options | {"epochs": 1})
+    found = torch.load(path, weights_only=True)
+    streams = found["processes"][0][0]
+    names = ["weight"], ["bias"]
+    momentum = [{"momentum_buffer": found["optimizer"]["state"][i]["momentum_buffer"]} for i in (0, 1)]
+    by_hand = {
+        "signature": {
+            "model": [["weight", [3, data[0].shape[1]], "torch.float32"], ["bias", [3], "torch.float32"]],
+            "config": {
+                "loss": "cross_entropy",
+                "optimizer": "SGD",
+                "groups": [{"initial_lr": 0.01, "weight_decay": 0.01}, {"initial_lr": 0.01, "weight_decay": 0.0}],
+                "seed": 0,
+                "batch_size": 8,
+                "frozen": [],
+                "accumulate": 1,
+                "clip_norm": None,
+                "precision": "fp32",
+                "metrics": [],
+                "schedule": None,
+                "warmup": 0.0,
+                "batches": 2,
+                "max_steps": None,
+                "total_steps": None,
+                "transform": None,
+                "generators": 0,
+                "callbacks": [],
+            },
+        },
+        "processes": [[[streams[0], streams[1]], None, found["processes"][0][2], found["processes"][0][3]]],
+        "epoch": 1,
+        "step": 2,
+        "batch": 0,
+        "stop": False,
+        "trained": {"weight": True, "bias": True},
+        "modes": {"": True},
+        "groups": [*names],
+        "history": [[{**rows[0]}], None],
+        "callbacks": [],
+        "scaler": {},
+        "optimizer": {"state": dict(enumerate(momentum)), "param_groups": found["optimizer"]["param_groups"]},
+        "model": {"weight": model.weight.detach(), "bias": model.bias.detach()},
+        "loss": {},
+    }
+    assert set(found) == set(by_hand) and found["signature"] == by_hand["signature"]
+    torch.save(by_hand, path)
+    again = torch.nn.Linear(data[0].shape[1], 3)
+    history = quiet(again, data, callbacks=[Checkpoint(path)], **options)
+    assert torch.equal(again.weight, whole.weight) and history["train_loss"] == [r["train_loss"] for r in rows]
+
+
 def test_the_sums_of_two_processes_go_to_one(tmp_path):
     run = a_run()
     run._generators, run.batch, run.device = [], 3, torch.device("cpu")
+    run._scaler = torch.amp.GradScaler("cpu", enabled=False)
     streams = [compute.rng_state(run.device)] * 2
-    checkpoint._restore_process(run, [[streams, {"loss": 2.0}, 3, 4], [streams, {"loss": 5.0}, 1, 2]])
+    state = run.state() | {"processes": [[streams, {"loss": 2.0}, 3, 4], [streams, {"loss": 5.0}, 1, 2]]}
+    run.load_state(state)
     assert (run._sums, run._count, run._weight) == ({"loss": 7.0}, 4, 6)
     run._rank, run._size = 1, 3
-    checkpoint._restore_process(run, [[streams, {"loss": 2.0}, 3, 4], [streams, {"loss": 5.0}, 1, 2]])
+    run.load_state(state)
     assert (run._sums, run._count, run._weight) == ({"loss": 0.0}, 0, 0)
 
 
