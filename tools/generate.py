@@ -26,7 +26,7 @@ NEEDS = {
     "04_train": "fashion_mnist",
     "05_autoencoder": "fashion_mnist cifar10",
     "06_mlm": "wiki_excerpt wikitext2 sst2",
-    "08_finetune": "fashion_mnist",
+    "08_finetune": "fashion_mnist sst2 minilm",
     "09_vision": "cifar10 hymenoptera weights/mobilenet_v2",
     "10_ner": "wnut17",
     "11_peft": "wnut17 sst2 wikitext2",
