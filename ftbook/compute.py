@@ -1,5 +1,8 @@
 """How a model computes: mode, random streams, precision, memory layout.
 
+And what its names and classes say: heads, normalizations, what weight decay
+leaves out.
+
 >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
 >>> with evaluating(model): print(model.training)
 False
@@ -22,6 +25,9 @@ __all__ = [
     "wants_channels_last",
     "match_layout",
     "fused_attention",
+    "HEADS",
+    "is_norm",
+    "undecayed",
 ]
 import contextlib
 import itertools
@@ -281,3 +287,34 @@ def fused_attention(model: nn.Module) -> list:
         if hasattr(m, "set_attn_implementation")
         and getattr(m.config, "_attn_implementation", "") == "sdpa"
     ]
+
+# %% ../nbs/04_train.ipynb #453c3ddd
+# what libraries call a classifier; chapters 8 and 11 look for it by name
+HEADS = (
+    "classifier", "score", "qa_outputs", "fc", "head", "heads",
+    "classification_head", "logits_proj",
+)  # fmt: skip
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Batch, layer, group, RMS ... normalization, by the name of its class."""
+    alone = not any(True for _ in module.children())
+    return "Norm" in type(module).__name__ and alone
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay leaves out.
+
+    All with fewer than two dimensions, and those of normalizations.
+
+    Examples
+    --------
+    >>> sorted(undecayed(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))))
+    ['0.bias', '1.bias', '1.weight']
+    """
+    names = {n for n, p in model.named_parameters() if p.ndim < 2}
+    for path, module in model.named_modules():
+        if is_norm(module):
+            inside = (n for n, _ in module.named_parameters())
+            names |= {f"{path}.{n}" if path else n for n in inside}
+    return names

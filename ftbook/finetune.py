@@ -16,7 +16,7 @@ blocks by epoch. `tune` does all of it by the name of a strategy.
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compute import HEADS, is_norm, undecayed
 from .results import Markdown, table
 from .train import Checkpoint, History, Settings, fit
 
@@ -35,23 +36,24 @@ __all__ = [
 
 # %% ../nbs/08_finetune.ipynb #5a3923f5
 def select(
-    among: nn.Module | Iterable[str],
-    *patterns: str | nn.Module,
+    among: nn.Module | Iterable[str | Sequence[str]],
+    *patterns: str | nn.Module | Collection[str],
     what: str = "name",
 ) -> list[str]:
     """The names that any of the patterns means, in the order given.
 
     Parameters
     ----------
-    among : nn.Module or iterable of str
+    among : nn.Module, or iterable of str or tuple of str
         A model stands for the names of its parameters. There a pattern may
         also mean a module, which stands for all parameters inside, or be a
-        submodule itself. Otherwise dotted names of any kind.
-    *patterns : str or nn.Module
+        submodule itself. Otherwise dotted names of any kind; a tuple has all
+        names of one thing, and the first one is returned.
+    *patterns : str, nn.Module, or collection of str
         A whole name or its end after a dot, with the shell's wildcards ``*``
         (dots too), ``?``, ``[...]``. Ends count only for a pattern that fits no
         whole name. ``"!..."`` takes names away from those chosen before it, as
-        the first pattern from all.
+        the first pattern from all. A list or set of names adds just these.
     what : str
         What the given names are, for the error.
 
@@ -69,41 +71,40 @@ def select(
     >>> select(net, "1", "bias"), select(net, "!1.bias")
     (['0.bias', '1.weight', '1.bias'], ['0.weight', '0.bias', '1.weight'])
     """
+    called: dict[str, Sequence[str]] = {}
     if isinstance(among, nn.Module):
-        return _parameters(among, patterns)
-    names = list(among)
-    return _chosen(names, patterns, lambda p: _meant(names, p, what))
+        owned = {id(p): n for n, p in among.named_parameters()}
+        patterns = tuple(
+            _own(among, p, owned) if isinstance(p, nn.Module) else p
+            for p in patterns
+        )
+        called = {n: _prefixes(n) for n in owned.values()}
+        what = f"parameter of {type(among).__name__}"
+    else:
+        for entry in among:
+            names = (entry,) if isinstance(entry, str) else entry
+            called[names[0]] = names
+    return _chosen(called, patterns, what)
 
 # %% ../nbs/08_finetune.ipynb #5e1dd9d1
-def _parameters(
-    model: nn.Module, patterns: Sequence[str | nn.Module]
+def _chosen(
+    called: Mapping[str, Sequence[str]], patterns: Iterable, what: str
 ) -> list[str]:
-    owned = {id(p): n for n, p in model.named_parameters()}
-    inside = {n: _prefixes(n) for n in owned.values()}
-    known = list(dict.fromkeys(k for part in inside.values() for k in part))
+    known = list(dict.fromkeys(n for names in called.values() for n in names))
 
-    def hits(pattern: str | nn.Module) -> set[str]:
-        if isinstance(pattern, nn.Module):
-            return _own(model, pattern, owned)
-        meant = _meant(known, pattern, f"parameter of {type(model).__name__}")
-        return {n for n, part in inside.items() if not meant.isdisjoint(part)}
+    def hits(pattern: str) -> set[str]:
+        meant = _meant(known, pattern, what)
+        return {n for n, names in called.items() if not meant.isdisjoint(names)}
 
-    return _chosen(list(inside), patterns, hits)
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-
-
-def _chosen(names: list[str], patterns: Sequence, hits: Callable) -> list[str]:
     chosen: set[str] = set()
     for k, pattern in enumerate(patterns):
-        if isinstance(pattern, str) and pattern.startswith("!"):
-            chosen = (chosen if k else set(names)) - hits(pattern[1:])
+        if not isinstance(pattern, str):
+            chosen |= set(pattern)
+        elif pattern.startswith("!"):
+            chosen = (chosen if k else set(called)) - hits(pattern[1:])
         else:
             chosen |= hits(pattern)
-    return [n for n in names if n in chosen]
+    return [n for n in called if n in chosen]
 
 
 def _meant(names: list[str], pattern: str, what: str) -> set[str]:
@@ -111,16 +112,26 @@ def _meant(names: list[str], pattern: str, what: str) -> set[str]:
         fits = re.compile(fnmatch.translate(shape)).match
         if found := {n for n in names if fits(n)}:
             return found
-    bare = pattern.strip("*.")
-    ends = {n.split(".")[-1]: n for n in reversed(names)}
-    close = difflib.get_close_matches(bare, names, 5, 0.4) or [
-        ends[e] for e in difflib.get_close_matches(bare, ends, 5, 0.4)
-    ]
-    near = close or [n for n in names if n.split(".")[-1] in bare][:5]
     raise ValueError(
         f"pattern {pattern!r} matches no {what}; near names: "
-        f"{', '.join(near or names[:5]) or 'there are none'}"
+        f"{', '.join(_near(names, pattern)) or 'there are none'}"
     )
+
+
+def _near(names: list[str], pattern: str) -> list[str]:
+    "At most five names that look like the pattern or end like it."
+    bare = pattern.strip("*.")
+    ends = {n.split(".")[-1]: n for n in reversed(names)}
+    dotted = names if "." in bare else []
+    whole = difflib.get_close_matches(bare, dotted, 5, 0.5)
+    alike = difflib.get_close_matches(bare.split(".")[-1], ends, 5, 0.5)
+    inside = [n for n in names if n.split(".")[-1] in bare]
+    return (whole or [ends[e] for e in alike] or inside or names)[:5]
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
 def _own(model: nn.Module, part: nn.Module, owned: dict[int, str]) -> set[str]:
@@ -133,12 +144,6 @@ def _own(model: nn.Module, part: nn.Module, owned: dict[int, str]) -> set[str]:
     return found
 
 # %% ../nbs/08_finetune.ipynb #04cea8c3
-_HEADS = {
-    "classifier", "score", "head", "heads", "classification_head",
-    "logits_proj", "qa_outputs",
-}  # fmt: skip
-
-
 def blocks(model: nn.Module) -> dict[str, list[str]]:
     """The model cut into blocks from input to output.
 
@@ -163,7 +168,7 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
     for name, module in _block_modules(model, ""):
         inside = (n for n, _ in module.named_parameters())
         names = [f"{name}.{n}" if name else n for n in inside]
-        if names and found and _is_norm(module):
+        if names and found and is_norm(module):
             found[next(reversed(found))].extend(names)
         elif names:
             found[name] = names
@@ -174,13 +179,7 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
 
 # %% ../nbs/08_finetune.ipynb #51f724a8
 def _is_head(name: str) -> bool:
-    return not _HEADS.isdisjoint(name.split("."))
-
-
-def _is_norm(module: nn.Module) -> bool:
-    "Batch, layer, group, RMS ... normalization, by the name of its class."
-    alone = not any(True for _ in module.children())
-    return "Norm" in type(module).__name__ and alone
+    return any(part in HEADS for part in name.split("."))
 
 
 def _is_list(module: nn.Module) -> bool:
@@ -209,11 +208,16 @@ class _StaysInEval:
 
 
 _BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_FROZEN = {
-    cls: type("Frozen" + cls.__name__, (_StaysInEval, cls), {})
-    for cls in _BATCHNORMS
-}
-globals().update({cls.__name__: cls for cls in _FROZEN.values()})
+
+
+def _frozen(cls: type) -> type:
+    "The class, held in evaluation; pickle finds torch's own by __qualname__."
+    own = {"__qualname__": "_Frozen" + cls.__name__}
+    return type("Frozen" + cls.__name__, (_StaysInEval, cls), own)
+
+
+_FROZEN = {cls: _frozen(cls) for cls in _BATCHNORMS}
+globals().update({cls.__qualname__: cls for cls in _FROZEN.values()})
 
 # %% ../nbs/08_finetune.ipynb #ebf74ee0
 def hold_batchnorm(model: nn.Module, hold: bool = True) -> list[str]:
@@ -249,8 +253,7 @@ def hold_batchnorm(model: nn.Module, hold: bool = True) -> list[str]:
             own = type(module).__mro__[2]
         frozen = hold and not any(p.requires_grad for p in owner.parameters())
         if frozen and own not in _FROZEN:
-            name_of = "Frozen" + own.__name__
-            _FROZEN[own] = type(name_of, (_StaysInEval, own), {})
+            _FROZEN[own] = _frozen(own)
         module.__class__ = _FROZEN[own] if frozen else own
         module.train(model.training)
         held += [name] if frozen else []
@@ -492,7 +495,7 @@ def param_groups(
         )
     parameters, plain, cut = (
         dict(model.named_parameters()),
-        _undecayed(model),
+        undecayed(model),
         blocks(model),
     )
     head = (
@@ -538,24 +541,6 @@ def _group(
         "lr": lr,
         "weight_decay": weight_decay,
     }
-
-# %% ../nbs/08_finetune.ipynb #9ad227dd
-def _undecayed(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay leaves out.
-
-    All one-dimensional ones, and those of normalization layers.
-
-    Examples
-    --------
-    >>> sorted(_undecayed(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))))
-    ['0.bias', '1.bias', '1.weight']
-    """
-    names = {n for n, p in model.named_parameters() if p.ndim < 2}
-    for path, module in model.named_modules():
-        if _is_norm(module):
-            inside = (n for n, _ in module.named_parameters())
-            names |= {f"{path}.{n}" if path else n for n in inside}
-    return names
 
 # %% ../nbs/08_finetune.ipynb #08677f8e
 class _ByEpoch:

@@ -23,7 +23,6 @@ __all__ = [
 
 # %% ../nbs/11_peft.ipynb #a3c447b6
 import copy
-import difflib
 import hashlib
 import inspect
 import json
@@ -41,7 +40,7 @@ from collections.abc import (
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,7 +53,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from .compute import evaluating
+from .compute import HEADS, evaluating
 from .finetune import find_head, hold_batchnorm, select
 from .runtime import atomic_write
 
@@ -1114,30 +1113,26 @@ def _walk(
 class _Survey:
     """A model's modules without adapters, each once, and all names they have.
 
-    `modules` are by their first names; `first` is that of every name.
+    `modules` are by their first names; `first` is the first name of every name,
+    `names` are all names of every module.
     """
 
     def __init__(self, model: nn.Module, places: list[_Place]):
         self.whole, self.model = model, type(model).__name__
         self.modules: dict[str, nn.Module] = {}
         self.first: dict[str, str] = {}
+        self.names: dict[str, list[str]] = {}
         known: dict[int, str] = {}
         for name, _, _, module in places:
             module = _plain(module)
             first = self.first[name] = known.setdefault(id(module), name)
-            if first == name:
-                self.modules[name] = module
+            self.modules.setdefault(first, module)
+            self.names.setdefault(first, []).append(name)
 
-    def meant(self, pattern: str) -> list[str]:
-        """First names of the modules that a pattern means by any name."""
-        try:
-            found = select(self.first, pattern)
-        except ValueError:
-            raise ValueError(
-                f"pattern {pattern!r} matches no module of {self.model}; near "
-                f"names: {_near(pattern, list(self.first))}"
-            ) from None
-        return list(dict.fromkeys(map(self.first.__getitem__, found)))
+    def meant(self, *patterns: str | Iterable[str]) -> list[str]:
+        """First names of the modules that patterns mean by any name."""
+        among, what = self.names.values(), f"module of {self.model}"
+        return select(among, *patterns, what=what)
 
 
 def _named(
@@ -1158,10 +1153,6 @@ def _wrappers(
     return {p.name: p.module for p in found.values()}
 
 # %% ../nbs/11_peft.ipynb #18a9e221
-_HEADS = ("classifier", "score", "qa_outputs", "fc", "head", "heads",
-         "classification_head", "logits_proj")  # fmt: skip
-
-
 def _linear(module: nn.Module) -> bool:
     return _kind(module) in ("linear", "conv1d")
 
@@ -1175,7 +1166,7 @@ def _outputs(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     linear = {n: m for n, m in modules.items() if _linear(m)}
     tied = {id(m.weight) for m in modules.values() if _kind(m) == "embedding"}
     found = {n for n, m in linear.items() if id(m.weight) in tied}
-    for head in _HEADS:
+    for head in HEADS:
         found |= set([n for n in linear if _within(n, [head])][-1:])
     if hasattr(model, "get_output_embeddings"):
         own = model.get_output_embeddings()
@@ -1185,11 +1176,12 @@ def _outputs(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     return found
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    """The known names closest to a wrong one, as text."""
-    ends = {k.split(".")[-1]: k for k in known} | {k: k for k in known}
-    close = difflib.get_close_matches(name.split(".")[-1], ends, 5, 0.5)
-    return ", ".join(close or list(ends)[:5]) or "none at all"
+def _no_match(pattern: str, names: list[str], what: str) -> NoReturn:
+    """Raise what `select` says of a pattern that means none of the names."""
+    near = select(names, pattern, what=what)  # by an end: a whole name is first
+    raise ValueError(
+        f"pattern {pattern!r} matches no {what}; near names: {near[0]}"
+    )
 
 # %% ../nbs/11_peft.ipynb #6facd88c
 def _within(name: str, heads: Iterable[str]) -> bool:
@@ -1226,16 +1218,15 @@ def _find(
     found = {n for n in meant if method.fits(outside[n])}
     if not found:
         known = [n for n, m in outside.items() if method.fits(m)]
-        what = f"no module of {survey.model} outside of the head"
+        what = f"module of {survey.model} outside of the head"
         if meant:
+            own = type(method).__name__
             what = (
-                f"{meant[0]}, {_what(outside[meant[0]])}, which "
-                f"{type(method).__name__} cannot adapt; it knows {method.knows}"
+                f"layer for {own}, only {meant[0]}, "
+                f"{_what(outside[meant[0]])}, which {own} cannot adapt; it "
+                f"knows {method.knows}"
             )
-        raise ValueError(
-            f"target {pattern!r} matches {what}; near names: "
-            f"{_near(pattern, known)}"
-        )
+        _no_match(pattern, known, what)
     if len(found) < len(meant) and not set(pattern) & set("*?["):
         for n in meant:
             if isinstance(outside[n], (nn.Linear, _ConvNd, nn.EmbeddingBag)):
@@ -1243,21 +1234,15 @@ def _find(
     return found
 
 # %% ../nbs/11_peft.ipynb #36c97c8b
-def _gather(
+def _selected(
     patterns: Iterable[str],
     find: Callable[[str], Iterable[str]],
     survey: _Survey,
-    known: Iterable[str],
 ) -> set[str]:
-    """What `find` finds for all patterns; "!..." takes away, first from all."""
-    found: set[str] = set()
-    for k, pattern in enumerate(patterns):
-        if pattern.startswith("!"):
-            found = found if k else set(known)
-            found = found.difference(survey.meant(pattern[1:]))
-        else:
-            found.update(find(pattern))
-    return found
+    """What `find` finds for the patterns; "!..." takes away from it."""
+    return set(
+        survey.meant(*(p if p[:1] == "!" else set(find(p)) for p in patterns))
+    )
 
 
 def _all_linear(method: Method, survey: _Survey, outside: dict) -> set[str]:
@@ -1292,14 +1277,16 @@ def _chosen(
             return _all_linear(method, survey, outside)
         return _find(pattern, method, survey, outside)
 
-    fitting = (n for n, m in outside.items() if method.fits(m))
-    found = _gather(_as_list(method.target), find, survey, fitting)
-    if not found and method.target:
+    found = _selected(_as_list(method.target), find, survey)
+    fitting = {
+        n: m for n, m in outside.items() if n in found and method.fits(m)
+    }
+    if not fitting and method.target:
         raise ValueError(
             f"target {method.target!r} leaves no module of {survey.model}: "
             'take fewer away with "!..."'
         )
-    return {n: m for n, m in outside.items() if n in found}
+    return fitting
 
 # %% ../nbs/11_peft.ipynb #bbde99cb
 def _find_heads(survey: _Survey, head: _Target | None) -> list[str]:
@@ -1308,7 +1295,7 @@ def _find_heads(survey: _Survey, head: _Target | None) -> list[str]:
     A warning if there is a head that nobody named.
     """
     modules = survey.modules
-    unnamed = [h for h in _HEADS if h in modules] if head is None else []
+    unnamed = [h for h in HEADS if h in modules] if head is None else []
     if unnamed:
         warnings.warn(
             f"the head {unnamed[0]!r} stays frozen and is not saved with the "
@@ -1321,13 +1308,11 @@ def _find_heads(survey: _Survey, head: _Target | None) -> list[str]:
         meant = survey.meant(pattern)
         hits = {n for n in meant if any(True for _ in modules[n].parameters())}
         if not hits:
-            raise ValueError(
-                f"head {pattern!r} matches no module with parameters; near "
-                f"names: {_near(pattern, list(modules))}"
-            )
+            filled = [n for n, m in modules.items() if list(m.parameters())]
+            _no_match(pattern, filled, "module with parameters")
         return hits
 
-    found = _gather(_as_list(head), find, survey, modules)
+    found = _selected(_as_list(head), find, survey)
     return [n for n in modules if n in found and not _within(n, found - {n})]
 
 # %% ../nbs/11_peft.ipynb #d2a9dae5
@@ -2428,9 +2413,11 @@ class _Layout:
         for key, shape in file.shapes.items():
             place = _owner(key, first)
             if not place:
+                own = ", ".join([n for n in first if "." not in n][:5])
                 raise ValueError(
-                    f"{type(model).__name__} has no module for {key!r}; near "
-                    f"names: {_near(key, sorted(first))}"
+                    f"{type(model).__name__} has no module for {key!r}; its "
+                    f"own are {own or 'none'}: load the adapter onto a model "
+                    "of the architecture that it was trained on"
                 )
             path, name = first[place], key[len(place) + 1 :]
             head = _head(place, saved) if not known or name not in known else ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from transformers import BertConfig, BertForSequenceClassification, BertForToken
 from ftbook import finetune as ft
 from ftbook import models as pretrained
 from ftbook import results
+from ftbook.compute import undecayed
 from ftbook.data import ImageSet
 from ftbook.studies import finetune as study
 from ftbook.texts import TextClassifier, encode_texts
-from ftbook.train import Checkpoint, Settings, fit
+from ftbook.train import Checkpoint, Settings, build_optimizer, fit
 
 
 def bert(cls=BertForSequenceClassification, layers=3):
@@ -115,6 +117,22 @@ def test_patterns_are_no_regular_expressions_and_cannot_hang():
         ft.select([], "a")
 
 
+def test_a_thing_of_several_names_is_meant_by_any_and_a_collection_means_just_its_names():
+    shared = [("encoder.embed", "decoder.embed"), "head"]
+    assert ft.select(shared, "decoder.*") == ft.select(shared, "embed") == ["encoder.embed"]
+    assert ft.select(shared, "!decoder.embed") == ["head"]
+    assert ft.select(shared, {"head", "encoder.embed"}, "!decoder.embed") == ft.select(shared, ["head"]) == ["head"]
+
+
+def test_near_names_end_like_the_pattern_or_are_like_all_of_it():
+    for wrong, near in {
+        "qeury": "query",
+        "encoder.layer.9.attention.self.query": r"layer.\d.attention.self.query",
+    }.items():
+        with pytest.raises(ValueError, match=f"matches no parameter of Bert.*near names: [^,]*{near}"):
+            ft.select(bert(), wrong)
+
+
 def test_matching_by_name_pattern_module_and_its_errors():
     model = bert()
     assert ft.select(model, "query.weight") == ft.select(model, "*.query.weight")
@@ -163,9 +181,31 @@ def test_layer_wise_rates_follow_the_equation():
 
 
 def test_embedding_and_matrices_decay_norms_and_biases_do_not():
-    plain = ft._undecayed(bert())
+    plain = undecayed(bert())
     assert "bert.embeddings.word_embeddings.weight" not in plain and "bert.embeddings.LayerNorm.weight" in plain
     assert "classifier.bias" in plain and "classifier.weight" not in plain
+
+
+@pytest.mark.parametrize("name", [*MODELS, "norm of a matrix"])
+def test_the_loop_and_the_groups_leave_the_same_out_of_weight_decay(name):
+    model = MODELS[name]() if name in MODELS else nn.Sequential(nn.Linear(3, 3), nn.LayerNorm([2, 3]))
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = ft.param_groups(model, 1e-3), build_optimizer("adamw", model, 1e-3).param_groups
+    plain = [{names[id(p)] for g in made if not g["weight_decay"] for p in g["params"]} for made in groups]
+    assert plain[0] == plain[1] == undecayed(model) and set(names.values()) - plain[0]
+
+
+def test_what_is_called_fc_is_a_head_wherever_it_was_registered():
+    model = nn.Module()
+    model.fc, model.body = nn.Linear(4, 2), nn.Linear(3, 4)
+    assert list(ft.blocks(model)) == ["body", "fc"] and ft.find_head(model)[0] == "fc"
+
+
+def test_a_held_batch_normalization_can_be_sent_to_another_process():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    ft.freeze(net)
+    again = pickle.loads(pickle.dumps(net))
+    assert type(again[1]) is type(net[1]) and not again.train()[1].training and "FrozenBatchNorm2d(4" in repr(again)
 
 
 @pytest.mark.parametrize("batchnorm", ["eval", "train"])

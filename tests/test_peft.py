@@ -640,7 +640,7 @@ def test_quantize_refuses(options):
 
 BAD = [
     (LoRA("qeury"), "near names: .*query"),
-    (LoRA(("attention",)), "cannot adapt"),
+    (LoRA(("attention",)), "attention, a BertAttention, which LoRA cannot adapt; it knows .*near names: .*"),
     (LoRA("query", r=17), r"query: rank r=17 on a matrix of 16 × 16: choose 1 to 16"),
     (Houlsby(size=17), "bottleneck size=17"),
     (PromptTuning("query"), "cannot adapt"),
@@ -666,8 +666,12 @@ def test_bad_values():
     with pytest.raises(ValueError, match="length"):
         PromptTuning(length=0)
     model = make("bert")
-    with pytest.raises(ValueError, match="near names: .*classifier"):
+    with pytest.raises(ValueError, match="matches no module of Bert.*near names: .*classifier"):
         peft.apply(model, LoRA(), head="clasifier")
+    with pytest.raises(ValueError, match="dropout' matches no module with parameters; near names: .*"):
+        peft.apply(model, LoRA("query"), head="bert.embeddings.dropout")
+    with pytest.raises(ValueError, match="matches no module of Bert.* outside of the head; near names: .*query"):
+        peft.apply(model, LoRA(("query", "classifier")), head="classifier")
     for name in ("a.b", "keys", "1st"):
         with pytest.raises(ValueError, match="adapter name"):
             peft.apply(model, LoRA(), name, head=())
@@ -712,7 +716,7 @@ def test_loading_onto_another_base(tmp_path):
     with pytest.raises(ValueError, match=r"classifier\.\w+ has shape"):
         peft.load(other, tmp_path)
     assert not peft._wrappers(other) and all(p.requires_grad for p in other.parameters())
-    with pytest.raises(ValueError, match="no module for.*near names"):
+    with pytest.raises(ValueError, match="no module for .*; its own are conv1, .*: load the adapter onto"):
         peft.load(make("cnn"), tmp_path)
     with pytest.warns(UserWarning, match="other weights"):
         peft.load(bert(seed=5), tmp_path)
