@@ -52,89 +52,6 @@ from .compute import evaluating
 from .texts import encodable, unpadded
 from .train import History, Settings, fit
 
-# %% ../nbs/06_mlm.ipynb #9f5c8c21
-def read_documents(text: str, lines: int = 8) -> list[str]:
-    """Split a dump whose articles start with a line `= Title =` into one string
-    per article.
-
-    Parameters
-    ----------
-    text
-        The dump; section headings are lines such as `= = History = =` or plain
-        lines.
-    lines
-        A text without title lines is cut into documents of so many lines
-        instead.
-
-    Returns
-    -------
-    list of str
-        Articles in order: the title, then one paragraph or heading per line.
-        Articles without text are left out.
-
-    Raises
-    ------
-    ValueError
-        If the text is empty.
-
-    Examples
-    --------
-    >>> read_documents("= Ada =\\nAda wrote.\\n\\n= Bob =\\nBob read.")
-    ['Ada\\nAda wrote.', 'Bob\\nBob read.']
-    """
-    if not text.strip():
-        raise ValueError("the text is empty; give at least one line")
-    parts = re.split(r"(?m)^ ?= ([^=\n].*?) = *$", text)
-    if len(parts) < 3:
-        rows = [row for row in text.splitlines() if row.strip()]
-        return [
-            "\n".join(rows[i : i + lines]) for i in range(0, len(rows), lines)
-        ]
-    tidy = [_paragraphs(body) for body in parts[2::2]]
-    return [
-        f"{title}\n{body}"
-        for title, body in zip(parts[1::2], tidy, strict=True)
-        if body
-    ]
-
-# %% ../nbs/06_mlm.ipynb #6c4ec2e3
-def split_documents(
-    documents: Sequence[str], held_out: float = 0.01, seed: int = 0
-) -> tuple[list[str], list[str], list[str]]:
-    """Deal whole documents into training, validation and test parts.
-
-    Parameters
-    ----------
-    documents
-        One string per document.
-    held_out
-        Share of the documents in each of the two held-out parts, between 0 and
-        0.5.
-    seed
-        Seed of the permutation.
-
-    Returns
-    -------
-    train, valid, test
-        Three lists without a document in common; the held-out ones hold at
-        least one document each.
-
-    Examples
-    --------
-    >>> parts = split_documents([str(i) for i in range(100)], held_out=0.1)
-    >>> [len(part) for part in parts]
-    [80, 10, 10]
-    """
-    if not 0 < held_out < 0.5 or len(documents) < 3:
-        raise ValueError(
-            f"held_out={held_out} of {len(documents)} documents: give a share "
-            "in (0, 0.5) and at least 3"
-        )
-    n = max(1, round(held_out * len(documents)))
-    order = np.random.default_rng(seed).permutation(len(documents))
-    valid, test, train = order[:n], order[n : 2 * n], np.sort(order[2 * n :])
-    return tuple([documents[i] for i in part] for part in (train, valid, test))
-
 # %% ../nbs/06_mlm.ipynb #8bd2e0e8
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -409,86 +326,6 @@ def mask_tokens(
         labels,
     )
 
-# %% ../nbs/06_mlm.ipynb #ca99aaf1
-@lru_cache(maxsize=2)
-def _shuffled(n: int, seed: int, lap: int) -> Tensor:
-    """The order of n rows in pass number `lap` over the data, shape (n,)."""
-    generator = torch.Generator().manual_seed(seed * 7919 + lap)
-    return torch.randperm(n, generator=generator)
-
-
-def _stream_rows(n: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Batch number `step` of an endless stream of shuffled passes over n rows,
-    shape (B,).
-    """
-    lap, place = divmod(step * batch_size, n)
-    rows = _shuffled(n, seed, lap)[place : place + batch_size]
-    while len(rows) < batch_size:  # the batch runs into the next pass
-        lap, missing = lap + 1, batch_size - len(rows)
-        rows = torch.cat([rows, _shuffled(n, seed, lap)[:missing]])
-    return rows
-
-# %% ../nbs/06_mlm.ipynb #82b83675
-class Masked:
-    """Batches of packed sequences with fresh masks: an endless stream cut into
-    epochs of equal length.
-
-    Parameters
-    ----------
-    ids, vocab
-        Packed sequences, shape (N, T); from `vocabulary(tokenizer)`, or the
-        tokenizer.
-    batch_size, steps
-        Sequences B in a batch; batches in an epoch, which goes on where the
-        last one stopped (None: one pass).
-    fixed
-        The same order and the same masks in every epoch, as validation needs.
-    seed, **masking
-        Seed of order and masks; options of `mask_tokens`.
-    """
-
-    def __init__(
-        self,
-        ids,
-        vocab,
-        batch_size=32,
-        steps=None,
-        fixed=False,
-        seed=0,
-        **masking,
-    ):
-        self.ids, self.vocab = ids, vocabulary(vocab)
-        self.batch_size, self.fixed, self.seed = batch_size, fixed, seed
-        self.masking, self.epoch = masking, 0
-        once = -(-len(ids) // batch_size) if fixed else len(ids) // batch_size
-        self.steps = steps or max(1, once)
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
-        self.epoch = epoch
-
-    def rows(self, step: int) -> Tensor:
-        """The row numbers of the batch `step` steps after the first, (B,)."""
-        n, size = len(self.ids), self.batch_size
-        if self.fixed:
-            return torch.arange(step * size, min((step + 1) * size, n))
-        return _stream_rows(n, size, step, self.seed)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        first = 0 if self.fixed else self.epoch * self.steps
-        for step in range(first, first + self.steps):
-            draws = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            inputs, labels = mask_tokens(
-                self.ids[self.rows(step)],
-                self.vocab,
-                generator=draws,
-                **self.masking,
-            )
-            yield {"input_ids": inputs, "labels": labels}
-
 # %% ../nbs/06_mlm.ipynb #006d0174
 def small_bert(
     vocab_size: int = 8192,
@@ -545,33 +382,6 @@ def small_bert(
             _sinusoids(positions, hidden) * std * 2**0.5
         )
     return model
-
-# %% ../nbs/06_mlm.ipynb #77e92dec
-def _rates(width: int) -> Tensor:
-    """Angle per position of each of the `width / 2` sinusoids: from pi down, a
-    geometric sequence.
-    """
-    return math.pi * torch.exp(
-        torch.arange(0, width, 2) * (-math.log(10000) / width)
-    )
-
-# %% ../nbs/06_mlm.ipynb #976a8f5d
-def _sinusoids(positions: int, width: int) -> Tensor:
-    """Sines and cosines of each position at `width / 2` wavelengths from
-    2 to 20000, shape (P, H).
-
-    References
-    ----------
-    Vaswani et al. (2017), Attention is all you need, section 3.5,
-    arXiv:1706.03762 (with longer wavelengths).
-
-    Examples
-    --------
-    >>> _sinusoids(2, 4)[0]
-    tensor([0., 1., 0., 1.])
-    """
-    angle = torch.arange(positions)[:, None] * _rates(width)
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
 # %% ../nbs/06_mlm.ipynb #3d3e4ccf
 class _MaskedOutput(NamedTuple):
@@ -809,45 +619,6 @@ def _count_embeddings(
     vectors = vectors - vectors[vocab.ordinary].mean(0)
     return F.normalize(vectors, dim=1) * ~vocab.special[:, None]
 
-# %% ../nbs/06_mlm.ipynb #d62d8f89
-@torch.no_grad()
-def _look_at_neighbors(
-    model, offsets: Sequence[int] = (-1, 1, -2, 2), peak: float = 12.0
-) -> None:
-    """Set queries and keys of the first layer so that head h starts by
-    attending `offsets[h]` places away.
-
-    Works by the addition theorem: keys see each sinusoid of the position turned
-    by `offset` places, equation (6.6).
-
-    Parameters
-    ----------
-    model
-        From `small_bert`; changed in place.
-    offsets
-        One per head at most.
-    peak
-        Attention score at the wanted place, 0 on average elsewhere.
-    """
-    attention = model.bert.encoder.layer[0].attention.self
-    hidden, width = (
-        model.config.hidden_size,
-        model.config.hidden_size // model.config.num_attention_heads,
-    )
-    scale = (2 * peak / width**0.5) ** 0.5
-    for head, offset in enumerate(offsets[: model.config.num_attention_heads]):
-        turn = _rates(hidden)[: width // 2] * offset
-        cosine, sine = turn.cos().repeat_interleave(2), torch.zeros(width - 1)
-        sine[::2] = turn.sin()
-        rows = slice(head * width, (head + 1) * width)
-        attention.query.weight[rows] = scale * torch.eye(width, hidden)
-        rotation = (
-            torch.diag(cosine) + torch.diag(-sine, 1) + torch.diag(sine, -1)
-        )
-        attention.key.weight[rows] = scale * F.pad(
-            rotation, (0, hidden - width)
-        )
-
 # %% ../nbs/06_mlm.ipynb #a38c3fef
 @torch.no_grad()
 def start_from_counts(model, ids: Tensor, vocab: Any) -> None:
@@ -870,81 +641,6 @@ def start_from_counts(model, ids: Tensor, vocab: Any) -> None:
     words = model.bert.embeddings.word_embeddings.weight
     words[vocab.ordinary] = vectors[vocab.ordinary]
     _look_at_neighbors(model)
-
-# %% ../nbs/06_mlm.ipynb #c53eb581
-class _Budget:
-    """Learning-rate schedule and stopping rule for a run limited in steps, in
-    time, or both.
-
-    Progress is the larger share used up; the factor rises during the share
-    `warmup`, then falls to 0 linearly. `seconds` are wall-clock seconds from
-    the first step, pauses included.
-    """
-
-    def __init__(self, seconds: float = math.inf, warmup: float = 0.05):
-        if seconds <= 0 or not 0 < warmup < 1:
-            raise ValueError(
-                f"seconds={seconds}, warmup={warmup}: give a positive time "
-                "and a warmup share in (0, 1)"
-            )
-        self.seconds, self.warmup = seconds, warmup
-        self.on_train_begin(None)
-
-    def on_train_begin(self, run) -> None:
-        """Forget an earlier run's time; a checkpoint's comes afterwards."""
-        self.start: float | None = None
-
-    def progress(self, step: int, total_steps: int) -> float:
-        """The share of the run that is over, in [0, 1]; the same in all
-        processes of a distributed run.
-        """
-        now = time.time()
-        self.start = now if self.start is None else self.start
-        done = max(step / total_steps, (now - self.start) / self.seconds)
-        if dist.is_available() and dist.is_initialized():
-            shared = torch.tensor(done, dtype=torch.float64)
-            dist.broadcast(shared, 0)
-            done = shared.item()
-        return min(1.0, done)
-
-    def __call__(self, step: int, total_steps: int) -> float:
-        """Return the factor of the learning rate at a step."""
-        self.done = self.progress(step, total_steps)
-        return min(
-            (self.done + 1 / total_steps) / self.warmup,
-            1.0,
-            (1 - self.done) / (1 - self.warmup),
-        )
-
-    def on_step_end(self, state) -> None:
-        """Stop when nothing is left."""
-        state.stop = state.stop or self.done >= 1.0
-
-    def state_dict(self) -> dict:
-        """Return the start time, so that a resumed run keeps its deadline."""
-        return {"start": self.start}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take over the start time."""
-        self.start = state["start"]
-
-# %% ../nbs/06_mlm.ipynb #32dcd913
-def _masked_accuracy(logits: Tensor, target: Tensor) -> float:
-    """Share of the labeled positions whose best-scored piece is the right one.
-
-    Parameters
-    ----------
-    logits
-        Shape (M, V): one row per labeled position, in reading order.
-    target
-        Shape (B, T), -100 where nothing is to be predicted.
-    """
-    target = target[target != -100]
-    return (
-        (logits.argmax(-1) == target).float().mean().item()
-        if len(target)
-        else 0.0
-    )
 
 # %% ../nbs/06_mlm.ipynb #abb4eefe
 def pretrain(
@@ -1027,20 +723,6 @@ def pretrain(
         **{"metrics": {"accuracy": _masked_accuracy}, **options},
     )
 
-# %% ../nbs/06_mlm.ipynb #640ec5ab
-def load_bundled():
-    """Load the small English BERT that comes with this book (4 layers of width
-    256, 8192 cased pieces).
-
-    Returns
-    -------
-    model, tokenizer
-        `BertForMaskedLM` in eval mode, float32, and `BertTokenizer`: what
-        `models.load("bert_mini_en")` gives. Their card is
-        `ftbook/assets/bert-mini-en/README.md`.
-    """
-    return models.load("bert_mini_en")
-
 # %% ../nbs/06_mlm.ipynb #476bc19c
 class _Guess(NamedTuple):
     """A piece proposed for a hidden position, and its probability."""
@@ -1109,6 +791,89 @@ def fill_mask(
         for row in zip(pieces, best.values.tolist(), strict=True)
     ]
 
+# %% ../nbs/06_mlm.ipynb #9f5c8c21
+def read_documents(text: str, lines: int = 8) -> list[str]:
+    """Split a dump whose articles start with a line `= Title =` into one string
+    per article.
+
+    Parameters
+    ----------
+    text
+        The dump; section headings are lines such as `= = History = =` or plain
+        lines.
+    lines
+        A text without title lines is cut into documents of so many lines
+        instead.
+
+    Returns
+    -------
+    list of str
+        Articles in order: the title, then one paragraph or heading per line.
+        Articles without text are left out.
+
+    Raises
+    ------
+    ValueError
+        If the text is empty.
+
+    Examples
+    --------
+    >>> read_documents("= Ada =\\nAda wrote.\\n\\n= Bob =\\nBob read.")
+    ['Ada\\nAda wrote.', 'Bob\\nBob read.']
+    """
+    if not text.strip():
+        raise ValueError("the text is empty; give at least one line")
+    parts = re.split(r"(?m)^ ?= ([^=\n].*?) = *$", text)
+    if len(parts) < 3:
+        rows = [row for row in text.splitlines() if row.strip()]
+        return [
+            "\n".join(rows[i : i + lines]) for i in range(0, len(rows), lines)
+        ]
+    tidy = [_paragraphs(body) for body in parts[2::2]]
+    return [
+        f"{title}\n{body}"
+        for title, body in zip(parts[1::2], tidy, strict=True)
+        if body
+    ]
+
+# %% ../nbs/06_mlm.ipynb #6c4ec2e3
+def split_documents(
+    documents: Sequence[str], held_out: float = 0.01, seed: int = 0
+) -> tuple[list[str], list[str], list[str]]:
+    """Deal whole documents into training, validation and test parts.
+
+    Parameters
+    ----------
+    documents
+        One string per document.
+    held_out
+        Share of the documents in each of the two held-out parts, between 0 and
+        0.5.
+    seed
+        Seed of the permutation.
+
+    Returns
+    -------
+    train, valid, test
+        Three lists without a document in common; the held-out ones hold at
+        least one document each.
+
+    Examples
+    --------
+    >>> parts = split_documents([str(i) for i in range(100)], held_out=0.1)
+    >>> [len(part) for part in parts]
+    [80, 10, 10]
+    """
+    if not 0 < held_out < 0.5 or len(documents) < 3:
+        raise ValueError(
+            f"held_out={held_out} of {len(documents)} documents: give a share "
+            "in (0, 0.5) and at least 3"
+        )
+    n = max(1, round(held_out * len(documents)))
+    order = np.random.default_rng(seed).permutation(len(documents))
+    valid, test, train = order[:n], order[n : 2 * n], np.sort(order[2 * n :])
+    return tuple([documents[i] for i in part] for part in (train, valid, test))
+
 # %% ../nbs/06_mlm.ipynb #75fffd4e
 def _paragraphs(body: str) -> str:
     """Lines of an article without blanks, headings without equals signs."""
@@ -1124,3 +889,238 @@ def _without_marks(row: str) -> str:
     while end - 2 >= start and row.startswith(" =", end - 2):
         end -= 2
     return row[start:end] if start and end < len(row) else row
+
+# %% ../nbs/06_mlm.ipynb #ca99aaf1
+@lru_cache(maxsize=2)
+def _shuffled(n: int, seed: int, lap: int) -> Tensor:
+    """The order of n rows in pass number `lap` over the data, shape (n,)."""
+    generator = torch.Generator().manual_seed(seed * 7919 + lap)
+    return torch.randperm(n, generator=generator)
+
+
+def _stream_rows(n: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """Batch number `step` of an endless stream of shuffled passes over n rows,
+    shape (B,).
+    """
+    lap, place = divmod(step * batch_size, n)
+    rows = _shuffled(n, seed, lap)[place : place + batch_size]
+    while len(rows) < batch_size:  # the batch runs into the next pass
+        lap, missing = lap + 1, batch_size - len(rows)
+        rows = torch.cat([rows, _shuffled(n, seed, lap)[:missing]])
+    return rows
+
+# %% ../nbs/06_mlm.ipynb #82b83675
+class Masked:
+    """Batches of packed sequences with fresh masks: an endless stream cut into
+    epochs of equal length.
+
+    Parameters
+    ----------
+    ids, vocab
+        Packed sequences, shape (N, T); from `vocabulary(tokenizer)`, or the
+        tokenizer.
+    batch_size, steps
+        Sequences B in a batch; batches in an epoch, which goes on where the
+        last one stopped (None: one pass).
+    fixed
+        The same order and the same masks in every epoch, as validation needs.
+    seed, **masking
+        Seed of order and masks; options of `mask_tokens`.
+    """
+
+    def __init__(
+        self,
+        ids,
+        vocab,
+        batch_size=32,
+        steps=None,
+        fixed=False,
+        seed=0,
+        **masking,
+    ):
+        self.ids, self.vocab = ids, vocabulary(vocab)
+        self.batch_size, self.fixed, self.seed = batch_size, fixed, seed
+        self.masking, self.epoch = masking, 0
+        once = -(-len(ids) // batch_size) if fixed else len(ids) // batch_size
+        self.steps = steps or max(1, once)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is."""
+        self.epoch = epoch
+
+    def rows(self, step: int) -> Tensor:
+        """The row numbers of the batch `step` steps after the first, (B,)."""
+        n, size = len(self.ids), self.batch_size
+        if self.fixed:
+            return torch.arange(step * size, min((step + 1) * size, n))
+        return _stream_rows(n, size, step, self.seed)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        first = 0 if self.fixed else self.epoch * self.steps
+        for step in range(first, first + self.steps):
+            draws = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            inputs, labels = mask_tokens(
+                self.ids[self.rows(step)],
+                self.vocab,
+                generator=draws,
+                **self.masking,
+            )
+            yield {"input_ids": inputs, "labels": labels}
+
+# %% ../nbs/06_mlm.ipynb #77e92dec
+def _rates(width: int) -> Tensor:
+    """Angle per position of each of the `width / 2` sinusoids: from pi down, a
+    geometric sequence.
+    """
+    return math.pi * torch.exp(
+        torch.arange(0, width, 2) * (-math.log(10000) / width)
+    )
+
+# %% ../nbs/06_mlm.ipynb #976a8f5d
+def _sinusoids(positions: int, width: int) -> Tensor:
+    """Sines and cosines of each position at `width / 2` wavelengths from
+    2 to 20000, shape (P, H).
+
+    References
+    ----------
+    Vaswani et al. (2017), Attention is all you need, section 3.5,
+    arXiv:1706.03762 (with longer wavelengths).
+
+    Examples
+    --------
+    >>> _sinusoids(2, 4)[0]
+    tensor([0., 1., 0., 1.])
+    """
+    angle = torch.arange(positions)[:, None] * _rates(width)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+
+# %% ../nbs/06_mlm.ipynb #d62d8f89
+@torch.no_grad()
+def _look_at_neighbors(
+    model, offsets: Sequence[int] = (-1, 1, -2, 2), peak: float = 12.0
+) -> None:
+    """Set queries and keys of the first layer so that head h starts by
+    attending `offsets[h]` places away.
+
+    Works by the addition theorem: keys see each sinusoid of the position turned
+    by `offset` places, equation (6.6).
+
+    Parameters
+    ----------
+    model
+        From `small_bert`; changed in place.
+    offsets
+        One per head at most.
+    peak
+        Attention score at the wanted place, 0 on average elsewhere.
+    """
+    attention = model.bert.encoder.layer[0].attention.self
+    hidden, width = (
+        model.config.hidden_size,
+        model.config.hidden_size // model.config.num_attention_heads,
+    )
+    scale = (2 * peak / width**0.5) ** 0.5
+    for head, offset in enumerate(offsets[: model.config.num_attention_heads]):
+        turn = _rates(hidden)[: width // 2] * offset
+        cosine, sine = turn.cos().repeat_interleave(2), torch.zeros(width - 1)
+        sine[::2] = turn.sin()
+        rows = slice(head * width, (head + 1) * width)
+        attention.query.weight[rows] = scale * torch.eye(width, hidden)
+        rotation = (
+            torch.diag(cosine) + torch.diag(-sine, 1) + torch.diag(sine, -1)
+        )
+        attention.key.weight[rows] = scale * F.pad(
+            rotation, (0, hidden - width)
+        )
+
+# %% ../nbs/06_mlm.ipynb #c53eb581
+class _Budget:
+    """Learning-rate schedule and stopping rule for a run limited in steps, in
+    time, or both.
+
+    Progress is the larger share used up; the factor rises during the share
+    `warmup`, then falls to 0 linearly. `seconds` are wall-clock seconds from
+    the first step, pauses included.
+    """
+
+    def __init__(self, seconds: float = math.inf, warmup: float = 0.05):
+        if seconds <= 0 or not 0 < warmup < 1:
+            raise ValueError(
+                f"seconds={seconds}, warmup={warmup}: give a positive time "
+                "and a warmup share in (0, 1)"
+            )
+        self.seconds, self.warmup = seconds, warmup
+        self.on_train_begin(None)
+
+    def on_train_begin(self, run) -> None:
+        """Forget an earlier run's time; a checkpoint's comes afterwards."""
+        self.start: float | None = None
+
+    def progress(self, step: int, total_steps: int) -> float:
+        """The share of the run that is over, in [0, 1]; the same in all
+        processes of a distributed run.
+        """
+        now = time.time()
+        self.start = now if self.start is None else self.start
+        done = max(step / total_steps, (now - self.start) / self.seconds)
+        if dist.is_available() and dist.is_initialized():
+            shared = torch.tensor(done, dtype=torch.float64)
+            dist.broadcast(shared, 0)
+            done = shared.item()
+        return min(1.0, done)
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        """Return the factor of the learning rate at a step."""
+        self.done = self.progress(step, total_steps)
+        return min(
+            (self.done + 1 / total_steps) / self.warmup,
+            1.0,
+            (1 - self.done) / (1 - self.warmup),
+        )
+
+    def on_step_end(self, state) -> None:
+        """Stop when nothing is left."""
+        state.stop = state.stop or self.done >= 1.0
+
+    def state_dict(self) -> dict:
+        """Return the start time, so that a resumed run keeps its deadline."""
+        return {"start": self.start}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over the start time."""
+        self.start = state["start"]
+
+# %% ../nbs/06_mlm.ipynb #32dcd913
+def _masked_accuracy(logits: Tensor, target: Tensor) -> float:
+    """Share of the labeled positions whose best-scored piece is the right one.
+
+    Parameters
+    ----------
+    logits
+        Shape (M, V): one row per labeled position, in reading order.
+    target
+        Shape (B, T), -100 where nothing is to be predicted.
+    """
+    target = target[target != -100]
+    return (
+        (logits.argmax(-1) == target).float().mean().item()
+        if len(target)
+        else 0.0
+    )
+
+# %% ../nbs/06_mlm.ipynb #640ec5ab
+def load_bundled():
+    """Load the small English BERT that comes with this book (4 layers of width
+    256, 8192 cased pieces).
+
+    Returns
+    -------
+    model, tokenizer
+        `BertForMaskedLM` in eval mode, float32, and `BertTokenizer`: what
+        `models.load("bert_mini_en")` gives. Their card is
+        `ftbook/assets/bert-mini-en/README.md`.
+    """
+    return models.load("bert_mini_en")

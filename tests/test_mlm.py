@@ -395,72 +395,71 @@ def test_ppmi_by_hand_and_similar_words_get_similar_vectors(vocab):
     assert torch.equal(mlm._pair_counts(ids, 2, 9)[5], torch.tensor([0, 0, 0, 20.0, 0, 0, 0, 0, 0]))
 
 
-@pytest.fixture(scope="module")
-def slice_(documents):
-    return study.prepare(documents * 2, entries=160, length=16)
-
-
-@pytest.mark.parametrize("variant", study.VARIANTS)
-def test_every_variant_runs_and_is_measured(slice_, variant, monkeypatch):
-    monkeypatch.setattr(study, "corpus", lambda: slice_)
+@pytest.mark.parametrize("features", [r["features"] for r in study.rows()])
+def test_every_description_is_probed_on_both_splits(features):
+    sizes = {split: len(part) for split, part in study._reviews().items()}
     for split in ("valid", "test"):
-        found = study.run(0, split, variant)
-        assert all(math.isfinite(v) for v in found.values()) and found["loss"] > 0
-        assert ("follows_accuracy" in found) == (variant == "next segment too")
-        if variant in ("standard", "random start"):
-            assert found["loss"] == pytest.approx(found["reported_loss"], rel=1e-4)
+        right = study.run(0, split, features, 1.0, labels=40)["accuracy"]
+        assert right.shape == (sizes[split],) and set(right) <= {0.0, 1.0}
+    assert (study.run(0, "test", features, 1.0, labels=40)["accuracy"] == right).all()
 
 
-def test_the_study_runs_on_its_own_text_on_both_splits():
-    first, second = (study.run(0, split, "standard") for split in ("valid", "test"))
-    assert first.keys() == second.keys() and first["loss"] != second["loss"]
-    with pytest.raises(ValueError, match="unknown variant 'nonsense'; use one of standard"):
-        study.run(0, "valid", "nonsense")
+def test_a_sentence_vector_is_the_mean_of_its_outputs_whatever_stands_beside_it(model, tokenizer):
+    model.eval()
+    both = study.sentence_vectors([SENTENCES[0], "Anna"], model, tokenizer)
+    alone = study.sentence_vectors(["Anna"], model, tokenizer)
+    ids = torch.tensor([tokenizer("Anna")["input_ids"]])
+    with torch.no_grad():
+        wanted = model.bert(ids).last_hidden_state[0].mean(0)
+    assert both.shape == (2, 32) and torch.allclose(torch.tensor(alone[0]), wanted, atol=1e-5)
+    assert torch.allclose(torch.tensor(both[1]), wanted, atol=1e-5)
 
 
-def test_the_study_has_a_row_for_each_variant_and_goes_on_where_it_stopped(slice_, tmp_path, monkeypatch):
+def made_up(seed, split, features, strength, *, labels):
+    """Scores in place of a run."""
+    n = len(study._reviews()[split])
+    right = {"MiniLM": 2, "bert-mini-en": 3}.get(features, 4)
+    return {"accuracy": (torch.arange(n) % right > 0).double().numpy() - (strength not in (1e-2, 1e1))}
+
+
+def test_the_study_has_a_row_for_each_description_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
-    monkeypatch.setattr(study, "corpus", lambda: slice_)
-    monkeypatch.setattr(
-        study, "run", lambda seed, split, variant: {"loss": len(variant) + seed, "valid": split == "valid"}
-    )
+    monkeypatch.setattr(study, "run", made_up)
     study.main()
-    monkeypatch.setattr(study, "run", None)
-    study.main("variants")
-    found = results.load_sweep("06_mlm", "variants")
-    assert len(found.runs) == 24 and found.row("loss", variant="standard")["values"] == [8, 9, 10]
-    assert all(r["metrics"]["valid"] for r in found.runs)
-    with pytest.raises(ValueError, match="no study 'nonsense'; use .*finish"):
-        study.main("variants", "nonsense")
+    monkeypatch.setattr(study, "run", lambda *args, **options: pytest.fail("runs again"))
+    study.main("probe")
+    for labels in study.LABELS:
+        found = results.load_study("06_mlm", f"probe_{labels}", "quick")
+        rows = found.rows("accuracy")
+        assert [r["features"] for r in rows] == [r["features"] for r in study.rows()]
+        assert all(len(r["values"]) == 10 and r["tried"] == 6 and not r["edge"] for r in rows)
+        assert [r["strength"] for r in rows] == [1e1, 1e-2, 1e-2, 1e-2]
+        gaps = {r["features"]: r["verdict"] for r in found.compare("accuracy", features="bag of words")}
+        assert gaps["MiniLM"] == "worse" and gaps["random BERT"] == "unclear"
+    with pytest.raises(ValueError, match="no study 'nonsense'; use probe, .*finish"):
+        study.main("probe", "nonsense")
 
 
-def test_the_stored_variants_are_those_of_the_study(root):
-    stored = json.loads((root / "results" / "06_mlm.json").read_text(encoding="utf-8"))["cpu"]["variants"]["value"]
-    assert {r["choice"]["variant"] for r in stored["runs"]} == set(study.VARIANTS) and len(stored["runs"]) == 24
-    size = {"steps": 120, "batch": 32, "layers": 2, "hidden": 128}
-    assert stored["budget"] == study.BUDGET.format(length=64, **size)
+def test_counting_and_the_model_are_scored_on_hidden_pieces_alone(model, ids, vocab):
+    counts, batches = mlm.NGram(ids, vocab), mlm.Masked(ids, vocab, 8, fixed=True, seed=3)
+    found, scored = study._on_hidden(model, counts, batches), mlm.score(model, batches)
+    hidden = scored.shown == vocab.mask_id
+    assert found["n"] == int(hidden.sum()) < len(hidden)
+    mean, low, high = found["bert-mini-en"]["loss"]
+    assert mean == pytest.approx(float(scored.loss[hidden].mean()), rel=1e-5) and low < mean < high
+    unigram, bigram = (found[k]["accuracy"][0] for k in ("unigram", "bigram"))
+    assert 0 <= unigram < bigram <= 1 and 0 <= found["kept"] <= 1
 
 
-def test_variants_differ_where_they_should(slice_):
-    def batch(variant):
-        way, size = study.VARIANTS[variant], {"batch_size": 16, "steps": 1, "seed": 0}
-        return next(iter(study._variant_batches(slice_.train, slice_.vocab, way, **size)))
-
-    everywhere, special = batch("loss on all positions"), batch("special tokens masked")
-    assert (everywhere["labels"] >= 0).all()
-    assert (special["labels"] >= 0)[:, 0].any()
-    always = batch("always [MASK]")
-    assert (always["input_ids"][always["labels"] >= 0] == 4).all()
-    made = {v: study._variant_model(slice_, way, 16, 1, seed=0) for v, way in study.VARIANTS.items()}
-    words = {v: model.bert.embeddings.word_embeddings.weight for v, model in made.items()}
-    alike = [v for v in words if torch.equal(words[v], words["standard"])]
-    assert alike == [v for v in study.VARIANTS if v not in ("random start", "BERT's 0.02 start")]
-    assert words["BERT's 0.02 start"].std() < 0.1 < words["random start"].std()
-
-
-def test_the_rate_of_the_variants_is_that_of_pretraining():
-    budget = mlm._Budget(warmup=0.1)
-    assert [study._rate(step, 120) for step in range(121)] == [budget(step, 120) for step in range(121)]
+def test_the_best_next_piece_is_that_of_the_bigram_model(ids, vocab):
+    counts = mlm.NGram(ids, vocab)
+    previous = torch.tensor([2, 9, 30, 9, 3])
+    every = vocab.ordinary
+    wanted = [every[counts.losses(p.expand(len(every)), every)[1].argmin()] for p in previous]
+    found = study._best_next(counts, previous)
+    for got, best, p in zip(found, wanted, previous, strict=True):
+        losses = counts.losses(p.expand(2), torch.stack([got, best]))[1]
+        assert losses[0] == pytest.approx(float(losses[1]))
 
 
 def test_the_long_run_packs_trains_and_writes_a_checkpoint(tmp_path, monkeypatch):
@@ -615,26 +614,6 @@ def test_attention_shares_of_a_uniform_head(model, ids, vocab):
     assert torch.allclose(shares[2], torch.full_like(shares[2], 1 / 16), atol=1e-6)
     assert (shares[4] >= 1 / 16 - 1e-6).all()
     assert flat.config._attn_implementation == "sdpa"
-
-
-def test_pairs_of_halves(ids, vocab):
-    pairs, follows, segment = study._pair_halves(ids, torch.Generator().manual_seed(0))
-    assert pairs.shape == ids.shape and 0.2 < follows.float().mean() < 0.8
-    own = follows.bool()
-    assert torch.equal(pairs[own, 8:-1], ids[own, 7:-2]) and torch.equal(pairs[:, :7], ids[:, :7])
-    assert (pairs[:, 7] == 3).all() and (pairs[:, -1] == 3).all() and segment[0].tolist() == [0] * 8 + [1] * 8
-    assert not torch.equal(pairs[~own, 8:-1], ids[~own, 7:-2])
-    with pytest.raises(ValueError, match="one sequence"):
-        study._pair_halves(ids[:1])
-
-
-def test_next_segment_model_trains(model, ids, vocab):
-    from ftbook.train import fit
-
-    net = study._MaskedNextLM(model)
-    history = fit(net, study._MaskedPairs(ids, vocab, 8, steps=3), loss=None, settings=Settings(progress=False))
-    assert math.isfinite(history["train_loss"][0]) and net.answer.shape == (8, 2)
-    assert study._reported(net, study._MaskedPairs(ids, vocab, 8, fixed=True))["follows_accuracy"] >= 0
 
 
 def test_a_tokenizer_does_wherever_its_table_does(tokenizer, vocab, ids):
