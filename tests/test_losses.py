@@ -416,7 +416,7 @@ def test_the_study_chooses_among_rates_and_has_a_row_per_loss_and_baseline(monke
     monkeypatch.setattr(study, "vectors", lambda split: (None, torch.zeros(10)))
 
     def run(seed, split, method, lr=0.0, C=0.0, *, noise):
-        good = torch.arange(10) < 9 - 1e4 * abs(lr - 1e-3) - (C != 1)
+        good = torch.arange(10) < 9 - 1e4 * abs(lr - 1e-3) * (lr > 0) - (C > 0) * (C != 1)
         return {"accuracy": good.numpy(), "nll": noise + seed, "ece": 0.1, "ece_noisy": 0.1, "confidence": 0.9}
 
     monkeypatch.setattr(study, "run", run)
