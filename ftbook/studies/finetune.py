@@ -30,8 +30,8 @@ from . import run_named
 from ..train import Settings, evaluate, fit
 
 __all__ = [
-    "two_tasks", "pretrained_cnn", "fresh_head", "tuned", "old_accuracy", "run",
-    "rows", "main",
+    "two_tasks", "pretrained_cnn", "fresh_head", "tuned", "old_accuracy",
+    "untuned", "run", "rows", "main",
 ]  # fmt: skip
 
 CHAPTER = "08_finetune"

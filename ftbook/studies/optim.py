@@ -28,7 +28,7 @@ __all__ = ["task", "batches", "Classifier", "run", "run_head", "main"]
 SIZE, PIECES = runtime.pick(quick=64, cpu=1_600), 24
 BATCH, FROZEN = 16, 2
 SCHEDULE = optim.schedule("linear", warmup=0.1)
-bundled = cache(mlm.load_bundled)
+_bundled = cache(mlm.load_bundled)
 
 
 def _through(layers, hidden, mask):
@@ -46,7 +46,7 @@ def _frozen(split):
     """Short sentences of a split: vectors after the frozen layers (N, T, C),
     mask (N, T), labels (N,).
     """
-    model, tokenizer = bundled()
+    model, tokenizer = _bundled()
     quick = runtime.profile() == "quick"
     texts = data.load("sst2", split, bundled=quick)
     pieces = tokenizer(texts.texts)["input_ids"]
@@ -98,7 +98,7 @@ class Classifier(nn.Module):
     def __init__(self, seed):
         super().__init__()
         runtime.seed_everything(seed)
-        bert = bundled()[0].bert
+        bert = _bundled()[0].bert
         self.body = copy.deepcopy(bert.encoder.layer[FROZEN:])
         self.head = nn.Linear(bert.config.hidden_size, 2)
 
