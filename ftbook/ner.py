@@ -875,8 +875,8 @@ class NERTagger:
         Parameters
         ----------
         valid : Corpus, optional
-            Scored after each epoch; the weights of the epoch with the best
-            entity F1 are kept.
+            Scored after each epoch (see :class:`EntityF1`); the weights of
+            the epoch with the best F1 are kept.
         weight_power : float
             Exponent of :func:`class_weights`; 0 weighs all labels alike.
         **kwargs
@@ -884,17 +884,21 @@ class NERTagger:
 
         Returns
         -------
-        (History, EntityF1 or None)
+        History
+            With ``valid`` its rows have valid_f1, and ``best`` is the row whose
+            weights were kept.
         """
         encoded = self.encode(corpus, label_pieces=label_pieces)
         weight = class_weights(encoded.labels, len(self.labels), weight_power)
         loss = TagLoss(self.model, weight if weight_power else None)
         batches = BucketBatches(encoded, batch_size, seed=seed)
-        watch = None if valid is None else EntityF1(self, valid)
-        watching = [*callbacks, *([watch] if watch else [])]
+        watching = list(callbacks)
+        if valid is not None:
+            best = train.EarlyStopping("valid_f1", patience=None, mode="max")
+            watching = [best, *callbacks, EntityF1(self, valid)]
         options = {"epochs": epochs, "lr": lr, "seed": seed, **kwargs}
-        options["callbacks"] = watching
-        return train.fit(loss, batches, loss=None, **options), watch
+        options["callbacks"] = watching  # fit calls early stopping last
+        return train.fit(loss, batches, loss=None, **options)
 
 # %% ../nbs/10_ner.ipynb #e9467b36
 def _folder_of(name) -> Path | None:
@@ -1043,50 +1047,27 @@ def _predict(tagger: NERTagger, text, **kwargs) -> list:
 
 # %% ../nbs/10_ner.ipynb #60db050f
 class EntityF1:
-    """Callback of ``train.fit``: entity F1 on held-out sentences.
+    """Callback of ``train.fit``: entity scores on held-out sentences.
 
-    Scored after each epoch; the weights of the best one are put back at the
-    end. A checkpoint of ``fit`` carries all of it.
-
-    Attributes
-    ----------
-    history : list of float, best : float, best_epoch : int
+    Adds ``valid_f1``, ``valid_precision`` and ``valid_recall`` to every
+    epoch's row, where ``train.EarlyStopping("valid_f1")`` finds them.
     """
 
-    def __init__(self, tagger: NERTagger, corpus: Corpus, restore: bool = True):
-        self.tagger, self.corpus, self.restore = tagger, corpus, restore
-        self.on_train_begin(None)
+    def __init__(self, tagger: NERTagger, corpus: Corpus):
+        self.tagger, self.corpus = tagger, corpus
 
-    def on_train_begin(self, state) -> None:
-        """Forget an earlier run."""
-        self.history: list[float] = []
-        self.best, self.best_epoch = -1.0, -1
-        self.weights: dict[str, torch.Tensor] | None = None
-
-    def on_epoch_end(self, state) -> None:
-        """Score the corpus; keep the weights if no epoch was better."""
-        self.history.append(self.tagger.evaluate(self.corpus).f1)
-        if self.history[-1] > self.best:
-            self.best = self.history[-1]
-            self.best_epoch = len(self.history) - 1
-            if self.restore:
-                now = self.tagger.model.state_dict()
-                self.weights = {k: v.detach().clone() for k, v in now.items()}
-
-    def on_train_end(self, state) -> None:
-        """Put the best weights back."""
-        if self.weights is not None:
-            self.tagger.model.load_state_dict(self.weights)
-            self.weights = None
+    def on_epoch_end(self, run) -> None:
+        """Tag the corpus and compare."""
+        found = self.tagger.evaluate(self.corpus)
+        for name in ("f1", "precision", "recall"):
+            run.row[f"valid_{name}"] = float(getattr(found, name))
 
     def state_dict(self) -> dict:
-        """Scores so far and the best weights, for a checkpoint."""
-        names = ("history", "best", "best_epoch", "weights")
-        return {name: getattr(self, name) for name in names}
+        """Nothing in it changes: the scores are in the history."""
+        return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a checkpoint."""
-        self.__dict__.update(state)
+        """Nothing to take over."""
 
 # %% ../nbs/10_ner.ipynb #6818e770
 @dataclass(frozen=True)

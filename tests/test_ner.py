@@ -35,7 +35,7 @@ from ftbook.ner import (
 )
 from ftbook.studies import ner as study
 from ftbook.tags import entity_f1, label_list, to_iob2
-from ftbook.train import Checkpoint, fit
+from ftbook.train import Checkpoint, EarlyStopping, fit
 
 QUICK = settings(max_examples=60, deadline=None)
 LABELS = label_list(["LOC", "ORG", "PER"])
@@ -449,10 +449,10 @@ def tagger(tokenizer, town_corpus):
     tagger = NERTagger(token_classifier(body, town_corpus.labels, dropout=0.0), tokenizer, max_length=24, stride=6)
     same = tagger.model.base_model.state_dict()
     assert all(torch.equal(v, same[k]) for k, v in body.base_model.state_dict().items())
-    history, watch = tagger.fit(
+    history = tagger.fit(
         town_corpus, town_corpus, epochs=6, lr=5e-3, batch_size=16, weight_power=0.3, settings=Settings(progress=False)
     )
-    assert len(history.rows) == 6 and watch.best == max(watch.history) == watch.history[watch.best_epoch]
+    assert len(history.rows) == 6 and history.best["valid_f1"] == max(history["valid_f1"])
     return tagger
 
 
@@ -567,36 +567,46 @@ def test_texts_with_half_surrogates_are_tagged_at_their_places(tagger):
     assert all(text[e.start : e.end] == e.text for e in found) and {"Rome", "Paris"} <= {e.text for e in found}
 
 
-def test_the_watch_goes_on_from_its_checkpoint(tagger, town_corpus):
-    few, before = Corpus(town_corpus[:20]), {k: v.clone() for k, v in tagger.model.state_dict().items()}
-    watch = ner.EntityF1(tagger, few)
-    watch.on_epoch_end(None)
-    saved = watch.state_dict()
-    again = ner.EntityF1(tagger, few)
-    again.load_state_dict(saved)
-    assert again.best == watch.best > 0.9 and again.best_epoch == 0 and again.history == watch.history
-    with torch.no_grad():
-        for p in tagger.model.parameters():
-            p.zero_()
-    again.on_epoch_end(None)  # a worse epoch
-    again.on_train_end(None)
-    assert again.best_epoch == 0 and len(again.history) == 2
-    assert all(torch.equal(v, before[k]) for k, v in tagger.model.state_dict().items())
-
-
-def test_the_watch_keeps_the_best_epoch_of_every_run_it_serves(tagger, town_corpus):
-    scores = iter((0.9, 0.2, 0.5, 0.3))
-    watch = ner.EntityF1(tagger, Corpus(town_corpus[:2]))
-    model = torch.nn.Linear(2, 2)
-    watch.tagger = SimpleNamespace(model=model, evaluate=lambda corpus: SimpleNamespace(f1=next(scores)))
-    seen, found = [], []
+def test_entity_f1_is_a_value_that_early_stopping_can_monitor(tagger, town_corpus):
+    found = [SimpleNamespace(f1=f, precision=f / 2, recall=1.0) for f in (0.3, 0.9, 0.2, 0.5, 0.1)]
+    model, seen = torch.nn.Linear(2, 2), []
+    scores = iter(found)
+    watch = ner.EntityF1(SimpleNamespace(evaluate=lambda corpus: next(scores)), Corpus(town_corpus[:2]))
     keep = SimpleNamespace(on_epoch_end=lambda run: seen.append(model.weight.detach().clone()))
-    for _ in range(2):
-        data = torch.randn(8, 2), torch.tensor([0, 1] * 4)
-        fit(model, data, epochs=2, lr=0.1, callbacks=[watch, keep], settings=Settings(progress=False))
-        found.append((watch.best, watch.best_epoch, watch.history))
-        assert torch.equal(model.weight, seen[-2])
-    assert found == [(0.9, 0, [0.9, 0.2]), (0.5, 0, [0.5, 0.3])]
+    stop = EarlyStopping("valid_f1", patience=2)
+    data = torch.randn(8, 2), torch.tensor([0, 1] * 4)
+    history = fit(model, data, epochs=9, lr=0.1, callbacks=[stop, watch, keep], settings=Settings(progress=False))
+    assert history["valid_f1"] == [0.3, 0.9, 0.2, 0.5] and history["valid_precision"][1] == 0.45
+    assert history.best["epoch"] == 2 and torch.equal(model.weight, seen[1])
+
+
+def test_a_watch_serves_several_runs(town_corpus):
+    scores = iter((0.9, 0.2, 0.5, 0.3))
+    score = lambda corpus: SimpleNamespace(f1=next(scores), precision=0.0, recall=0.0)  # noqa: E731
+    callbacks = [EarlyStopping("valid_f1", None), ner.EntityF1(SimpleNamespace(evaluate=score), town_corpus)]
+    data = torch.randn(8, 2), torch.tensor([0, 1] * 4)
+    options = {"epochs": 2, "callbacks": callbacks, "settings": Settings(progress=False)}
+    best = [fit(torch.nn.Linear(2, 2), data, **options).best["valid_f1"] for _ in range(2)]
+    assert best == [0.9, 0.5]
+
+
+def test_the_tagger_keeps_its_best_f1_and_stops_early_on_it(tokenizer, town_corpus, monkeypatch):
+    few, scores, seen = Corpus(town_corpus[:12]), iter((0.5, 0.0, 0.2, 0.9)), []
+    monkeypatch.setattr(
+        NERTagger, "evaluate", lambda self, corpus: SimpleNamespace(f1=next(scores), precision=0.0, recall=0.0)
+    )
+    tagger = NERTagger(token_classifier(small_body(tokenizer), few.labels, 0.0), tokenizer, max_length=24, stride=6)
+
+    class Keep:
+        def on_epoch_end(self, run):
+            seen.append({k: v.clone() for k, v in tagger.model.state_dict().items()})
+
+    callbacks = [Keep(), EarlyStopping("valid_f1", patience=2, restore=False)]
+    history = tagger.fit(few, few, epochs=4, lr=5e-3, callbacks=callbacks, settings=Settings(progress=False))
+    assert history["valid_f1"] == [0.5, 0.0, 0.2] and history.best["epoch"] == 1
+    assert all(torch.equal(v, seen[0][k]) for k, v in tagger.model.state_dict().items())
+    history = tagger.fit(few, epochs=1, settings=Settings(progress=False))
+    assert history.best is None and "valid_f1" not in history.names()
 
 
 def test_a_broken_off_run_equals_the_whole_one_with_its_best_f1(tokenizer, town_corpus, tmp_path):
@@ -606,18 +616,18 @@ def test_a_broken_off_run_equals_the_whole_one_with_its_best_f1(tokenizer, town_
         t = NERTagger(token_classifier(small_body(tokenizer), few.labels, 0.0), tokenizer, max_length=24, stride=6)
 
         class Breaks:
-            def on_epoch_end(self, state):
-                if len(state.history.rows) == stop:
+            def on_epoch_end(self, run):
+                if len(run.history.rows) == stop:
                     raise KeyboardInterrupt
 
         options = {"epochs": 4, "lr": 5e-3, "batch_size": 8, "settings": Settings(progress=False)}
-        return t, *t.fit(few, few, callbacks=[Breaks(), *callbacks], **options)
+        return t, t.fit(few, few, callbacks=[Breaks(), *callbacks], **options)
 
-    whole, _, watch = run()
+    whole, history = run()
     with pytest.raises(KeyboardInterrupt):
         run(Checkpoint(tmp_path / "c.pt"), stop=3)
-    resumed, _, again = run(Checkpoint(tmp_path / "c.pt"))
-    assert again.history == watch.history and (again.best, again.best_epoch) == (watch.best, watch.best_epoch)
+    resumed, again = run(Checkpoint(tmp_path / "c.pt"))
+    assert again["valid_f1"] == history["valid_f1"] and again.best["epoch"] == history.best["epoch"]
     assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
 
 
