@@ -857,16 +857,7 @@ class WeightAverage:
         every: int = 1,
         train=None,
     ):
-        if decay is not None and not 0 <= decay < 1:
-            raise ValueError(
-                f"decay is {decay}; it must lie in [0, 1), or be None for "
-                "equal weights"
-            )
-        if not 0 <= start < 1 or every < 1:
-            raise ValueError(
-                f"start is {start}, every is {every}; allowed are "
-                "0 <= start < 1 and every >= 1"
-            )
+        _check_average(decay, start, every)
         self.decay, self.start, self.every = decay, start, every
         self.train, self.count = train, 0
         self.mean: dict[str, Tensor] = {}
@@ -878,10 +869,7 @@ class WeightAverage:
                 f"start={self.start} is a share of all steps, but train has no "
                 "len(): pass max_steps= to fit, or start=0"
             )
-        groups = run.optimizer.param_groups
-        held = {id(p) for group in groups for p in group["params"]}
-        named = run.model.named_parameters()
-        self._weights = {n: p for n, p in named if id(p) in held}
+        self._weights = _trained(run)
         self.mean, self.count = {}, 0
 
     @torch.no_grad()
@@ -929,27 +917,59 @@ class WeightAverage:
     def close(self, run) -> None:
         self._weights = {}
 
-    @torch.no_grad()
     def exchange(self, model: nn.Module) -> None:
         """Swap the model's weights with the kept ones.
 
         Those are the average in training, and the last weights afterwards.
         """
-        for name, p in model.named_parameters():
-            if name in self.mean:
-                here = p.detach().clone()
-                p.copy_(self.mean[name])
-                self.mean[name] = here
+        _swap(model, self.mean)
 
     def state_dict(self) -> dict:
         return {"mean": self.mean, "count": self.count}
 
     def load_state_dict(self, state: Mapping) -> None:
-        self.count, on = state["count"], self._weights
-        self.mean = {
-            n: t.to(on[n].device) if n in on else t
-            for n, t in state["mean"].items()
-        }
+        self.count = state["count"]
+        self.mean = _beside(self._weights, state["mean"])
+
+
+def _check_average(decay: float | None, start: float, every: int) -> None:
+    """Refuse shares and steps with which nothing can be averaged."""
+    if decay is not None and not 0 <= decay < 1:
+        raise ValueError(
+            f"decay is {decay}; it must lie in [0, 1), or be None for "
+            "equal weights"
+        )
+    if not 0 <= start < 1 or every < 1:
+        raise ValueError(
+            f"start is {start}, every is {every}; allowed are "
+            "0 <= start < 1 and every >= 1"
+        )
+
+
+def _trained(run) -> dict[str, nn.Parameter]:
+    """The weights of the model that the optimizer moves, by name."""
+    groups = run.optimizer.param_groups
+    held = {id(p) for group in groups for p in group["params"]}
+    named = run.model.named_parameters()
+    return {n: p for n, p in named if id(p) in held}
+
+
+@torch.no_grad()
+def _swap(model: nn.Module, kept: dict[str, Tensor]) -> None:
+    """Exchange the model's weights with those that are kept, in place."""
+    for name, p in model.named_parameters():
+        if name in kept:
+            here = p.detach().clone()
+            p.copy_(kept[name])
+            kept[name] = here
+
+
+def _beside(weights: Mapping, saved: Mapping) -> dict[str, Tensor]:
+    """A checkpoint's tensors, each on the device of its weight."""
+    return {
+        name: t.to(weights[name].device) if name in weights else t
+        for name, t in saved.items()
+    }
 
 # %% ../nbs/15_regularize.ipynb #10876581
 @torch.no_grad()
