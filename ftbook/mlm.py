@@ -1081,9 +1081,9 @@ class _Budget:
             (1 - self.done) / (1 - self.warmup),
         )
 
-    def on_step_end(self, state) -> None:
+    def on_step_end(self, run) -> None:
         """Stop when nothing is left."""
-        state.stop = state.stop or self.done >= 1.0
+        run.stop = run.stop or self.done >= 1.0
 
     def state_dict(self) -> dict:
         """Return the start time, so that a resumed run keeps its deadline."""

@@ -325,10 +325,10 @@ class _Report:
     def load_state_dict(self, state):
         pass
 
-    def on_epoch_end(self, state) -> None:
+    def on_epoch_end(self, run) -> None:
         if is_main():
-            print({k: round(v, 5) for k, v in state.row.items()}, flush=True)
-            now = {"rows": state.history.rows, "model": self.model.state_dict()}
+            print({k: round(v, 5) for k, v in run.row.items()}, flush=True)
+            now = {"rows": run.history.rows, "model": self.model.state_dict()}
             torch.save(now, _work("now.pt"))
 
 
