@@ -618,7 +618,10 @@ def test_a_sweep_hands_its_runs_to_an_executor():
         return {"loss": lr + seed}
 
     how = {"chapter": "00_demo", "progress": False}
-    with ThreadPoolExecutor(2) as pool, pytest.warns(UserWarning, match=r"sweep many: .*'lr': 3.*, seed 0 failed: Value"):
+    with (
+        ThreadPoolExecutor(2) as pool,
+        pytest.warns(UserWarning, match=r"sweep many: .*'lr': 3.*, seed 0 failed: Value"),
+    ):
         many = results.sweep(run, {"lr": [1, 2, 3]}, [0, 1], name="many", executor=pool, **how)
     with pytest.warns(UserWarning):
         one = results.sweep(run, {"lr": [1, 2, 3]}, [0, 1], name="one", **how)
