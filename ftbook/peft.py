@@ -1129,7 +1129,7 @@ class _Survey:
             self.modules.setdefault(first, module)
             self.names.setdefault(first, []).append(name)
 
-    def meant(self, *patterns: str | Iterable[str]) -> list[str]:
+    def meant(self, *patterns: str | Collection[str]) -> list[str]:
         """First names of the modules that patterns mean by any name."""
         among, what = self.names.values(), f"module of {self.model}"
         return select(among, *patterns, what=what)
