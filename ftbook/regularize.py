@@ -931,7 +931,7 @@ class WeightAverage:
         self.count = state["count"]
         self.mean = _beside(self._weights, state["mean"])
 
-
+# %% ../nbs/15_regularize.ipynb #65e08e73
 def _check_average(decay: float | None, start: float, every: int) -> None:
     """Refuse shares and steps with which nothing can be averaged."""
     if decay is not None and not 0 <= decay < 1:

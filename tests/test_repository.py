@@ -69,7 +69,9 @@ def fresh(tmp_path_factory) -> Path:
     for name in ("nbs", "tools"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns(".*", "kernel-ipc*", "__pycache__"))
     (copy / "ftbook").mkdir()
-    shutil.copy(ROOT / "ftbook" / "__init__.py", copy / "ftbook")
+    for name in ("__init__.py", "studies/__init__.py", "studies/__main__.py"):  # written by hand
+        (copy / "ftbook" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "ftbook" / name, copy / "ftbook" / name)
     subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
     for command in ([sys.executable, "-m", "tools.export"], [Path(sys.executable).with_name("nbdev-clean")]):
         subprocess.run(command, cwd=copy, check=True, capture_output=True)
