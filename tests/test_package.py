@@ -194,7 +194,7 @@ def colab(wheel, tmp_path):
     stub(index, "pooch", "1.8.2", ["numpy", "tqdm"])
     stub(index, "gguf", "0.17.1", ["numpy>=1.17"])
     stub(index, "gguf", "0.99.0", ["numpy>=90", "ipywidgets>=8"])
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "FTBOOK_"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "FTBOOK_", "PYTHONPATH"))}
     environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_CONFIG_FILE": os.devnull}
     gone = f"url.file://{tmp_path}/gone/.insteadOf"  # no network, and nothing at the address
     environment |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": gone, "GIT_CONFIG_VALUE_0": "https://"}
