@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .images import ImageSet, add_noise
+from .images import ImageSet, add_noise, adjust_color
 from .tags import spans
 from .train import predict
 
@@ -132,44 +132,6 @@ def random_resized_crop(
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 # %% ../nbs/16_augment.ipynb #01f420a8
-def _gray(x: Tensor) -> Tensor:
-    "Luma of color images, (B, 1, H, W); gray images as they are."
-    return (
-        x
-        if x.shape[1] == 1
-        else (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(
-            1, keepdim=True
-        )
-    )
-
-
-def _adjust_color(
-    x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor
-) -> Tensor:
-    """Brightness, then contrast, then saturation, each with one factor per
-    image (1 leaves it).
-
-    Parameters
-    ----------
-    x : Tensor (B, C, H, W), floating point in 0..1, C = 1 or 3
-    brightness, contrast, saturation : Tensor (B,)
-        Factors >= 0.
-
-    Examples
-    --------
-    >>> one = torch.ones(1)
-    >>> x = torch.full((1, 3, 2, 2), 0.25)
-    >>> _adjust_color(x, 2 * one, one, one).max().item()
-    0.5
-    """
-    _check_images(x)
-    x = (x * brightness.view(-1, 1, 1, 1)).clamp(0, 1)
-    x = torch.lerp(
-        _gray(x).mean((1, 2, 3), keepdim=True), x, contrast.view(-1, 1, 1, 1)
-    ).clamp(0, 1)
-    return torch.lerp(_gray(x), x, saturation.view(-1, 1, 1, 1)).clamp(0, 1)
-
-
 def color_jitter(x: Tensor, strength: float = 0.4) -> Tensor:
     """Change brightness, contrast and saturation of each image by factors from
     1 - strength to 1 + strength.
@@ -179,7 +141,8 @@ def color_jitter(x: Tensor, strength: float = 0.4) -> Tensor:
     >>> color_jitter(torch.rand(2, 3, 4, 4)).shape
     torch.Size([2, 3, 4, 4])
     """
-    return _adjust_color(
+    _check_images(x)
+    return adjust_color(
         x, *(1 + strength * (2 * torch.rand(3, len(x), device=x.device) - 1))
     )
 

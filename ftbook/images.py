@@ -21,6 +21,7 @@ __all__ = [
     "resized",
     "as_images",
     "add_noise",
+    "adjust_color",
     "read_folder",
     "read_zip",
     "load_images",
@@ -823,12 +824,16 @@ def _in_range(x: Tensor) -> Tensor:
 
 
 def add_noise(
-    x: Tensor, std: float = 0.1, generator: torch.Generator | None = None
+    x: Tensor,
+    std: float | Tensor = 0.1,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Add independent normal noise to images in 0..1 and clip to 0..1.
 
     Parameters
     ----------
+    std : float or Tensor (B, 1, 1, 1)
+        Standard deviation, for all images or for each.
     generator : torch.Generator, optional
         Source of the draws, on any device; default: PyTorch's own.
 
@@ -842,3 +847,46 @@ def add_noise(
         x.shape, generator=generator, device=where, dtype=x.dtype
     )
     return (x + std * noise.to(x.device)).clamp(0, 1)
+
+# %% ../nbs/A1_data.ipynb #76ef0aea
+def _gray(x: Tensor) -> Tensor:
+    """Luma of color images, the channels' mean of others: (B, 1, H, W)."""
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
+    luma = x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
+    return (x * luma).sum(1, keepdim=True)
+
+
+def adjust_color(
+    x: Tensor,
+    brightness: Tensor,
+    contrast: Tensor,
+    saturation: Tensor | None = None,
+) -> Tensor:
+    """Brightness, then contrast around the image's mean gray, then saturation.
+
+    Parameters
+    ----------
+    x : Tensor (B, C, H, W)
+        Floating point in 0..1; clipped to 0..1 after each change.
+    brightness, contrast, saturation : Tensor of B numbers
+        A factor >= 0 for each image; 1 leaves it as it is.
+
+    Examples
+    --------
+    >>> one = torch.ones(1)
+    >>> x = torch.full((1, 3, 2, 2), 0.25)
+    >>> adjust_color(x, 2 * one, one).max().item()
+    0.5
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(
+            "images must be floating point (B, C, H, W) in 0..1, got shape "
+            f"{tuple(x.shape)} and {x.dtype}; as_images(x) makes them so"
+        )
+    x = (x * brightness.view(-1, 1, 1, 1)).clamp(0, 1)
+    mean = _gray(x).mean((1, 2, 3), keepdim=True)
+    x = torch.lerp(mean, x, contrast.view(-1, 1, 1, 1)).clamp(0, 1)
+    if saturation is None:
+        return x
+    return torch.lerp(_gray(x), x, saturation.view(-1, 1, 1, 1)).clamp(0, 1)

@@ -43,7 +43,7 @@ from ftbook.finetune import (
     replace_head,
     unfreeze,
 )
-from .images import ImageSet, add_noise, as_images
+from .images import ImageSet, add_noise, adjust_color, as_images
 from .runtime import atomic_write, cache_dir
 from .train import History, Settings, fit, predict
 
@@ -525,15 +525,13 @@ class Augment:
         return torch.where(chosen, _gaussian(x, sigma), x)
 
     def color(self, x: Tensor) -> Tensor:
-        """Brightness, contrast around the image's mean, noise; 0..1 again."""
-        if self.light:
-            x = x * torch.exp(_uniform(x, -1, 1) * math.log1p(self.light))
-        if self.contrast:
-            mean = x.mean((1, 2, 3), keepdim=True)
+        """Brightness, contrast around the image's mean gray, noise; 0..1."""
+        if self.light or self.contrast:
+            light = torch.exp(_uniform(x, -1, 1) * math.log1p(self.light))
             low, high = 1 - self.contrast, 1 + self.contrast
-            x = mean + (x - mean) * _uniform(x, low, high)
+            x = adjust_color(x, light, _uniform(x, low, high))
         if self.noise:
-            x = x + torch.randn_like(x) * _uniform(x, 0, self.noise)
+            x = add_noise(x, _uniform(x, 0, self.noise))
         return x.clamp(0, 1)
 
 # %% ../nbs/09_vision.ipynb #e4f64040

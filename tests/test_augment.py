@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from ftbook import augment as au
-from ftbook import data, mlm
+from ftbook import data, images, mlm
 from ftbook.finetune import SmallCNN
 from ftbook.scoring import accuracy
 from ftbook.studies import augment as study
@@ -52,13 +52,13 @@ def test_mixing_equals_torchvision(kind, seed):
 def test_color_equals_torchvision(b, c, s):
     f = v2.functional
     want = f.adjust_saturation(f.adjust_contrast(f.adjust_brightness(X, b), c), s)
-    ours = au._adjust_color(X, *(torch.full((16,), v) for v in (b, c, s)))
+    ours = images.adjust_color(X, *(torch.full((16,), v) for v in (b, c, s)))
     torch.testing.assert_close(ours, want, atol=2e-6, rtol=0)
 
 
 def test_gray_images_keep_their_saturation():
     one, x = torch.ones(4), torch.rand(4, 1, 5, 5)
-    torch.testing.assert_close(au._adjust_color(x, one, one, 0 * one), x)
+    torch.testing.assert_close(images.adjust_color(x, one, one, 0 * one), x)
 
 
 @pytest.mark.parametrize("name", [n for n in au.STRENGTHS if n not in ("none", "flip", "upside down", "randaugment")])

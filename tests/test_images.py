@@ -562,6 +562,19 @@ def test_noise_has_its_deviation_and_repeats_with_its_generator():
     assert images.add_noise(flat, 9.0).max() == 1 and images.add_noise(flat.double()).dtype == torch.float64
 
 
+def test_noise_and_color_take_a_strength_for_every_image():
+    flat = torch.full((3, 3, 64, 64), 0.5)
+    torch.manual_seed(0)
+    noisy = images.add_noise(flat, torch.tensor([0.0, 0.05, 0.1]).view(3, 1, 1, 1))
+    assert noisy.std((1, 2, 3)).tolist() == pytest.approx([0, 0.05, 0.1], rel=0.05)
+    factors = torch.tensor([1.0, 0.5, 2.0])
+    assert images.adjust_color(flat, factors, torch.ones(3)).mean((1, 2, 3)).tolist() == pytest.approx([0.5, 0.25, 1.0])
+    ramp = torch.rand(3, 5, 4, 4)  # five channels: gray is their mean
+    torch.testing.assert_close(images.adjust_color(ramp, torch.ones(3), torch.ones(3)), ramp)
+    with pytest.raises(ValueError, match="as_images"):
+        images.adjust_color(flat.byte(), factors, factors)
+
+
 def test_images_are_resized():
     part = image_set([0, 1])
     assert images.resized(part, 16).x.shape == (2, 1, 16, 16) and images.resized(part, 16).source == "made up"

@@ -253,18 +253,6 @@ def test_every_module_has_a_docstring_and_a_small_face():
         assert len(lists) == 1 and len(lists[0].value.elts) <= 15, f"{file.name}: more than fifteen public names"
 
 
-# Functions of studies that their chapters have yet to list or make private: strike out what is done. A study's
-# settings, in capitals, are read by its chapter and stay as they are.
-NOT_YET_PRIVATE = {
-    "ftbook.studies.augment": {"comparison"},
-    "ftbook.studies.autoencoder": {"ablation", "baselines", "change_of", "encoder_of", "label_efficiency", "parts"},
-    "ftbook.studies.vision": {
-        *("before", "bundled", "cifar", "classes", "classes_of", "from_scratch", "memory", "memory_run", "old_task"),
-        *("peak_of", "photos", "photos_of", "pretrained", "scores_of", "source", "task", "untouched", "untuned"),
-    },
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("file", MODULES, ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_what_a_module_does_not_list_begins_with_an_underscore(file):
     name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
@@ -272,9 +260,9 @@ def test_what_a_module_does_not_list_begins_with_an_underscore(file):
     imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
     imported = {alias.asname or alias.name.split(".")[0] for n in imports for alias in n.names}
     here = {n for n in vars(module) if not n.startswith("_")} - imported - set(module.__all__)
-    if file.parent.name == "studies":
+    if file.parent.name == "studies":  # its settings, in capitals, are read by its chapter
         here = {n for n in here if not n.isupper()}
-    assert here == NOT_YET_PRIVATE.get(name, set()), "list it in __all__, or give it an underscore"
+    assert here == set(), "list it in __all__, or give it an underscore"
 
 
 def definitions_in_a_row(path: Path) -> int:

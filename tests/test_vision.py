@@ -255,6 +255,14 @@ def test_augment_draws_for_every_image_and_repeats_with_the_seed():
         v.Augment(noise=2)
 
 
+def test_augment_is_built_on_the_noise_and_the_color_of_images(monkeypatch):
+    seen = []
+    monkeypatch.setattr(v, "add_noise", lambda x, std: seen.append("noise") or x)
+    monkeypatch.setattr(v, "adjust_color", lambda x, light, contrast: seen.append("color") or x)
+    v.Augment(light=1.0, noise=0.1)(torch.rand(2, 3, 8, 8))
+    assert seen == ["color", "noise"], "the book has one noise and one change of color"
+
+
 def test_shifts_do_what_their_names_say():
     x = torch.rand(3, 3, 64, 64)
     blurred, noisy, darker = (v.SHIFTS[name] for name in ("blurred", "noisy", "darker"))
@@ -471,8 +479,8 @@ def test_the_study_of_photos_takes_rates_of_others_and_knows_its_names(monkeypat
 def test_the_other_studies_fill_their_rows(monkeypatch, tmp_path):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     monkeypatch.setattr(study, "source_run", lambda seed, split, lr: {f"{split}_accuracy": lr})
-    monkeypatch.setattr(study, "untuned", lambda seed: {"old_accuracy": 0.6})
-    monkeypatch.setattr(study, "memory_run", lambda seed, way: {"peak_mb": 1.0})
+    monkeypatch.setattr(study, "_untuned", lambda seed: {"old_accuracy": 0.6})
+    monkeypatch.setattr(study, "_memory_run", lambda seed, way: {"peak_mb": 1.0})
     monkeypatch.setattr(
         study, "classes_run", lambda seed, split, way, lr, labels: {f"{split}_loss": lr, f"{split}_accuracy": 1 - lr}
     )

@@ -161,7 +161,7 @@ def run_text(seed, split, method, labels, lr):
     return {f"{split}_accuracy": found["accuracy"]}
 
 # %% ../../nbs/16_augment.ipynb #3bfba55d
-def comparison(methods, counts, rates):
+def _comparison(methods, counts, rates):
     """Rows for `results.study`: methods at the rate of the plain run."""
     taken = results.ChosenFor(method="none")
     return [
@@ -191,7 +191,7 @@ def _compare(name, run, rows, budget, n, executor):
 
 def _images(executor):
     rows, n = (
-        comparison(METHODS, LABELS, RATES),
+        _comparison(METHODS, LABELS, RATES),
         {"valid": 1_920, "test": 2_000},
     )
     budget = f"{STEPS} steps of 32 images"
@@ -199,7 +199,7 @@ def _images(executor):
 
 
 def _texts(executor):
-    rows = comparison(TEXT_METHODS, TEXT_LABELS, TEXT_RATES)
+    rows = _comparison(TEXT_METHODS, TEXT_LABELS, TEXT_RATES)
     n = {"valid": 2 * TEXT_SCORED[0], "test": 2 * TEXT_SCORED[1]}
     budget = f"{TEXT_STEPS} steps of 16 sentences"
     _compare("texts", run_text, rows, budget, n, executor)

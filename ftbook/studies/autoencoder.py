@@ -75,7 +75,7 @@ STEPS = runtime.pick(quick=8, cpu=300)
 
 
 @functools.cache
-def parts() -> tuple[ImageSet, ImageSet, ImageSet]:
+def _parts() -> tuple[ImageSet, ImageSet, ImageSet]:
     """Fashion-MNIST: the pool, images held out, and images to test on."""
     images: Any = data.load("fashion_mnist", "train", bundled=QUICK)
     test: Any = data.load("fashion_mnist", "test", bundled=QUICK)
@@ -83,7 +83,7 @@ def parts() -> tuple[ImageSet, ImageSet, ImageSet]:
 
 
 @functools.cache
-def encoder_of(architecture: str, pretext: str, pool: int, seed: int) -> Any:
+def _encoder_of(architecture: str, pretext: str, pool: int, seed: int) -> Any:
     """An encoder pretrained on so many images; fresh for none."""
     runtime.seed_everything(seed)
     model = Autoencoder() if architecture == "mlp" else ConvAutoencoder()
@@ -93,7 +93,7 @@ def encoder_of(architecture: str, pretext: str, pool: int, seed: int) -> Any:
         )
         epochs = -(-PRETEXT_STEPS * 128 // pool)
         how = {"corruption": pretext, "epochs": epochs, "seed": seed}
-        pretrain(model, parts()[0][:pool], settings=settings, **how)
+        pretrain(model, _parts()[0][:pool], settings=settings, **how)
     return model.encoder
 
 
@@ -108,10 +108,10 @@ def label_run(
     corruption: str | None = None,
 ) -> dict[str, float]:
     """One point of a curve; on "test" its validation accuracy, too."""
-    train, valid, test = parts()
+    train, valid, test = _parts()
     pretext = corruption or PRETEXT[architecture]
     return few_label_run(
-        encoder_of(architecture, pretext, pool, seed),
+        _encoder_of(architecture, pretext, pool, seed),
         train,
         valid,
         test if split == "test" else None,
@@ -135,7 +135,7 @@ ABOUT: dict[str, Any] = {
 }
 
 
-def label_efficiency(executor: Any = None) -> Any:
+def _label_efficiency(executor: Any = None) -> Any:
     """The rate from validation data and one seed, then five seeds."""
     phase_1 = [("probe", pool) for pool in POOLS]
     phase_1 += [("full", pool) for pool in POOLS]
@@ -157,7 +157,7 @@ def label_efficiency(executor: Any = None) -> Any:
     )
 
 
-def ablation(executor: Any = None) -> Any:
+def _ablation(executor: Any = None) -> Any:
     """The three pretext tasks at 30 labels per class."""
     where = {
         "architecture": "conv",
@@ -182,13 +182,13 @@ def ablation(executor: Any = None) -> Any:
 
 # %% ../../nbs/05_autoencoder.ipynb #ac6b179c
 @functools.cache
-def change_of(features: str) -> Any:
+def _change_of(features: str) -> Any:
     """What is done to pixels (N, D): nothing, or 32 principal components."""
     from sklearn.decomposition import PCA
 
     if features == "pixels":
         return lambda pixels: pixels
-    pool = parts()[0].float().flatten(1).numpy()
+    pool = _parts()[0].float().flatten(1).numpy()
     return PCA(32, random_state=0).fit(pool).transform
 
 
@@ -198,10 +198,10 @@ def baseline_run(
     """Logistic regression on a few labels per class, without a network."""
     from sklearn.linear_model import LogisticRegression
 
-    train, valid, test = parts()
+    train, valid, test = _parts()
     few = train.per_class(labels, seed=seed)
     part = valid if split == "valid" else test
-    change = change_of(features)
+    change = _change_of(features)
     (x, y), scored = (
         (change(images.float().flatten(1).numpy()), images.y.numpy())
         for images in (few, part)
@@ -210,7 +210,7 @@ def baseline_run(
     return {f"{split}_accuracy": float(model.score(*scored))}
 
 
-def baselines(executor: Any = None) -> Any:
+def _baselines(executor: Any = None) -> Any:
     """Strengths tried with two seeds on validation data, then five seeds."""
     strengths = runtime.pick(quick=[0.1, 1.0], cpu=[0.01, 0.1, 1.0, 10, 100])
     rows = [
@@ -235,8 +235,8 @@ def baselines(executor: Any = None) -> Any:
 def main(*names: str, executor: Any = None) -> None:
     """Run some studies, by default all; stored runs are not run again."""
     known = {
-        "label_efficiency": label_efficiency,
-        "ablation": ablation,
-        "baselines": baselines,
+        "label_efficiency": _label_efficiency,
+        "ablation": _ablation,
+        "baselines": _baselines,
     }
     run_named(known, names, executor)

@@ -16,7 +16,7 @@ bundled  trains the network that the package ships; only where it is named
 # %% ../../nbs/09_vision.ipynb #4ab2c962
 __all__ = [
     "WAYS", "tuned_by", "source_run", "classes_run", "hold_out", "OldTask",
-    "photo_run", "main",
+    "photo_run", "bundled", "main",
 ]  # fmt: skip
 
 import copy
@@ -100,7 +100,9 @@ def tuned_by(
     )
 
 
-def scores_of(model: nn.Module, part: ImageSet, split: str) -> dict[str, float]:
+def _scores_of(
+    model: nn.Module, part: ImageSet, split: str
+) -> dict[str, float]:
     """Loss and accuracy on the images of a split."""
     found = evaluate(model, part, batch_size=128)
     return {f"{split}_{k}": found[k] for k in ("loss", "accuracy")}
@@ -116,7 +118,7 @@ SCORED = runtime.pick(quick=None, cpu=2_000, gpu=10_000)
 
 
 @functools.cache
-def cifar() -> tuple[ImageSet, ImageSet, ImageSet]:
+def _cifar() -> tuple[ImageSet, ImageSet, ImageSet]:
     """CIFAR-10: images to train on, held out, and to test on."""
     images: Any = data.load("cifar10", "train", bundled=QUICK)
     test: Any = data.load("cifar10", "test", bundled=QUICK)
@@ -124,7 +126,7 @@ def cifar() -> tuple[ImageSet, ImageSet, ImageSet]:
     return (*images.split(sizes, seed=0), test[:SCORED])
 
 
-def from_scratch(
+def _from_scratch(
     train: ImageSet, valid: ImageSet, *, seed: int, **options: Any
 ) -> tuple[nn.Module, History]:
     """The two-convolution network, trained, and its history."""
@@ -141,10 +143,10 @@ def from_scratch(
 # %% ../../nbs/09_vision.ipynb #ab99be26
 def source_run(seed: int, split: str, lr: float) -> dict[str, float]:
     """SGD with momentum 0.9, and the curve over the epochs."""
-    train, valid, test = cifar()
+    train, valid, test = _cifar()
     few = train.per_class(CIFAR["train"] // 10, seed=0)
     options = {"optimizer": "sgd", "epochs": CIFAR.get("epochs", 10)}
-    model, history = from_scratch(few, valid, seed=seed, lr=lr, **options)
+    model, history = _from_scratch(few, valid, seed=seed, lr=lr, **options)
     curve = history["valid_accuracy"]
     scores = {f"valid_accuracy_{e}": v for e, v in enumerate(curve, 1)}
     scores["train_accuracy"] = history["train_accuracy"][-1]
@@ -154,7 +156,7 @@ def source_run(seed: int, split: str, lr: float) -> dict[str, float]:
     return scores
 
 
-def source(executor: Any = None) -> Any:
+def _source(executor: Any = None) -> Any:
     """Nothing is chosen: both rates are shown."""
     return results.study(
         source_run,
@@ -169,7 +171,7 @@ def source(executor: Any = None) -> Any:
     )
 
 # %% ../../nbs/09_vision.ipynb #e9fb280b
-def classes_of(images: ImageSet, classes: range, most: int) -> ImageSet:
+def _classes_of(images: ImageSet, classes: range, most: int) -> ImageSet:
     """The images of neighboring classes, numbered from 0, at most so many."""
     inside = (images.y >= classes.start) & (images.y < classes.stop)
     part = images[inside.nonzero().flatten()[:most]]
@@ -179,58 +181,58 @@ def classes_of(images: ImageSet, classes: range, most: int) -> ImageSet:
 
 
 @functools.cache
-def task(half: str) -> dict[str, ImageSet]:
+def _task(half: str) -> dict[str, ImageSet]:
     """The first five classes ("old") or the others ("new"), split by split."""
     classes = {"old": range(5), "new": range(5, 10)}[half]
-    most = {"train": len(cifar()[0]), "valid": 1_000, "test": 1_000}
+    most = {"train": len(_cifar()[0]), "valid": 1_000, "test": 1_000}
     return {
-        split: classes_of(images, classes, most[split])
-        for split, images in zip(most, cifar(), strict=True)
+        split: _classes_of(images, classes, most[split])
+        for split, images in zip(most, _cifar(), strict=True)
     }
 
 
 @functools.cache
-def pretrained(seed: int) -> nn.Module:
+def _pretrained(seed: int) -> nn.Module:
     """The two-convolution network, pretrained on the old classes."""
-    old = task("old")
+    old = _task("old")
     few = old["train"].per_class(CIFAR["old"], seed=seed)
     options = {"lr": 1e-3, "optimizer": "adamw", "epochs": 6}
-    return from_scratch(few, old["valid"], seed=seed, **options)[0]
+    return _from_scratch(few, old["valid"], seed=seed, **options)[0]
 
 # %% ../../nbs/09_vision.ipynb #faa7dc0b
 def classes_run(
     seed: int, split: str, way: str, lr: float, labels: int
 ) -> dict[str, float]:
     """The new classes with few labels; on "test" the old ones, too."""
-    new, original = task("new"), pretrained(seed)
+    new, original = _task("new"), _pretrained(seed)
     few = new["train"].per_class(labels, seed=seed)
     epochs = CIFAR["steps"] // -(-len(few) // 25)
     length = {"epochs": epochs, "batch_size": 25}
     model, scores = tuned_by(way, original, few, seed=seed, lr=lr, **length)
-    scores |= scores_of(model, new[split], split)
+    scores |= _scores_of(model, new[split], split)
     if split == "test" and way != "scratch":
-        scores |= untuned(seed, model)
+        scores |= _untuned(seed, model)
     return scores
 
 
-def untuned(seed: int, model: nn.Module | None = None) -> dict[str, float]:
+def _untuned(seed: int, model: nn.Module | None = None) -> dict[str, float]:
     """The old classes under the old head, of this or the pretrained body."""
-    original = pretrained(seed)
+    original = _pretrained(seed)
     body = copy.deepcopy(model or original)
     name, head = find_head(original)
     body.set_submodule(name, copy.deepcopy(head))
-    found = evaluate(body, task("old")["test"], precision="fp32")
+    found = evaluate(body, _task("old")["test"], precision="fp32")
     return {"old_accuracy": found["accuracy"]}
 
 # %% ../../nbs/09_vision.ipynb #19e204cd
-def classes(executor: Any = None) -> Any:
+def _classes(executor: Any = None) -> Any:
     """Three ways to tune on few labels of new classes."""
     about: dict[str, Any] = {
         "chapter": CHAPTER,
         "budget": "120 steps of 25 images, 3 learning rates tried",
     }
     n = None if QUICK else 1_000
-    results.sweep(untuned, {}, SEEDS, name="classes_before", n=n, **about)
+    results.sweep(_untuned, {}, SEEDS, name="classes_before", n=n, **about)
     rates = [3e-4, 1e-3, 3e-3]
     return results.study(
         classes_run,
@@ -264,7 +266,7 @@ LENGTH = {k: PHOTOS[k] for k in ("epochs", "batch_size")}
 
 
 @functools.cache
-def photos_of(part: str) -> ImageSet:
+def _photos_of(part: str) -> ImageSet:
     """Photos of ants and bees: "train", or "valid", the test set here."""
     size = PHOTOS["size"]
     images: Any = data.load("hymenoptera", part, size=size, bundled=QUICK)
@@ -272,7 +274,7 @@ def photos_of(part: str) -> ImageSet:
 
 
 @functools.cache
-def untouched() -> nn.Module:
+def _untouched() -> nn.Module:
     """The pretrained classifier; in the quick profile the bundled one."""
     name = PHOTOS["backbone"]
     return load_bundled() if name is None else backbone(name)
@@ -306,18 +308,18 @@ def photo_run(
     strength: float | None = None,
 ) -> dict[str, float]:
     """Ants or bees; on "valid" the fold `seed` is held out and scored."""
-    train, part = photos_of("train"), photos_of("valid")
+    train, part = _photos_of("train"), _photos_of("valid")
     if split == "valid":
         train, part = hold_out(train, seed)
     how = {"seed": seed, "lr": lr, "strength": strength, **LENGTH}
-    model, scores = tuned_by(way, untouched(), train, **how)
-    scores |= scores_of(model, part, split)
+    model, scores = tuned_by(way, _untouched(), train, **how)
+    scores |= _scores_of(model, part, split)
     if split == "valid":
         return scores
     for name, change in SHIFTS.items() if way in SHIFTED else ():
         shifted = evaluate(model, (change(part.x), part.y), batch_size=128)
         scores[f"{name}_accuracy"] = shifted["accuracy"]
-    return scores | old_task().measure(model)
+    return scores | _old_task().measure(model)
 
 # %% ../../nbs/09_vision.ipynb #2358cb10
 RATES = [1e-4, 1e-3, 1e-2]
@@ -332,7 +334,7 @@ PHOTO_ROWS: list[dict[str, Any]] = [
 ]
 
 
-def photos(executor: Any = None) -> Any:
+def _photos(executor: Any = None) -> Any:
     """Every way, its rate or strength chosen on a fold of the photos."""
     length = "{epochs} epochs of batches of {batch_size}".format(**LENGTH)
     return results.study(
@@ -381,27 +383,27 @@ class OldTask:
 
 
 @functools.cache
-def old_task() -> OldTask:
+def _old_task() -> OldTask:
     """Enlarged CIFAR-10 images, two thirds of them for the probe."""
     few = runtime.pick(quick=9, cpu=90)
     pictures: Any = data.load("cifar10", bundled=QUICK)
     pictures = pictures.per_class(few, seed=0)
     parts = resized(pictures, 64).split([20 * few // 3, 10 * few // 3], seed=0)
-    return OldTask(untouched(), *parts)
+    return OldTask(_untouched(), *parts)
 
 # %% ../../nbs/09_vision.ipynb #8c27d436
-def before(executor: Any = None) -> None:
+def _before(executor: Any = None) -> None:
     """What the untouched backbone does on the old task."""
-    found = old_task().measure(untouched()) | {"n": len(old_task().test)}
+    found = _old_task().measure(_untouched()) | {"n": len(_old_task().test)}
     results.record(CHAPTER, "photo_before", found)
 
 
-def memory(executor: Any = None) -> Any:
+def _memory(executor: Any = None) -> Any:
     """Peak memory; the two ways left out compute what others compute."""
     left_out = ("full, augmented", "head, moving statistics")
     size, pixels = PHOTOS["batch_size"], PHOTOS["size"]
     return results.sweep(
-        memory_run,
+        _memory_run,
         {"way": [way for way in WAYS if way not in left_out]},
         [0],
         chapter=CHAPTER,
@@ -410,18 +412,18 @@ def memory(executor: Any = None) -> Any:
     )
 
 
-def memory_run(seed: int, way: str) -> dict[str, float]:
+def _memory_run(seed: int, way: str) -> dict[str, float]:
     """Peak memory above the start of a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return {"peak_mb": pool.apply(peak_of, (way,))}
+        return {"peak_mb": pool.apply(_peak_of, (way,))}
 
 
-def peak_of(way: str) -> float:
+def _peak_of(way: str) -> float:
     """Peak memory in MB of four steps on one batch."""
     size = PHOTOS["batch_size"]
-    train = photos_of("train")
+    train = _photos_of("train")
     train = train.split([size, len(train) - size], seed=0)[0]
-    model = fresh_head(untouched(), 2, 0)
+    model = fresh_head(_untouched(), 2, 0)
     settings = Settings(progress=False)
     with runtime.Meter() as meter:
         steps = {"lr": 1e-4, "epochs": 4, "batch_size": size}
@@ -506,11 +508,11 @@ teaching, for tests and for work without a network, not for use.
 def main(*names: str, executor: Any = None) -> None:
     """Run some studies, by default all but "bundled"; stored runs stay."""
     known = {
-        "source": source,
-        "classes": classes,
-        "photos": photos,
-        "before": before,
-        "memory": memory,
+        "source": _source,
+        "classes": _classes,
+        "photos": _photos,
+        "before": _before,
+        "memory": _memory,
         "bundled": bundled,
     }
     torch.set_num_threads(runtime.pick(quick=1, cpu=1, gpu=8))
