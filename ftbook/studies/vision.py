@@ -15,8 +15,8 @@ bundled  trains the network that the package ships; only where it is named
 
 # %% ../../nbs/09_vision.ipynb #4ab2c962
 __all__ = [
-    "WAYS", "tuned_by", "source_run", "classes_run", "hold_out", "OldTask",
-    "photo_run", "bundled", "main",
+    "WAYS", "tuned_by", "source_run", "classes_run", "hold_out", "photo_run",
+    "OldTask", "bundled", "main",
 ]  # fmt: skip
 
 import copy
