@@ -29,9 +29,9 @@ from .results import Markdown, table
 from .train import Checkpoint, History, Settings, fit
 
 __all__ = [
-    "select", "blocks", "freeze", "unfreeze", "hold_batchnorm", "find_head",
-    "replace_head", "param_groups", "GradualUnfreezing", "Strategy", "TwoStage",
-    "STRATEGIES", "tune", "report", "SmallCNN",
+    "select", "blocks", "hold_batchnorm", "freeze", "unfreeze", "find_head",
+    "replace_head", "param_groups", "GradualUnfreezing", "Strategy",
+    "TwoStage", "STRATEGIES", "tune", "report", "SmallCNN",
 ]  # fmt: skip
 
 # %% ../nbs/08_finetune.ipynb #5a3923f5

@@ -14,21 +14,21 @@ torch.Size([4, 3, 8, 8])
 
 # %% ../nbs/A1_data.ipynb #60035843
 __all__ = [
-    "ImageSet",
     "Labeled",
+    "ImageSet",
     "Normalize",
     "channel_stats",
+    "fit_square",
+    "SUFFIXES",
+    "MAX_PIXELS",
+    "decode_image",
+    "load_images",
+    "read_folder",
+    "read_zip",
     "resized",
     "as_images",
     "add_noise",
     "adjust_color",
-    "read_folder",
-    "read_zip",
-    "load_images",
-    "decode_image",
-    "fit_square",
-    "SUFFIXES",
-    "MAX_PIXELS",
 ]
 
 # %% ../nbs/A1_data.ipynb #1c6c151e

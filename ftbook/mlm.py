@@ -15,21 +15,21 @@ Examples
 
 # %% ../nbs/06_mlm.ipynb #7b1b88c1
 __all__ = [
-    "read_documents",
-    "split_documents",
     "train_tokenizer",
     "pack",
     "vocabulary",
     "mask_tokens",
-    "Masked",
     "small_bert",
     "MaskedLM",
     "NGram",
     "score",
     "start_from_counts",
     "pretrain",
-    "load_bundled",
     "fill_mask",
+    "read_documents",
+    "split_documents",
+    "Masked",
+    "load_bundled",
 ]
 
 # %% ../nbs/06_mlm.ipynb #5e736f09
@@ -651,13 +651,11 @@ def pretrain(
     *,
     steps: int = 1000,
     seconds: float = math.inf,
-    lr: float = 1e-3,
     warmup: float = 0.05,
     batch_size: int = 32,
     every: int = 200,
     seed: int = 0,
     masking: dict | None = None,
-    callbacks: Sequence = (),
     settings: Settings | None = None,
     **options: Any,
 ) -> History:
@@ -673,9 +671,8 @@ def pretrain(
     steps, seconds
         The run ends with whichever is used up first; the learning rate has then
         come down to 0.
-    lr, warmup, batch_size
-        Peak learning rate of AdamW, share of the run in which it rises,
-        sequences in a batch.
+    warmup, batch_size
+        Share of the run in which the learning rate rises; sequences in a batch.
     every
         Steps between two rows of the history, validations and checkpoints.
     seed, masking
@@ -683,8 +680,9 @@ def pretrain(
     settings : Settings, optional
         Schedule, length and layout are set here, and `clip_norm` 1.0 where it
         has none.
-    callbacks, **options
-        Passed on to `fit`.
+    **options
+        Passed on to `fit`: `lr`, the peak of the learning rate, `callbacks`,
+        `metrics`, ...
 
     Returns
     -------
@@ -716,9 +714,8 @@ def pretrain(
         held_out,
         loss=None,
         epochs=-(-steps // every),
-        lr=lr,
         seed=seed,
-        callbacks=(budget, *callbacks),
+        callbacks=(budget, *options.pop("callbacks", ())),
         settings=settings,
         **{"metrics": {"accuracy": _masked_accuracy}, **options},
     )

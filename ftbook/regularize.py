@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .batches import as_batches, prepare_batch, split_batch
-from .compute import evaluating
-from .finetune import find_head, param_groups, select
+from .compute import evaluating, undecayed
+from .finetune import find_head, select
 from .scoring import resolve_loss
 
 __all__ = [
@@ -69,18 +69,12 @@ def _head_names(model: nn.Module) -> set[str]:
     return {f"{path}.{n}" for n, _ in module.named_parameters()}
 
 
-def _undecayed(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay leaves out."""
-    groups = param_groups(model, lr=1.0, frozen=True)
-    return {n for g in groups if not g["weight_decay"] for n in g["names"]}
-
-
 def _matrices(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Names of the selected matrices.
 
     Without patterns those of all layers but embeddings and the head.
     """
-    plain = _undecayed(model)
+    plain = undecayed(model)
     if patterns:
         return [n for n in select(model, *patterns) if n not in plain]
     plain |= _head_names(model)
@@ -147,7 +141,7 @@ def penalty(
     """
     names = _matrices(model, patterns)
     if not patterns:
-        names += sorted(_head_names(model) - _undecayed(model))
+        names += sorted(_head_names(model) - undecayed(model))
     parameters = dict(model.named_parameters())
     return partial(elastic_net, [parameters[n] for n in names], l1=l1, l2=l2)
 
@@ -341,7 +335,7 @@ class DecoupledDecay(_BeforeStep):
                 f'toward is {toward!r}; allowed are "zero" and "start"'
             )
         zero = toward == "zero"
-        plain = _undecayed(model) if zero else _head_names(model)
+        plain = undecayed(model) if zero else _head_names(model)
         self.parameters = [
             p for n, p in model.named_parameters() if n not in plain
         ]

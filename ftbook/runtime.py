@@ -14,10 +14,9 @@ file whole or not at all, `setting` reads the book's environment variables.
 
 # %% ../nbs/A3_runtime.ipynb #28ec5282
 __all__ = [
+    "setting",
     "device",
     "device_name",
-    "setting",
-    "offline",
     "PROFILES",
     "profile",
     "pick",
@@ -27,6 +26,7 @@ __all__ = [
     "peak_memory",
     "atomic_write",
     "cache_dir",
+    "offline",
     "versions",
     "check_value",
 ]

@@ -14,17 +14,17 @@ Examples
 
 # %% ../nbs/10_ner.ipynb #7a95c011
 __all__ = [
+    "label_list",
     "spans",
     "plain_f1",
     "find_entities",
-    "entity_f1",
-    "EntityScores",
     "prf",
+    "EntityScores",
+    "entity_f1",
     "SCHEMES",
     "detect_scheme",
     "to_iob2",
     "from_iob2",
-    "label_list",
 ]
 
 from collections import Counter

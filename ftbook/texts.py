@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["encode_texts", "TextClassifier", "encodable", "unpadded"]
+__all__ = ["encodable", "unpadded", "encode_texts", "TextClassifier"]
 
 # %% ../nbs/08_finetune.ipynb #ebdfe78e
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -14,18 +14,6 @@ few = settings(max_examples=25, deadline=None)
 reductions = st.sampled_from(["mean", "sum", "none"])
 
 
-def test_the_module_says_what_it_is_for_and_lists_what_it_offers():
-    assert losses.__doc__.startswith("Losses from logits")
-    here = [
-        n
-        for n, v in vars(losses).items()
-        if getattr(v, "__module__", None) == losses.__name__ and not n.startswith("_")
-    ]
-    assert here == losses.__all__, (
-        "in the order in which the chapter defines them; what is not listed begins with an underscore"
-    )
-
-
 @few
 @given(st.floats(0, 1), st.sampled_from([0.0, -0.0, 1e-30, -1e-30]))
 def test_the_slope_at_a_logit_of_zero_is_prediction_minus_target(y, at):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import nbformat
@@ -145,6 +146,17 @@ def test_a_chapter_runs_in_a_bare_folder_with_only_the_wheel(unpacked, tmp_path,
     assert not list(bare.iterdir()), "a quick run leaves nothing in the reader's folder"
 
 
+def packed(folder, name) -> None:
+    """A wheel of a pure distribution that is installed here."""
+    found = distribution(name)
+    left_out = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"}
+    with zipfile.ZipFile(folder / f"{name}-{found.version}-py3-none-any.whl", "w") as archive:
+        for file in found.files:
+            if file.suffix != ".pyc" and file.name not in left_out:
+                archive.write(found.locate_file(file), str(file))
+        archive.writestr(f"{name}-{found.version}.dist-info/RECORD", "")
+
+
 def stub(folder, name, version, needs=()) -> None:
     """A wheel with a name, a version and requirements, and nothing in it."""
     base = f"{name.replace('-', '_')}-{version}"
@@ -185,7 +197,7 @@ print(json.dumps({d.metadata["Name"]: d.version for d in importlib.metadata.dist
 
 @pytest.fixture
 def colab(wheel, tmp_path):
-    """colab(ipywidgets) makes an environment with such a stack; it gives a function that runs the first cell in it."""
+    """colab(ipywidgets, *others) makes an environment with such a stack; it gives a function that runs the first cell in it."""
     index, folder, python = tmp_path / "index", tmp_path / "content", tmp_path / "env" / "bin" / "python"
     index.mkdir()
     folder.mkdir()
@@ -194,6 +206,7 @@ def colab(wheel, tmp_path):
     stub(index, "pooch", "1.8.2", ["numpy", "tqdm"])
     stub(index, "gguf", "0.17.1", ["numpy>=1.17"])
     stub(index, "gguf", "0.99.0", ["numpy>=90", "ipywidgets>=8"])
+    packed(index, "packaging")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "FTBOOK_", "PYTHONPATH"))}
     environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_CONFIG_FILE": os.devnull}
     gone = f"url.file://{tmp_path}/gone/.insteadOf"  # no network, and nothing at the address
@@ -205,11 +218,11 @@ def colab(wheel, tmp_path):
     def run(*command):
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
-    def make(ipywidgets):
+    def make(ipywidgets, *others):
         subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
         for name, version in {**STACK, "ipywidgets": ipywidgets}.items():
             stub(index, name, version)
-        stack = [f"{n}=={v}" for n, v in {**STACK, "ipywidgets": ipywidgets}.items()]
+        stack = [*others, *(f"{n}=={v}" for n, v in {**STACK, "ipywidgets": ipywidgets}.items())]
         made = run(python, "-m", "pip", "install", "-q", "--no-deps", *stack)
         assert made.returncode == 0, made.stderr
         return lambda: run(python, "-c", REPLAY, str(tmp_path / "cell.py"))
@@ -219,9 +232,9 @@ def colab(wheel, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ipywidgets", ["7.7.1", "8.1.5"])
-def test_the_first_cell_adds_to_colab_what_is_missing_and_moves_nothing(colab, ipywidgets):
-    first_cell = colab(ipywidgets)
+@pytest.mark.parametrize("ipywidgets, others", [("7.7.1", ["packaging"]), ("8.1.5", [])])
+def test_the_first_cell_adds_to_colab_what_is_missing_and_moves_nothing(colab, ipywidgets, others):
+    first_cell = colab(ipywidgets, *others)
     (colab.folder / colab.wheel.name).write_bytes(colab.wheel.read_bytes())
     for again in range(2):
         run = first_cell()
@@ -229,7 +242,7 @@ def test_the_first_cell_adds_to_colab_what_is_missing_and_moves_nothing(colab, i
         *told, found = run.stdout.splitlines()
         found = {name.lower(): version for name, version in json.loads(found).items()}
         assert {name: found[name] for name in STACK} == STACK and found["ipywidgets"] == ipywidgets
-        assert set(found) - {*STACK, "ipywidgets", "pip", "setuptools"} == {"ftbook", "pooch", "gguf"}
+        assert set(found) - {*STACK, "ipywidgets", "pip", "setuptools", "packaging"} == {"ftbook", "pooch", "gguf"}
         assert found["gguf"] == "0.17.1", "the newest that fits what is there"
         assert [line.split(";")[0] for line in told] == ["transformers stays 4.57.1", "ipython stays 7.34.0"], again
     names = {line.split(">")[0] for line in requirements("")}

@@ -19,15 +19,6 @@ from ftbook import plot
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_module_says_what_it_is_for_and_lists_what_it_offers():
-    assert plot.__doc__.startswith("One style for every figure")
-    assert len(plot.__all__) <= 15 and all(hasattr(plot, name) for name in plot.__all__)
-    here = {
-        n for n, v in vars(plot).items() if getattr(v, "__module__", None) == plot.__name__ and not n.startswith("_")
-    }
-    assert here <= set(plot.__all__), "what is not listed begins with an underscore"
-
-
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-50, 50), min_size=0, max_size=8), st.floats(0.5, 5))
 def test_spread_keeps_the_gap_and_the_order(positions, gap):

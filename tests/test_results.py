@@ -180,6 +180,13 @@ def test_table_merges_metrics_and_escapes():
         results.table([])
 
 
+def test_a_format_for_the_metrics_leaves_the_digits_of_a_small_learning_rate():
+    small = results.row("loss", [0.51234, 0.6], lr=2e-5) | {"p": 0.00001234}
+    shown = str(results.table([results.Row(small)], ["lr", "loss", "p"], fmt=".3f")).split("\n")[2]
+    assert shown.startswith("| 2e-05 | 0.556 [") and shown.endswith("| 1.234e-05 |")
+    assert "| 0.00002 |" in str(results.table([results.Row(small)], fmt={"lr": ".5f"})), "a dict names it"
+
+
 def test_a_plain_row_shows_its_own_columns_whatever_a_study_calls_its_own():
     shown = str(results.table([{"name": "a", "verdict": "holds", "n": 3}]))
     assert "verdict" in shown and "holds" in shown and "| n |" not in shown
@@ -1201,6 +1208,19 @@ def test_a_study_compares_its_rows_with_one_of_them():
         found.compare("score", method="nothing")
 
 
+def test_a_study_compares_each_row_with_the_one_of_its_group():
+    rows = [{"method": m, "lr": lr} for lr in (0.1, 0.2) for m in ("a", "b")]
+    found = compare(rows, outcomes)
+    gaps = found.compare("score", "lr", method="a")
+    assert [(g["method"], g["lr"]) for g in gaps] == [("b", 0.1), ("b", 0.2)]
+    for g in gaps:
+        pair = [found.row("score", method=m, lr=g["lr"]).mean for m in ("b", "a")]
+        assert g.mean == pytest.approx(pair[0] - pair[1], abs=1e-5)
+    assert [g["p_holm"] for g in gaps] == results._holm([g["p"] for g in gaps])
+    shown = results.table(gaps)
+    assert results.Markdown(json.loads(json.dumps(shown.payload))).text == str(shown)
+
+
 def test_holm_is_the_step_down_correction():
     assert results._holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert results._holm([0.9, np.nan, 0.8])[0] == 1.0 and np.isnan(results._holm([0.9, np.nan])[1])
@@ -1278,9 +1298,3 @@ def test_a_baseline_has_its_own_grid_and_seeds():
     ASKED.clear()
     compare(rows)
     assert ASKED == []
-
-
-def test_what_is_public_is_a_short_list():
-    assert len(results.__all__) == 15 and all(hasattr(results, name) for name in results.__all__)
-    here = {n for n, v in vars(results).items() if getattr(v, "__module__", "") == results.__name__ and n[0] != "_"}
-    assert here == set(results.__all__), "what is not listed begins with an underscore"

@@ -26,6 +26,7 @@ NEEDS = {
     "04_train": "fashion_mnist",
     "05_autoencoder": "fashion_mnist cifar10",
     "06_mlm": "wiki_excerpt wikitext2 sst2",
+    "07_causal": "wiki_excerpt wikitext2 smollm2",
     "08_finetune": "fashion_mnist sst2 minilm",
     "09_vision": "cifar10 hymenoptera weights/mobilenet_v2",
     "10_ner": "wnut17",
@@ -52,13 +53,17 @@ if "google.colab" in sys.modules:
     import subprocess
     import tempfile
 
-    from pip._vendor.packaging.requirements import Requirement
-
     def pip(*what):
         command = [sys.executable, "-m", "pip", "install", "-q", *what]
         run = subprocess.run(command, capture_output=True, text=True)
         importlib.invalidate_caches()
         return run.returncode and (run.stderr.strip() or "pip failed")
+
+    if importlib.util.find_spec("packaging") is None and (
+        why := pip("packaging")
+    ):
+        raise RuntimeError(f"packaging could not be installed: {why}")
+    from packaging.requirements import Requirement
 
     address = "ADDRESS"
     if importlib.util.find_spec("ftbook") is None:

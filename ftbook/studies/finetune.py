@@ -31,7 +31,7 @@ from ..train import Settings, evaluate, fit
 
 __all__ = [
     "two_tasks", "pretrained_cnn", "fresh_head", "tuned", "old_accuracy",
-    "untuned", "run", "rows", "main",
+    "run", "untuned", "rows", "main",
 ]  # fmt: skip
 
 CHAPTER = "08_finetune"

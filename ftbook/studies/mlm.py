@@ -28,8 +28,8 @@ from ..texts import encode_texts
 from ..train import Checkpoint, Settings, is_main
 
 __all__ = [
-    "LABELS",
     "sentence_vectors",
+    "LABELS",
     "run",
     "rows",
     "detokenize",

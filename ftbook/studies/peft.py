@@ -22,7 +22,7 @@ from ..ner import BucketBatches, NERTagger, token_classifier
 from . import run_named
 from ..train import Settings
 
-__all__ = ["METHODS", "rows", "run", "run_tone", "forgetting", "main"]
+__all__ = ["METHODS", "rows", "forgetting", "run", "run_tone", "main"]
 
 # %% ../../nbs/11_peft.ipynb #cb6df205
 CHAPTER = "11_peft"
