@@ -856,6 +856,22 @@ def _read_sst2(
     )
 
 
+def _read_cr(
+    files: dict[str, Path], split: str, **options: Any
+) -> tuple[list[str], Tensor]:
+    texts, y = [], []
+    for label, name in enumerate(("custrev.neg", "custrev.pos")):
+        lines = files[name].read_text(encoding="utf-8").splitlines()
+        found = [line.strip() for line in lines if line.strip()]
+        texts += found
+        y += [label] * len(found)
+    order = np.random.default_rng(0).permutation(len(texts))
+    sizes = card("cr").splits
+    start = {"train": 0, "valid": sizes["train"]}.get(split, -sizes["test"])
+    rows = order[start:][: sizes[split]]
+    return [texts[i] for i in rows], torch.tensor([y[i] for i in rows])
+
+
 def _read_wikitext2(files: dict[str, Path], split: str, **options: Any) -> str:
     name = f"wiki.{split}.tokens"
     if name in files:
@@ -895,6 +911,7 @@ _READERS |= {
     "wnut17": _read_wnut17,
     "conll2003": _read_conll2003,
     "sst2": _read_sst2,
+    "cr": _read_cr,
     "wikitext2": _read_wikitext2,
     "wiki_excerpt": _read_wiki_excerpt,
 }
@@ -974,18 +991,23 @@ def _corpus_text(split: str) -> str:
     return "".join(" ".join(words) + "\n" for words in _corpus(split).words)
 
 # %% ../nbs/A1_data.ipynb #6501ed12
-def _template_reviews(split: str) -> tuple[list[str], Tensor]:
-    """Sentences about films from templates; words decide the label, every tenth
-    sentence carries a negation.
+def _template_reviews(
+    split: str, name: str = "sst2"
+) -> tuple[list[str], Tensor]:
+    """Sentences about films or devices from templates; words decide the label,
+    every tenth sentence carries a negation.
     """
     good = "moving funny clever warm gripping elegant honest charming".split()
     bad = "dull clumsy tedious shallow noisy lifeless muddled bland".split()
     things = (
         "story cast script ending music dialogue pacing camera work plot acting"
     ).split()
+    about = "film"
+    if name == "cr":
+        about, things = "camera", "screen menu zoom lens sound size".split()
     templates = (
         "the {a} and the {b} are {w}",
-        "a {w} film , and that is due to the {a}",
+        "a {w} " + about + " , and that is due to the {a}",
         "its {a} is {w} from start to end",
         "{w} {a} , {w} {b}",
         "i found the {a} rather {w}",
@@ -1021,8 +1043,8 @@ def _substitute(
         return _corpus(split, name, source)
     if name in ("wikitext2", "wiki_excerpt"):
         return _Text(_corpus_text(split), name, source)
-    if name == "sst2":
-        texts, y = _template_reviews(split)
+    if name in ("sst2", "cr"):
+        texts, y = _template_reviews(split, name)
         return TextSet(texts, y, card(name).classes, name, source)
     return _substitute_images(name, split, size, source)
 
@@ -1819,6 +1841,61 @@ register(
                     ),
                 ),
                 "sst2",
+            )
+        },
+        classes=("negative", "positive"),
+        substitute="sentences made from templates",
+    )
+)
+
+# %% ../nbs/A1_data.ipynb #6c5c16dc
+register(
+    Card(
+        name="cr",
+        title="Customer reviews (CR)",
+        task=(
+            "sentences of customers about electronic devices, negative or "
+            "positive"
+        ),
+        origin=(
+            "reviews from Amazon, gathered by M. Hu and B. Liu; "
+            "https://github.com/FreedomIntelligence/qnn"
+        ),
+        license="none stated; cite the paper below",
+        splits={"train": 2275, "valid": 500, "test": 1000},
+        flaws=(
+            (
+                "no official parts: the 3,775 sentences are shuffled once with "
+                "a fixed seed, so two sentences of one review may lie in two "
+                "parts"
+            ),
+            "1,368 negative and 2,407 positive sentences",
+            "lower-cased and tokenized with blanks, as SST-2 is",
+        ),
+        cite=(
+            "M. Hu, B. Liu (2004). Mining and Summarizing Customer Reviews. "
+            "KDD. https://doi.org/10.1145/1014052.1014073"
+        ),
+        variants={
+            "sentences": _served(
+                (
+                    _RAW
+                    + "FreedomIntelligence/qnn/a45c6ae2535d12a191858907ead860eefd499f16/data/CR/",
+                    _RAW + "FreedomIntelligence/qnn/master/data/CR/",
+                ),
+                (
+                    (
+                        "custrev.neg",
+                        "ec94532766f6f962094841ab3bee2ad6f232f996c3756825a91e78bcc294750f",
+                        142650,
+                    ),
+                    (
+                        "custrev.pos",
+                        "91a20a4ffeb5d38a39a4087bb247e16538aff21e7d621ae59738379f39f21732",
+                        228014,
+                    ),
+                ),
+                "cr",
             )
         },
         classes=("negative", "positive"),

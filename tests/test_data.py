@@ -53,7 +53,7 @@ def files_under(folder):
 
 
 def test_every_card_is_complete():
-    wanted = {"digits", "fashion_mnist", "cifar10", "hymenoptera", "wnut17", "conll2003", "sst2", "wikitext2"}
+    wanted = {"digits", "fashion_mnist", "cifar10", "hymenoptera", "wnut17", "conll2003", "sst2", "cr", "wikitext2"}
     assert wanted <= set(data.names())
     for name in data.names():
         card = data.card(name)
@@ -487,6 +487,17 @@ def test_sst2(fake):
         fake("sst2", "sentences", {"train.tsv": b"fine\t1\n" + line + b"\n"})
         with pytest.raises(ValueError, match=r"train.tsv: line 2 is not 'sentence<TAB>0 or 1'"):
             data.load("sst2")
+
+
+def test_customer_reviews_are_shuffled_once_and_cut_into_three_parts(fake):
+    lines = [f"sentence {i} . \n".encode() for i in range(3775)]
+    fake("cr", "sentences", {"custrev.neg": b"".join(lines[:1368]), "custrev.pos": b"".join(lines[1368:])})
+    parts = [data.load("cr", split) for split in ("train", "valid", "test")]
+    assert [len(part) for part in parts] == [2275, 500, 1000]
+    assert len({text for part in parts for text in part.texts}) == 3775
+    for part in parts:
+        assert part.classes == ["negative", "positive"]
+        assert all((int(t.split()[1]) >= 1368) == y for t, y in zip(part.texts, part.y.tolist(), strict=True))
 
 
 def test_texts(fake):
