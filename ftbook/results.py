@@ -46,17 +46,17 @@ __all__ = [
     "Row",
     "row",
     "difference",
-    "record",
     "substituted",
+    "record",
     "load",
+    "Markdown",
     "say",
     "table",
-    "Markdown",
     "sweep",
     "load_sweep",
-    "study",
     "Baseline",
     "ChosenFor",
+    "study",
     "load_study",
 ]
 
@@ -944,48 +944,7 @@ def load(chapter: str, key: str, profile: str | None = None) -> Any:
     source = {"chapter": str(chapter), "key": key, "profile": name}
     return _wrap(found["value"], source)
 
-# %% ../nbs/A4_results.ipynb #b72a9efc
-class Markdown:
-    """Markdown for display, its numbers read from results/ now.
-
-    The payload it was rendered from is in the output's metadata; `text` is
-    what is shown.
-
-    Raises
-    ------
-    ValueError
-        If the payload asks for a function that is not made for it.
-
-    Examples
-    --------
-    >>> Markdown({"template": "{x} seeds", "values": {"x": {"value": 3}}})
-    3 seeds
-    """
-
-    def __init__(self, payload: dict):
-        self.payload = payload
-        self.text = _render(payload)
-
-    @staticmethod
-    def cell(text: Any) -> str:
-        """A text as one cell of a table: one line, no HTML, `|` escaped, and
-        its addresses are links.
-        """
-        return _ADDRESS.sub(r"<\g<0>>", _cell_text(text))
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __repr__(self) -> str:
-        return self.text
-
-    def _repr_mimebundle_(
-        self, include: Any = None, exclude: Any = None
-    ) -> tuple[dict, dict]:
-        shown = {"text/markdown": self.text, "text/plain": self.text}
-        return shown, {"ftbook": self.payload}
-
-
+# %% ../nbs/A4_results.ipynb #2a0d7337
 class _Formatter(string.Formatter):
     """The book's numbers; a template reaches no private attribute."""
 
@@ -997,7 +956,7 @@ class _Formatter(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         return _format_number(value, format_spec)
 
-# %% ../nbs/A4_results.ipynb #2a0d7337
+
 def _reference(value: Any) -> dict:
     """How a value stands in a payload: its source, or the value itself."""
     pair = isinstance(value, tuple) and len(value) == 2
@@ -1016,10 +975,11 @@ def _resolve(reference: dict, compared: dict | None = None) -> Any:
     place = source["chapter"], source["key"], source["profile"]
     if "against" in source:
         known = {} if compared is None else compared
-        asked = (*place, source["metric"], _key(source["against"], 0))
+        by, baseline = source.get("by"), source["against"]
+        asked = (*place, source["metric"], by, _key(baseline, 0))
         if asked not in known:
             study = load_study(*place)
-            gaps = study.compare(source["metric"], **source["against"])
+            gaps = study.compare(source["metric"], by, **baseline)
             known[asked] = gaps
         return known[asked][source["number"]]
     found = _find(*place)[0]["value"]
@@ -1063,6 +1023,47 @@ def _cell_text(text: Any) -> str:
     """
     line = _safe(" ".join(str(text).split()))
     return re.sub(r"(\\*)\|", r"\1\1\\|", line)
+
+# %% ../nbs/A4_results.ipynb #b72a9efc
+class Markdown:
+    """Markdown for display, its numbers read from results/ now.
+
+    The payload it was rendered from is in the output's metadata; `text` is
+    what is shown.
+
+    Raises
+    ------
+    ValueError
+        If the payload asks for a function that is not made for it.
+
+    Examples
+    --------
+    >>> Markdown({"template": "{x} seeds", "values": {"x": {"value": 3}}})
+    3 seeds
+    """
+
+    def __init__(self, payload: dict):
+        self.payload = payload
+        self.text = _render(payload)
+
+    @staticmethod
+    def cell(text: Any) -> str:
+        """A text as one cell of a table: one line, no HTML, `|` escaped, and
+        its addresses are links.
+        """
+        return _ADDRESS.sub(r"<\g<0>>", _cell_text(text))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(
+        self, include: Any = None, exclude: Any = None
+    ) -> tuple[dict, dict]:
+        shown = {"text/markdown": self.text, "text/plain": self.text}
+        return shown, {"ftbook": self.payload}
 
 # %% ../nbs/A4_results.ipynb #7cdb524d
 def say(template: str, **values: Any) -> Markdown:
@@ -1150,7 +1151,9 @@ def table(
         The takeaway, shown below.
     fmt : str or dict metric -> str, optional
         Default: percent with one decimal for accuracy, F1, precision and
-        recall, else four digits.
+        recall, else four significant digits. A str is for the metrics of
+        Rows: what was varied, such as a rate of 2e-05, keeps its digits,
+        unless a dict names it.
 
     Examples
     --------
@@ -1187,10 +1190,11 @@ def _lines(rows: Sequence[Mapping], fmt: Any) -> tuple[list[dict], list[str]]:
             lines[str(number)] = {k: _cell(v, k, fmt) for k, v in r.items()}
             continue
         metrics[r["metric"]] = None
-        cells = {k: _cell(v, k, fmt) for k, v in r.varied.items()}
+        given = fmt if isinstance(fmt, Mapping) else None  # else for metrics
+        cells = {k: _cell(v, k, given) for k, v in r.varied.items()}
         line = lines.setdefault(json.dumps(r.varied, sort_keys=True), cells)
         about = [k for k in _ABOUT if r.get(k) is not None]
-        line.update({k: _cell(r[k], k, fmt) for k in about})
+        line.update({k: _cell(r[k], k, given) for k in about})
         line[r["metric"]] = format(r, _spec(r["metric"], fmt))
     return list(lines.values()), list(metrics)
 
@@ -1307,6 +1311,8 @@ def _settings(
     [{'lr': 0.1, 'method': 'full'}, {'lr': 0.01, 'method': 'full'}]
     """
     options = {name: _options(name, given) for name, given in choices.items()}
+    # scikit-learn's ParameterGrid sorts the names, and the first of equally
+    # good settings wins; its ParameterSampler draws anew for more trials
     combos = itertools.product(*options.values())
     grid = [dict(zip(options, combo, strict=True)) for combo in combos]
     if search == "grid":
@@ -1381,7 +1387,7 @@ def _outcomes(metric: str, runs: Sequence[Mapping]) -> np.ndarray | None:
     kept = [r.get("outcomes", {}).get(metric) for r in runs]
     return np.stack([_shares(k) for k in kept]) if all(kept) else None
 
-
+# %% ../nbs/A4_results.ipynb #ed0550f2
 def _place(score: Any, mode: str) -> tuple[bool, float]:
     """Sorts the best score first, and last what is no number (diverged)."""
     if mode not in ("max", "min"):
@@ -1880,7 +1886,7 @@ def _at_edge(value: Any, options: Sequence) -> bool:
         return False
     return value in (min(options), max(options))
 
-
+# %% ../nbs/A4_results.ipynb #4f0ecdeb
 def _plans(rows: Iterable[Mapping[str, Any]], seeds: list[int]) -> list[_Plan]:
     """The rows of a study, checked before the first run."""
     plans = [_Plan(r, seeds) for r in rows]
@@ -1927,7 +1933,7 @@ def _modes(mode: Any) -> Callable[[str], str]:
         return lambda metric: mode.get(metric, "max")
     return lambda metric: mode
 
-
+# %% ../nbs/A4_results.ipynb #52479c09
 def _choose(
     p: _Plan, search: _Store, seeds: list[int], metric: str, mode: str
 ) -> None:
@@ -2224,8 +2230,13 @@ class _Study(_Rows):
 
     _found = rows
 
-    def compare(self, metric: str, **baseline: Any) -> list[Row]:
+    def compare(
+        self, metric: str, by: str | None = None, **baseline: Any
+    ) -> list[Row]:
         """Paired difference of every other row to the one that matches.
+
+        With `by="labels"` a row is compared with the one of as many labels
+        that matches, not with one row for all.
 
         Returns
         -------
@@ -2236,18 +2247,27 @@ class _Study(_Rows):
             (p_holm < 0.05 in the direction of the study's mode) and verdict
             ("better", "worse" or "unclear").
         """
-        base = self.row(metric, **baseline)
-        others = [r for r in self.rows(metric) if r is not base]
+        rows = self.rows(metric)
+        groups = list(dict.fromkeys(r[by] for r in rows)) if by else [None]
+        bases = {
+            g: self.row(metric, **baseline, **({by: g} if by else {}))
+            for g in groups
+        }
         block = _find(self.chapter, f"{self.name}.final", self.profile)[0]
-        first, *rest = _matrices(metric, [base, *others], block)
-        pairs = zip(others, rest, strict=True)
-        made = [_versus(r, base, z, first) for r, z in pairs]
+        kept = zip(rows, _matrices(metric, rows, block), strict=True)
+        known = {id(r): z for r, z in kept}
+        against = [(r, bases[r[by] if by else None]) for r in rows]
+        made = [
+            _versus(r, base, known[id(r)], known[id(base)])
+            for r, base in against
+            if r is not base
+        ]
         source = {"chapter": self.chapter, "key": self.name}
         source |= {"profile": self.profile, "metric": metric}
-        asked = {"against": baseline}
+        asked = {"against": baseline} | ({"by": by} if by else {})
         holm = _holm([r["p"] for r in made])
+        sign = -1 if rows[0].get("mode") == "min" else 1
         for i, (r, p) in enumerate(zip(made, holm, strict=True)):
-            sign = -1 if base.get("mode") == "min" else 1
             sure = p < 0.05
             r |= {"p_holm": p, "better": sure and sign * r.mean > 0}
             told = "better" if r["better"] else "worse" if sure else "unclear"
