@@ -13,9 +13,9 @@ is input and what is target, `prepare_batch` moves a batch to the device.
 # %% ../nbs/04_train.ipynb #4752f1d4
 __all__ = [
     "split_batch",
-    "as_batches",
-    "DictBatches",
     "length_of",
+    "DictBatches",
+    "as_batches",
     "to_device",
     "image_input",
     "prepare_batch",

@@ -13,12 +13,12 @@ True
 # %% ../nbs/04_train.ipynb #f29176a2
 __all__ = [
     "Checkpoint",
+    "plain_values",
     "check_states",
     "signature_of",
     "save_checkpoint",
-    "load_checkpoint",
     "clear_leftovers",
-    "plain_values",
+    "load_checkpoint",
 ]
 import itertools
 import os

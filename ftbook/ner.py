@@ -16,9 +16,9 @@ Examples
 # %% ../nbs/10_ner.ipynb #91aabac2
 __all__ = [
     "align",
-    "encode",
-    "Encoded",
     "WordPieces",
+    "Encoded",
+    "encode",
     "BucketBatches",
     "token_classifier",
     "class_weights",
@@ -28,8 +28,8 @@ __all__ = [
     "decode",
     "NERTagger",
     "EntityF1",
-    "mistakes",
     "Mistake",
+    "mistakes",
 ]
 
 import json
@@ -38,7 +38,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -652,7 +652,8 @@ class TagLoss(nn.Module):
         """The model's output, ``loss`` set; labels (B, T), -100 ignored."""
         out = self.model(input_ids=input_ids, attention_mask=attention_mask)
         logits = out.logits.flatten(0, 1).float()
-        out.loss = F.cross_entropy(logits, labels.flatten(), self.weight)
+        weight: Any = self.weight
+        out.loss = F.cross_entropy(logits, labels.flatten(), weight)
         return out
 
     def weight_of(self, labels: torch.Tensor) -> torch.Tensor | int:

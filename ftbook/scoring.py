@@ -25,8 +25,8 @@ __all__ = [
     "count_scored",
     "denominator",
     "sums_over",
-    "means_of",
     "evaluate",
+    "means_of",
     "predict",
 ]
 import contextlib

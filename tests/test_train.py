@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from ftbook import batches, checkpoint, compute, losses, scoring
 from ftbook import train as T
 from ftbook.data import Batches, ImageSet
 from ftbook.optim import OPTIMIZERS
+from ftbook.studies import train as study
 from ftbook.train import Checkpoint, EarlyStopping, History, Run, Settings, evaluate, fit, predict
 
 
@@ -1989,3 +1991,32 @@ def test_a_list_with_a_batch_of_one_example_is_refused_before_the_first_step():
             quiet(model, parts)
         assert same(model, before)
     assert quiet(model, [(x[:16], y[:16]), (x[16:], y[16:])]).rows
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("setting", [{"lr": 1e-2, "batch_size": 32, "schedule": "linear"}, {"C": 0.1}])
+def test_a_run_of_the_study_scores_the_images_of_one_split(split, setting):
+    found = study.run(1, split, "a row", **setting)
+    assert found["accuracy"].shape == study.images()[split][1].shape and math.isfinite(found["loss"])
+
+
+def test_the_study_chooses_a_rate_for_every_row_on_validation_images(tmp_path, monkeypatch):
+    splits = []
+
+    def run(seed, split, setup, lr=None, C=None, **setting):
+        splits.append((split, seed))
+        away = abs(lr - 3e-3) if lr else abs(C - 0.1) if C else 1.0
+        return {"loss": away + 0.01 * seed, "accuracy": torch.ones(4)}
+
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "run", run)
+    threads = torch.get_num_threads()
+    study.main()
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "04_train.json").read_text())["quick"]["choices"]["value"]["loss"]
+    assert [r["setup"] for r in rows] == [r["setup"] for r in study.rows()]
+    assert [r.get("lr", r.get("C")) for r in rows] == [3e-3] * 5 + [None, 0.1]
+    assert {r["tried"] for r in rows[:5]} == {len(study.RATES)}
+    assert {s for split, s in splits if split == "valid"} == {0}, "test images are scored by other seeds"
+    with pytest.raises(ValueError, match="no study 'rates'; use choices"):
+        study.main("rates")

@@ -11,6 +11,7 @@ more steps; `judges` asks networks which changes keep a photograph's label.
 # %% ../../nbs/16_augment.ipynb #025207fc
 import copy
 from functools import cache
+from typing import Any
 
 from .. import augment, data, mlm, results, runtime
 from ..finetune import SmallCNN
@@ -73,9 +74,10 @@ STEPS = runtime.pick(quick=10, cpu=500)
 def photos():
     """Pool, validation and test images."""
     quick = runtime.profile() == "quick"
-    pool, test = (
+    found: list[Any] = [
         data.load("cifar10", s, bundled=quick) for s in ("train", "test")
-    )
+    ]
+    pool, test = found
     return *pool.split(0.16, seed=0), test
 
 

@@ -13,6 +13,7 @@ import copy
 import math
 import time
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ _bert = cache(mlm.load_bundled)
 @cache
 def _tweets():
     """Training sentences with an entity; those to choose by and to score."""
-    found = {
+    found: Any = {
         s: data.load("wnut17", s, bundled=True)
         for s in ("train", "valid", "test")
     }
@@ -104,7 +105,7 @@ def _batches(net, size=SIZE, seed=0):
 def _masked_text():
     """Masked Wikipedia text that no run trains on, to measure forgetting."""
     _, tokenizer = _bert()
-    text = data.load("wikitext2", "valid", bundled=True)
+    text: Any = data.load("wikitext2", "valid", bundled=True)
     documents = mlm.read_documents(text)
     documents = documents[: runtime.pick(quick=20, cpu=400)]
     ids = mlm.pack(documents, tokenizer, 64)[: runtime.pick(quick=8, cpu=128)]
@@ -199,7 +200,7 @@ def _padded(texts, y, tokenizer, size=16):
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     cut = [order[i : i + size] for i in range(0, len(order), size)]
     g = torch.Generator().manual_seed(0)
-    keys = dict(padding=True, truncation=True, max_length=64)
+    keys: Any = dict(padding=True, truncation=True, max_length=64)
     keys |= dict(return_tensors="pt", return_token_type_ids=False)
     return [
         dict(tokenizer([texts[i] for i in cut[k]], **keys))
@@ -229,7 +230,7 @@ def _costs(executor=None):
         batch = next(iter(BucketBatches(
             net.encode(Corpus(_tweets()["train"][:64])), 16, shuffle=False
         )))  # fmt: skip
-        about = {"lr": 1e-4, "loss": None, "settings": SETTINGS}
+        about: Any = {"lr": 1e-4, "loss": None, "settings": SETTINGS}
         finetune.tune(net.model, [batch], how=how, **about)
         steps.append(_step(net, batch))
         memory = peft.training_memory(net.model, batch)

@@ -11,6 +11,7 @@ no `results.study`.
 
 # %% ../../nbs/17_search.ipynb #a51c3124
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -42,7 +43,8 @@ def mlp(seed, train, steps, lr, weight_decay=0.01, width=64, dropout=0.0):
     pixels, classes = train.x[0].numel(), len(train.classes)
     layers = [nn.Linear(pixels, width), nn.ReLU(), nn.Dropout(dropout)]
     model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(width, classes))
-    how = {"schedule": "linear", "precision": "fp32", "progress": False}
+    how: dict[str, Any] = {"schedule": "linear", "precision": "fp32"}
+    how |= {"progress": False}
     fit(
         model,
         train,
@@ -59,9 +61,10 @@ def mlp(seed, train, steps, lr, weight_decay=0.01, width=64, dropout=0.0):
 def garments():
     """Images of each split."""
     quick = runtime.profile() == "quick"
-    train, test = (
+    found: list[Any] = [
         data.load("fashion_mnist", s, bundled=quick) for s in ("train", "test")
-    )
+    ]
+    train, test = found
     parts = train.split(PARTS, seed=0)
     return {"train": parts[0], "valid": parts[1], "test": test}
 
@@ -76,7 +79,7 @@ def run(seed, steps=STEPS, split="test", **setting):
         for n in (100, 1_000)
     }
     if split == "test":
-        of = {"metrics": "accuracy", "precision": "fp32"}
+        of: Any = {"metrics": "accuracy", "precision": "fp32"}
         scores["test_accuracy"] = evaluate(model, found["test"], **of)[
             "accuracy"
         ]
@@ -85,7 +88,7 @@ def run(seed, steps=STEPS, split="test", **setting):
 # %% ../../nbs/17_search.ipynb #aee938a5
 TRIALS = runtime.pick(quick=3, cpu=81)
 REPEATS = runtime.pick(quick=1, cpu=5)
-ABOUT = {"chapter": CHAPTER, "n": 10_000}
+ABOUT: dict[str, Any] = {"chapter": CHAPTER, "n": 10_000}
 ABOUT["budget"] = f"{STEPS} steps of 32 images"
 
 
