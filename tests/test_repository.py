@@ -37,7 +37,7 @@ FLOORS = [
     ["checkpoint"],
     ["train"],
     ["finetune"],
-    ["autoencoder", "mlm", "vision", "ner", "peft", "regularize", "augment", "search"],
+    ["autoencoder", "mlm", "causal", "vision", "ner", "peft", "regularize", "augment", "search"],
     ["studies"],
 ]
 STUDIES = [f.stem.split("_", 1)[1] for f in chapters()]  # in the order of the book
@@ -265,8 +265,31 @@ def test_what_a_module_does_not_list_begins_with_an_underscore(file):
     assert here == set(), "list it in __all__, or give it an underscore"
 
 
+# Modules whose list begins with what a reader calls first, though the chapter builds up to it.
+CALLED_FIRST = {
+    "ftbook.causal",
+    "ftbook.data",
+    "ftbook.models",
+    "ftbook.peft",
+    "ftbook.train",
+    "ftbook.studies.causal",
+}
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_a_module_lists_its_names_in_the_order_of_its_chapter(file):
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    given, defined = importlib.import_module(name).__all__, []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = [n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
+        defined += [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else names
+    own = [n for n in given if n in defined]
+    assert name in CALLED_FIRST or own == sorted(own, key=defined.index)
+
+
 def definitions_in_a_row(path: Path) -> int:
-    """The longest run of cells that define without one that shows or asserts; the rest of a module may stand together."""
+    """The longest run of definitions without a cell that shows or asserts; the rest of a module may stand together."""
     run, longest, rest = 0, 0, False
     for c in load(path)["cells"]:
         source = "".join(c["source"])
@@ -279,14 +302,36 @@ def definitions_in_a_row(path: Path) -> int:
         quiet = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
         does = [n for n in body if not isinstance(n, quiet) and not isinstance(getattr(n, "value", None), ast.Constant)]
         exported = source.startswith("#| export")
-        run = 0 if rest or does or not (named or exported) else run + bool(named)
+        run = 0 if rest or does or not (named or exported) else run + len(named)
         longest = max(longest, run)
     return longest
 
 
+# Chapters that still have longer runs, and how long: they may only become shorter.
+LONGER_RUNS = {
+    "02_math": 9,
+    "03_optim": 9,
+    "04_train": 7,
+    "07_causal": 13,
+    "08_finetune": 8,
+    "10_ner": 9,
+    "11_peft": 11,
+    "15_regularize": 9,
+    "16_augment": 7,
+    "A1_data": 9,
+}
+
+
 @each_notebook
 def test_code_and_check_alternate(path):
-    assert definitions_in_a_row(path) <= 4
+    assert definitions_in_a_row(path) <= LONGER_RUNS.get(path.stem, 6)
+
+
+def test_a_run_of_definitions_is_counted_over_cells_and_ends_where_something_is_shown(tmp_path):
+    sources = ["def a(): ...\ndef b(): ...", "#| export\nX = 1", "class C: ...", "print(a())", "def d(): ..."]
+    cells = [{"cell_type": "code", "source": [source]} for source in sources]
+    (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
+    assert definitions_in_a_row(tmp_path / "n.ipynb") == 3
 
 
 def test_importing_the_package_loads_nothing_heavy():
