@@ -1,6 +1,5 @@
 """Sphinx settings. Title, authors and chapters come from _quarto.yml, version and repository from settings.ini."""
 
-import importlib.util
 from pathlib import Path
 
 from tools.settings import book, settings
@@ -13,7 +12,8 @@ project, author = book()["title"], book()["author"]
 copyright, version = f"{author}, {cfg['license']}", cfg["version"]  # noqa: A001
 language = "en"
 
-extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_copybutton"]
+extensions = ["myst_nb", "tools.mathml", "sphinx_copybutton"]
+html_math_renderer = "mathml"
 exclude_patterns = ["_build"]
 root_doc = "index"
 
@@ -23,19 +23,10 @@ nb_ipywidgets_js = {}
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
 nb_number_source_lines = False
-myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "strikethrough"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "strikethrough"]
 myst_heading_anchors = 4
 myst_dmath_double_inline = True
 suppress_warnings = ["myst.strikethrough"]
-
-# mathematics: MathJax out of a Python package, one file without web fonts
-_mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations[0]) / "static" / "mathjax"
-mathjax_path = "mathjax.js"
-mathjax3_config = {
-    "options": {"enableMenu": False},
-    "tex": {"inlineMath": [["\\(", "\\)"]], "displayMath": [["\\[", "\\]"]], "processEscapes": True},
-    "svg": {"fontCache": "global"},
-}
 
 html_theme = "sphinx_book_theme"
 html_title = project
@@ -48,6 +39,7 @@ html_baseurl = cfg["site"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
+html_use_index = False
 html_last_updated_fmt = None
 html_theme_options = {
     "repository_url": cfg["repository"],
@@ -70,15 +62,3 @@ html_context = {"default_mode": "auto"}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 copybutton_exclude = ".linenos, .gp, .go"
-
-
-def copy_mathjax(app, error):
-    if error is None:
-        target = Path(app.outdir) / "_static" / "mathjax.js"
-        data = (_mathjax / "tex-svg.js").read_bytes()
-        if not target.exists() or target.stat().st_size != len(data):
-            target.write_bytes(data)
-
-
-def setup(app):
-    app.connect("build-finished", copy_mathjax)

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tools.filter import is_folded, options_of, outline, transform
+from tools.mathml import equation, formula
 
 
 def code(source, outputs=()):
@@ -156,12 +157,24 @@ def test_it_works_on_standard_input_as_quarto_calls_it(root):
 def test_formulas_of_several_lines_keep_their_number():
     formula = "$$ a \\begin{cases} 1 \\\\ 2 \\end{cases} \\tag{4.1} $$"
     nb = {"cells": [text(f"Text\n\n{formula}\n\nand $$ b $$ and\n\n$$ c \\tag{{2}} $$")], "metadata": {}}
-    sphinx = "".join(transform(nb, "sphinx")["cells"][0]["source"])
-    assert (
-        "\\begin{equation*}\na \\begin{cases} 1 \\\\ 2 \\end{cases} \\tag{4.1}\n\\end{equation*}" in sphinx
-        and "$$ c \\tag{2} $$" in sphinx
-    )
+    assert formula in "".join(transform(nb, "sphinx")["cells"][0]["source"])
     assert "\\qquad\\text{(4.1)}" in "".join(transform(nb, "quarto")["cells"][0]["source"])
+    page = equation(r"a \begin{cases} 1 \\ 2 \end{cases} \tag{4.1}")
+    assert page.count("<mtr>") == 2 and page.endswith('<span class="eqno">(4.1)</span></div>')
+
+
+def test_a_formula_that_is_not_understood_stops_the_build():
+    with pytest.raises(ValueError, match=r"unheardof"):
+        formula(r"\unheardof{x}")
+
+
+def test_the_rest_of_a_module_shows_signatures():
+    body = 'def f(x):\n    """Say it."""\n    return x'
+    nb = {"cells": [text("## A"), code(body), text("## The rest of the module"), code(body)], "metadata": {}}
+    cells = transform(nb, "sphinx")["cells"]
+    assert "hide-input" not in cells[1]["metadata"].get("tags", [])
+    assert "".join(cells[3]["source"]) == '```python\ndef f(x):\n    """Say it."""\n    ...\n```'
+    assert "hide-input" in cells[4]["metadata"]["tags"]
 
 
 @pytest.mark.parametrize("target", ["quarto", "sphinx"])

@@ -1,6 +1,7 @@
 """The site as a reader meets it: built by Sphinx, served from this machine, opened in headless Chromium by playwright."""
 
 import functools
+import gzip
 import http.server
 import os
 import shutil
@@ -111,15 +112,25 @@ def test_mathematics_is_rendered(pages, page):
     formulas = 0
     for name in pages:
         page.goto(f"/{name}")
-        wanted = page.evaluate("document.querySelectorAll('.math').length")
-        if wanted:
-            assert holds(
-                page,
-                "document.querySelectorAll('mjx-container svg, math').length >= document.querySelectorAll('.math').length",
-            ), name
-            assert page.evaluate("document.querySelectorAll('mjx-merror, [data-mjx-error]').length") == 0, name
-            formulas += wanted
-    assert formulas > 50
+        wanted, made = page.evaluate("['.math', 'math'].map(s => document.querySelectorAll(s).length)")
+        assert made == wanted, name
+        formulas += made
+    assert formulas > 500
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_wide_equation_keeps_its_number(pages, page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    numbers = 0
+    for name in pages:
+        page.goto(f"/{name}")
+        places = page.evaluate(
+            "[...document.querySelectorAll('.eqno')].map(e => e.getBoundingClientRect()).map(r => [r.left, r.right])"
+        )
+        assert [p for p in places if p[0] < 0 or p[1] > width] == [], name
+        numbers += len(places)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    assert numbers > 50
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -128,7 +139,6 @@ def test_no_page_scrolls_sideways(pages, page, width):
     wide = {}
     for name in pages:
         page.goto(f"/{name}")
-        holds(page, "!document.querySelector('.math') || !!document.querySelector('mjx-container, math')")
         overhang = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         if overhang > 0:
             wide[name] = overhang
@@ -152,10 +162,74 @@ def test_the_theme_switches_to_dark_and_back(page):
     assert seen["dark"] != seen["light"]
 
 
-def test_search_finds_a_word(page):
-    page.goto("/search.html?q=calibration")
+QUERIES = {
+    "LoRA": "11_peft",
+    "fit": "04_train",
+    "learning rate": "03_optim",
+    "lerning rate": "03_optim",
+    "freeze layers": "08_finetune",
+    "F1": "10_ner",
+    "calibration": "02_math",
+    "dropout": "15_regularize",
+    "mixup": "16_augment",
+    "masked language": "06_mlm",
+    "autoencoder": "05_autoencoder",
+    "halving": "17_search",
+    "Grad-CAM": "09_vision",
+    "viterbi": "10_ner",
+    "checkpoint": "04_train",
+    "quantization": "11_peft",
+    "quantisation": "11_peft",
+    "AdamW": "03_optim",
+    "glosary": "A7_glossary",
+    "warmup": "03_optim",
+}
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_search_finds_the_chapter_first(page, query):
+    page.goto(f"/search.html?q={query}")
     assert holds(page, "document.querySelectorAll('#search-results li a').length > 0", 30)
-    assert page.evaluate("[...document.querySelectorAll('#search-results li a')].some(a => a.href.includes('02_math'))")
+    first = page.evaluate("document.querySelector('#search-results li a').getAttribute('href')")
+    assert QUERIES[query] in first
+
+
+def test_pages_and_search_work_from_the_disk(site, page):
+    page.goto((site / "search.html").as_uri() + "?q=LoRA")
+    assert holds(page, "document.querySelectorAll('#search-results li a').length > 0", 30)
+    page.evaluate("document.querySelector('#search-results li a').click()")
+    assert holds(page, "!!document.querySelector('article h1')", 30)
+
+
+def test_every_page_says_what_it_may_load_and_what_it_is(pages, site):
+    for name in [*pages, "search.html"]:
+        text = (site / name).read_text(encoding="utf-8")
+        assert text.count('http-equiv="Content-Security-Policy"') == 1, name
+        assert "unsafe-inline'; img-src" in text and "script-src 'self'" in text, name
+        assert text.count('<meta name="viewport"') == 1, name
+        if name != "search.html":
+            assert text.count('<meta name="description"') == 1, name
+
+
+def test_pages_are_light(pages, address, page):
+    """Bytes as a server compresses them."""
+    heavy = {}
+    for name in pages:
+        sizes = []
+        listener = lambda r, sizes=sizes: sizes.append(len(gzip.compress(r.body())))  # noqa: E731
+        page.on("response", listener)
+        page.goto(f"/{name}")
+        page.remove_listener("response", listener)
+        limit = 400_000 if name == "index.html" else 1_500_000
+        if sum(sizes) > limit:
+            heavy[name] = sum(sizes)
+    assert heavy == {}
+
+
+def test_the_book_can_be_read_by_programs(site):
+    short, full = ((site / f).read_text(encoding="utf-8") for f in ("llms.txt", "llms-full.txt"))
+    assert short.startswith("# ") and "nbs/10_ner.html" in short
+    assert "def viterbi" in full
 
 
 def test_pictures_are_drawn(pages, page):

@@ -36,6 +36,7 @@ def state(builder: str) -> str:
 
 def sphinx(out: Path) -> int:
     """Sphinx, warnings counted as errors; after an error the next build starts afresh."""
+    from .finish import finish
     from .stage import STAGE, stage
 
     old = {f.relative_to(STAGE) for f in STAGE.rglob("*") if f.is_file()} if STAGE.exists() else set()
@@ -67,6 +68,8 @@ def sphinx(out: Path) -> int:
     (out / "objects.inv").unlink(missing_ok=True)
     if code:
         shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
+    else:
+        finish(out)
     return code
 
 

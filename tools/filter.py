@@ -106,13 +106,6 @@ def prose(lines: list, target: str) -> list:
     text = re.sub(r"\]\(index\.ipynb(#[^)]*)?\)", "](../index.qmd)" if target == "quarto" else "](../index.md)", text)
     if target == "quarto":  # pandoc's MathML knows no \tag
         text = re.sub(r"\\tag\{([^{}]*)\}", r"\\qquad\\text{(\1)}", text)
-    else:  # Sphinx would wrap a formula of several lines in `split`, which allows no \tag
-        text = re.sub(
-            r"^\$\$((?:(?!\$\$).)*\\\\(?:(?!\$\$).)*)\$\$$",
-            lambda m: "\\begin{equation*}\n" + m[1].strip() + "\n\\end{equation*}",
-            text,
-            flags=re.M | re.S,
-        )
     return text.split("\n")
 
 
@@ -138,6 +131,15 @@ def alt_of(output: dict, mime: str) -> str:
     return meta.get("alt") or meta.get(mime, {}).get("alt") or meta.get("ftbook", {}).get("alt", "")
 
 
+def size_of(data: bytes, mime: str) -> dict:
+    """Width and height of a picture in CSS pixels, so that the page keeps its place; {} where the file does not say."""
+    if mime == "image/png" and data[12:16] == b"IHDR":
+        return {"width": int.from_bytes(data[16:20], "big"), "height": int.from_bytes(data[20:24], "big")}
+    box = re.search(rb'<svg[^>]*\bviewBox="[\d.]+ [\d.]+ ([\d.]+) ([\d.]+)"', data[:3000]) if "svg" in mime else None
+    scale = 4 / 3 if box and re.search(rb'<svg[^>]*\bwidth="[\d.]+pt"', data[:3000]) else 1  # points
+    return {"width": round(scale * float(box[1])), "height": round(scale * float(box[2]))} if box else {}
+
+
 def figure(output: dict, mime: str, save=None) -> str:
     """An image output as HTML; `save(bytes, suffix)` may store it as a file and return its address."""
     raw = "".join(output["data"][mime])
@@ -145,12 +147,21 @@ def figure(output: dict, mime: str, save=None) -> str:
     address = save(data, mime) if save else f"data:{mime};base64,{base64.b64encode(data).decode()}"
     meta = output.get("metadata", {})
     caption = meta.get("caption") or meta.get("ftbook", {}).get("caption") or meta.get(mime, {}).get("caption", "")
-    size = "".join(f' {k}="{meta[mime][k]}"' for k in ("width", "height") if k in meta.get(mime, {}))
+    known = {k: meta[mime][k] for k in ("width", "height") if k in meta.get(mime, {})} or size_of(data, mime)
+    size = "".join(f' {k}="{v}"' for k, v in known.items())
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return (
         f'<figure class="plot"><img src="{address}" alt="{html.escape(alt_of(output, mime), quote=True)}"'
         f' loading="lazy"{size}>{text}</figure>'
     )
+
+
+def _saved(data: bytes, mime: str, save, text: str) -> str:
+    """The attributes of a picture that `save` stores as a file; its height follows from the width that `text` asks for."""
+    size, wanted = size_of(data, mime), re.search(r'<img [^>]*\bwidth="(\d+)"', text)
+    if size and wanted:
+        size = {"height": round(int(wanted[1]) * size["height"] / size["width"])}
+    return f'src="{save(data, mime)}" loading="lazy"' + "".join(f' {k}="{v}"' for k, v in size.items())
 
 
 def shown(output: dict, target: str, save=None):
@@ -164,7 +175,7 @@ def shown(output: dict, target: str, save=None):
     if "text/html" in data:
         text = "".join(data["text/html"])
         if save:
-            text = INLINE.sub(lambda m: f'src="{save(base64.b64decode(m[2]), m[1])}" loading="lazy"', text)
+            text = INLINE.sub(lambda m: _saved(base64.b64decode(m[2]), m[1], save, m.string), text)
         if text.startswith("<img "):
             text = f'<figure class="plot">{text}</figure>'
         data = {"text/html": source_of(lines_of(text))}
@@ -221,11 +232,11 @@ def _opening(node, lines: list) -> list:
     return lines[start : max(start + 1, node.body[0].lineno - 1)]
 
 
-def outline(lines: list) -> list:
-    """What stands on the page for a cell with long definitions: signatures and first lines; [] where nothing is long."""
+def outline(lines: list, long: int = LONG) -> list:
+    """What stands on the page for a cell with definitions of `long` lines: signatures and first lines; [] where there is none."""
     body = tree_of(lines)
     named = [n for n in body if isinstance(n, DEFINITION)]
-    if not named or not any(n.end_lineno - n.lineno >= LONG for n in named):
+    if not named or not any(n.end_lineno - n.lineno >= long for n in named):
         return []
     shown: list = []
     for node in named:
@@ -241,10 +252,11 @@ def outline(lines: list) -> list:
     return shown
 
 
-def code_cells(cell: dict, target: str, save=None, early: bool = False) -> list:
+def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bool = False) -> list:
     """A code cell without directives, below the signatures of what is folded in it; [] where the reader does not see it.
 
     `early` says that no figure stands above it: a page opens with a picture and not with the code that draws it.
+    `rest` says that it is of "The rest of the module", which one looks up: there each definition shows its signature.
     """
     options, lines = options_of(lines_of(cell["source"]))
     silent = "default_exp" in options and not any(line.strip() for line in lines)
@@ -253,9 +265,9 @@ def code_cells(cell: dict, target: str, save=None, early: bool = False) -> list:
     while lines and not lines[0].strip():
         lines = lines[1:]
     tags, meta = list(cell.get("metadata", {}).get("tags", [])), {}
-    short = outline(lines)
+    short = outline(lines, 1 if rest else LONG)
     opening = early and not options.keys() & {"export", "exports"}
-    if "code-fold" not in options and (short or opening or is_folded(lines)):
+    if "code-fold" not in options and (short or opening or rest or is_folded(lines)):
         options["code-fold"] = "true"
     if options.get("code-fold") == "true":
         options.setdefault("code-summary", "Show the whole code" if short else "Show code")
@@ -297,14 +309,16 @@ def is_drawn(cell: dict) -> bool:
 
 def transform(nb: dict, target: str = "quarto", name: str = "", save=None) -> dict:
     """The notebook that the builder reads; `name` is the file's, `save` stores pictures."""
-    cells, first, early = [], True, any(map(is_drawn, nb["cells"]))
+    cells, first, early, rest = [], True, any(map(is_drawn, nb["cells"])), False
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
-            cells += code_cells(cell, target, save, early)
+            cells += code_cells(cell, target, save, early, rest)
             early = early and not is_drawn(cell)
             continue
         if cell["cell_type"] == "markdown":
             lines = prose(lines_of(cell["source"]), target)
+            if title := next((line for line in lines if line.startswith(("# ", "## "))), ""):
+                rest = "rest of the module" in title.lower()
             if first and target == "sphinx":
                 lines = numbered(lines, name)
             cell, first = {**cell, "source": source_of(lines), "metadata": {}}, False

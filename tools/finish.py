@@ -1,0 +1,230 @@
+"""What the theme's pages still need after Sphinx: lighter, searchable, described, allowed to load from their own site only.
+
+`finish(folder)` goes over built pages in place and may run again over the same ones. It also writes the files beside them:
+the index of the search, sitemap.xml and robots.txt where settings.ini names the site, llms.txt and llms-full.txt.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from .settings import ROOT, parts, settings
+
+DONE = "<!-- finished -->"
+UNUSED = re.compile(
+    r'\s*<script[^>]*src="[^"]*(?:fontawesome|searchtools|language_data|searchindex)\.js[^"]*"></script>'
+)
+INLINE = re.compile(r"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.S)
+SECTION = "h1", "h2", "h3"
+DEFINED = 1000  # added to the count of a name where it is defined
+WORDS = 90  # of a section that the index keeps: what a result shows is cut from them
+
+
+def policy(page: str) -> str:
+    """The content-security policy of a page: the site itself, and the very scripts that stand on the page."""
+    sums = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in INLINE.findall(page)]
+    scripts = " ".join(["'self'", *(f"'sha256-{s}'" for s in dict.fromkeys(sums))])
+    return (
+        f"default-src 'self'; script-src {scripts}; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+        "object-src 'none'; base-uri 'self'; form-action 'self'"
+    )
+
+
+class Reader(HTMLParser):
+    """The sections of a page in one pass: [anchor, title, words, names defined] from title to title; formulas as their LaTeX."""
+
+    EMPTY = {"img", "br", "hr", "input", "meta", "link", "source", "wbr", "col"}
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.sections, self.anchors, self.depth, self.skipped, self.title, self.paragraphs = [], [], 0, 0, None, []
+        self.in_paragraph = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        a = dict(attributes)
+        if tag == "article" or self.depth:
+            self.depth += tag not in self.EMPTY
+        if not self.depth or tag in self.EMPTY:
+            return
+        quiet = tag in {"script", "style", "math"} or "headerlink" in (a.get("class") or "")
+        if self.skipped or quiet:
+            if quiet and tag == "math" and self.sections and not self.skipped:
+                self.handle_data(f" {a.get('alttext', '')} ")
+            self.skipped += 1
+            return
+        if tag == "section":
+            self.anchors.append(a.get("id", ""))
+        elif tag in SECTION:
+            self.title = tag
+            self.sections.append([f"#{self.anchors[-1]}" if self.anchors and tag != "h1" else "", "", [], []])
+        elif tag == "p":
+            self.in_paragraph = True
+            self.paragraphs.append("")
+
+    def handle_endtag(self, tag):
+        if not self.depth or tag in self.EMPTY:
+            return
+        self.depth -= 1
+        if self.skipped:
+            self.skipped -= 1
+        elif tag == "section" and self.anchors:
+            self.anchors.pop()
+        elif tag == self.title:
+            self.title = None
+        elif tag == "p":
+            self.in_paragraph = False
+
+    def handle_data(self, data):
+        if not self.sections or self.skipped:
+            return
+        if self.title:
+            self.sections[-1][1] += data
+        else:
+            self.sections[-1][2] += data.split()
+            self.sections[-1][3] += re.findall(r"^(?:def|class) ([a-zA-Z]\w*)", data, re.M)
+        if self.in_paragraph and not self.title:
+            self.paragraphs[-1] += data
+
+
+def article(page: str) -> Reader:
+    """What a page says; the theme's copy of its title for printers is left out."""
+    start, end = page.find("<article"), page.find("</article>")
+    return Reader(re.sub(r"</?span[^>]*>", "", page[start : end + 10]) if start >= 0 else "")
+
+
+def promise(page: str) -> str:
+    """The sentence below a page's title: its description."""
+    text = " ".join(next(iter(article(page).paragraphs), "").split())
+    return text if len(text) <= 200 else text[:199].rsplit(" ", 1)[0] + " …"
+
+
+def head(page: str, address: str) -> str:
+    """The lines that the page's head gains."""
+    title = re.search(r"<title>(.*?)</title>", page, re.S)
+    title = " ".join(title[1].split()) if title else ""
+    lines = [f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy(page), quote=True)}" />']
+    text = html.escape(promise(page), quote=True)
+    if text:
+        lines.append(f'<meta name="description" content="{text}" />')
+    lines += [f'<meta property="og:title" content="{title}" />', '<meta property="og:type" content="article" />']
+    lines += [f'<meta property="og:description" content="{text}" />'] if text else []
+    if site := settings()["site"].rstrip("/"):
+        lines.append(f'<meta property="og:url" content="{site}/{address}" />')
+    return "\n    ".join(lines)
+
+
+def repair(page: str) -> str:
+    """What the theme writes and a reader, a reader's screen reader or a slow line would trip over."""
+    page = UNUSED.sub("", page)
+    page = re.sub(r'(<meta name="viewport"[^>]*/?>)(.*?)<meta name="viewport"[^>]*/?>', r"\1\2", page, flags=re.S)
+    page = re.sub(r'\s*<div id="ethical-ad-placement".*?</div>', "", page, flags=re.S)
+    page = page.replace(
+        'placeholder="Search..."\n         aria-label="Search..."', 'placeholder="Search" aria-label="Search"'
+    )
+    page = page.replace('aria-label="Color mode"', 'aria-label="Color mode: light, dark, or as the system"')
+    for name in ("primary", "secondary"):
+        label = {"primary": "Chapters", "secondary": "In this chapter"}[name]
+        page = page.replace(f'title="Toggle {name} sidebar"', f'title="{label}" aria-label="{label}"')
+    return page
+
+
+def finish_page(file: Path, out: Path) -> None:
+    page = file.read_text(encoding="utf-8")
+    if DONE in page:
+        return
+    page = repair(page)
+    if file.name == "search.html":
+        page = searching(page)
+    at = page.index("<head>") + len("<head>")
+    charset = page.find("/>", page.index("charset", at)) + 2 if "charset" in page[at : at + 300] else at
+    added = head(page, file.relative_to(out).as_posix())
+    file.write_text(f"{page[:charset]}\n    {added}\n    {DONE}{page[charset:]}", encoding="utf-8")
+
+
+def searching(page: str) -> str:
+    """The search page with the book's own search in place of the theme's."""
+    page = re.sub(r"\s*<script>\s*// Activate the search field.*?</script>", "", page, flags=re.S)
+    page = page.replace('<div id="search-results"></div>', '<div id="search-results" aria-live="polite"></div>')
+    scripts = '<script src="sections.js"></script>\n    <script src="_static/find.js"></script>\n  </body>'
+    return page.replace("</body>", scripts, 1)
+
+
+def sections(file: Path, out: Path) -> list:
+    """[address, page's title, section's title, words, names it defines] of every section of a page."""
+    found, address = article(file.read_text(encoding="utf-8")).sections, file.relative_to(out).as_posix()
+    titles = [" ".join(title.split()) for _, title, *_ in found]
+    return [
+        [address + anchor, titles[0], title if i else "", words, names]
+        for i, ((anchor, _, words, names), title) in enumerate(zip(found, titles, strict=True))
+    ]
+
+
+def index(out: Path, files: list) -> None:
+    """sections.js: what the search knows. Every word of a section counts, its first WORDS can be shown."""
+    rows, words = [], {}
+    for file in files:
+        for address, page, title, text, names in sections(file, out):
+            for word in re.findall(r"[^\W_]+", " ".join(text).lower()):
+                at = words.setdefault(word, {})
+                at[len(rows)] = at.get(len(rows), 0) + 1
+            for name in names:  # where a name is made, it is explained
+                at = words.setdefault(name.lower(), {})
+                at[len(rows)] = at.get(len(rows), 0) + DEFINED
+            rows.append([address, page, title, " ".join(text[:WORDS])])
+    counts = {w: [x for pair in at.items() for x in pair] for w, at in sorted(words.items()) if len(w) < 40}
+    data = json.dumps({"sections": rows, "words": counts}, ensure_ascii=False, separators=(",", ":"))
+    (out / "sections.js").write_text(f"window.SECTIONS={data};\n", encoding="utf-8")
+
+
+def chapters_text() -> tuple:
+    """(llms.txt, llms-full.txt): the pages with their promises, and the whole book as Markdown."""
+    title = "Pretraining and Fine-tuning"
+    short, full = [f"# {title}", "", f"> {settings()['description']}", ""], []
+    for part, files in parts():
+        short += [f"## {part or 'Start'}", ""]
+        for file in files:
+            if not file.endswith(".ipynb"):
+                continue
+            cells = json.loads((ROOT / file).read_text(encoding="utf-8"))["cells"]
+            texts = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+            lines = [line for line in "\n".join(texts[:2]).split("\n") if line.strip()]
+            name = lines[0].lstrip("# ")
+            said = next((line for line in lines[1:] if not line.startswith(("#", "|", "[!", "<", ">"))), "")
+            short.append(f"- [{name}]({file.replace('.ipynb', '.html')}): {said}")
+            for c in cells:
+                source = "".join(c["source"])
+                full.append(source if c["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        short.append("")
+    return "\n".join(short), "\n\n".join(full) + "\n"
+
+
+def finish(out: Path) -> None:
+    """Finish every page below `out`, then write the files beside them."""
+    files = [f for f in sorted(out.rglob("*.html")) if "_static" not in f.parts]
+    for file in files:
+        finish_page(file, out)
+    index(out, [f for f in files if f.name not in ("search.html", "404.html", "genindex.html")])
+    short, full = chapters_text()
+    (out / "llms.txt").write_text(short, encoding="utf-8")
+    (out / "llms-full.txt").write_text(full, encoding="utf-8")
+    if site := settings()["site"].rstrip("/"):
+        places = [
+            f"  <url><loc>{site}/{f.relative_to(out).as_posix()}</loc></url>" for f in files if f.name != "404.html"
+        ]
+        head_ = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">'
+        (out / "sitemap.xml").write_text("\n".join([head_, *places, "</urlset>\n"]), encoding="utf-8")
+        (out / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {site}/sitemap.xml\n", encoding="utf-8")
+    for unused in (
+        "searchindex.js",
+        "_static/searchtools.js",
+        "_static/language_data.js",
+        "_static/scripts/fontawesome.js",
+    ):
+        (out / unused).unlink(missing_ok=True)
+    for unused in sorted(out.glob("_static/scripts/fontawesome.js*")):
+        unused.unlink()
