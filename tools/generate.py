@@ -20,7 +20,7 @@ FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}  # in Colab, i
 
 # what a chapter loads in the cpu profile; its first cell gets it, or says in one message what is missing
 NEEDS = {
-    "01_background": "hymenoptera fashion_mnist",
+    "01_background": "hymenoptera fashion_mnist efficientnet_lite0",
     "02_math": "sst2 wikitext2 minilm smollm2",
     "03_optim": "sst2",
     "04_train": "fashion_mnist",
