@@ -127,6 +127,12 @@ def repair(page: str) -> str:
         'placeholder="Search..."\n         aria-label="Search..."', 'placeholder="Search" aria-label="Search"'
     )
     page = page.replace('aria-label="Color mode"', 'aria-label="Color mode: light, dark, or as the system"')
+    page = page.replace(
+        ' class="bd-sidebar-primary bd-sidebar',
+        ' role="navigation" aria-label="Book" class="bd-sidebar-primary bd-sidebar',
+    )
+    page = re.sub(r'(<button class="btn search-button-field[^>]*?) title="Search" aria-label="Search"', r"\1", page)
+    page = page.replace('<th class="head"><p></p></th>', '<td class="head"></td>')
     for name in ("primary", "secondary"):
         label = {"primary": "Chapters", "secondary": "In this chapter"}[name]
         page = page.replace(f'title="Toggle {name} sidebar"', f'title="{label}" aria-label="{label}"')

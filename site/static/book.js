@@ -1,4 +1,4 @@
-// "Show all code": one switch for every folded cell, remembered; works from file:// too.
+// "Show all code": one switch for every folded cell, remembered; boxes that scroll are for the keyboard too. Works from file://.
 (() => {
   const KEY = "ftbook-code";
   const folds = () => document.querySelectorAll("div.cell details, details.code-fold");
@@ -21,5 +21,14 @@
     title.insertAdjacentElement("afterend", button);
     if (all) apply(); else { button.textContent = "Show all code"; button.setAttribute("aria-pressed", "false"); }
   };
+  // what scrolls inside its box can be reached and scrolled with the keyboard
+  const reach = () => {
+    for (const box of document.querySelectorAll("article pre, article table, article .formula")) {
+      if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0; else box.removeAttribute("tabindex");
+    }
+  };
+  addEventListener("load", reach);
+  addEventListener("resize", reach);
+
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start); else start();
 })();
