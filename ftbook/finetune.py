@@ -1002,7 +1002,7 @@ def report(
         ),
     )
 
-# %% ../nbs/08_finetune.ipynb #d28e35e3
+# %% ../nbs/08_finetune.ipynb #09e624d4
 class SmallCNN(nn.Module):
     """Three blocks of 3 × 3 convolution, batch normalization, ReLU; mean over
     places; linear head.

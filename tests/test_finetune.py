@@ -4,6 +4,7 @@ import contextlib
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -665,55 +666,64 @@ def test_tune_refuses_what_it_does_not_know():
         ft.tune(net, toy_images(), lr=1.0, settings=Settings(params=list(net.parameters())))
 
 
-def test_the_two_halves_of_the_classes_are_numbered_from_0():
-    tasks = study.two_tasks()
-    assert tasks["old"].classes == list("01234") and tasks["test"].classes == list("56789")
-    assert all(part.y.unique().tolist() == [0, 1, 2, 3, 4] for part in tasks.values())
-    assert len(tasks["old"]) + len(tasks["new"]) + len(tasks["old_valid"]) + len(tasks["valid"]) == 1297
+def test_the_reviews_have_as_many_of_each_class_and_so_has_a_draw():
+    for part in study.reviews().values():
+        assert part.y.bincount().tolist() == [len(part) // 2] * 2
+    rows = study.draw(3, 5)
+    assert study.reviews()["train"].y[rows].bincount().tolist() == [5, 5] and len(set(rows.tolist())) == 10
+    assert torch.equal(rows, study.draw(3, 5)) and not torch.equal(rows, study.draw(4, 5))
 
 
-def test_a_tuned_copy_leaves_the_pretrained_network_alone():
-    images = toy_images()
-    old, new = study._classes(images, 0, 2), study._classes(images, 2, 4)
-    assert new.classes == ["c", "d"] and new.y.tolist() == [0, 1] * 12
-    source = study.pretrained_cnn(old, per_class=8, epochs=1)
-    state, few = copy.deepcopy(source.state_dict()), {"labels": 4, "epochs": 2, "batch_size": 4}
-    before = study.old_accuracy(source, source, old)
-    head = study.tuned(source, new, "head", 0.01, **few)
-    assert study.old_accuracy(head, source, old) == before and trainable(head) == ["head.weight", "head.bias"]
-    both = study.tuned(source, new, "full", 0.01, head_lr=0.1, **few)
-    assert not torch.equal(both.body[0][0].weight, source.body[0][0].weight)
-    fresh = study.fresh_head(source, 2, seed=0, scratch=True)
-    assert not torch.equal(fresh.body[0][0].weight, source.body[0][0].weight)
-    assert all(torch.equal(v, state[k]) for k, v in source.state_dict().items())
+def test_batches_hold_every_sentence_once_and_similar_lengths():
+    inputs = study.coded("train")
+    batches = study.ByLength(inputs, size=16, seed=0)
+    first = list(batches)
+    assert len(first) == len(batches) == 5 and sum(len(b["labels"]) for b in first) == 80
+    rows = sorted(tuple(r) for b in first for r in b["input_ids"].tolist())
+    assert rows == sorted(tuple(r) for r in inputs["input_ids"].tolist())
+    spread = [float(b["attention_mask"].sum(1).float().std()) for b in first]
+    assert sum(spread) / len(spread) < float(inputs["attention_mask"].sum(1).float().std())
+    batches.set_epoch(1)
+    assert any(not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, batches, strict=True))
+
+
+def test_what_the_frozen_layers_give_can_be_computed_once_for_training_too():
+    inputs = {k: v[:24] for k, v in study.coded("train").items()}
+    whole, plan = study.classifier(0), {"lr": 1e-3, "epochs": 2, "seed": 0, "settings": study.PLAN}
+    layers = len(whole.body.encoder.layer)
+    upper = study.Upper(copy.deepcopy(whole))
+    below = study.lower(inputs, layers - study.TOP)
+    assert torch.allclose(study.outputs(upper, below), study.outputs(whole, inputs), atol=1e-5)
+    top = ft.Strategy(trained=(f"layer.{layers - 2}", f"layer.{layers - 1}", "head"))
+    ft.tune(whole, study.ByLength(inputs, size=8), how=top, **plan)
+    ft.tune(upper, study.ByLength(below, size=8), how="full", **plan)
+    assert torch.allclose(upper.head.weight, whole.head.weight, atol=1e-4)
+    assert torch.allclose(study.outputs(upper, below), study.outputs(whole, inputs), atol=1e-2)
 
 
 def test_one_run_of_the_study_scores_the_split_it_is_told():
-    found = study.run(0, "valid", "head", 0.03)
-    assert list(found) == ["accuracy", "trained"] and found["trained"] == 32 * 5 + 5
-    found = study.run(0, "test", "head", 0.03)
-    assert found["old_accuracy"] == study.untuned(0)["old_accuracy"] and 0 <= found["accuracy"] <= 1
-    assert "old_accuracy" not in study.run(0, "test", "scratch", 0.01)
+    n = len(study.reviews()["valid"])
+    for how in ({"method": "majority"}, {"method": "bag of words", "C": 1.0}, {"method": "probe", "C": 1.0}):
+        found = study.run(0, "valid", **how)
+        assert list(found) == ["accuracy"] and found["accuracy"].shape == (n,) and found["accuracy"].dtype == bool
+    found = study.run(0, "test", "top layers", lr=1e-3)
+    assert list(found) == ["accuracy", "shifted"] and len(found["shifted"]) == len(study.reviews()["shifted"])
+    assert study.run(0, "valid", "majority")["accuracy"].mean() == 0.5
 
 
 @pytest.mark.filterwarnings("ignore:.*at the edge")
-def test_the_study_has_a_row_for_every_strategy_with_as_many_rates(tmp_path, monkeypatch):
+def test_the_study_has_a_row_for_every_way_with_as_many_rates(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
 
-    def fake(seed, split, strategy, lr, head_lr=None):
-        return {"accuracy": 0.5 + lr + (head_lr or 0), "trained": 1.0}
+    def fake(seed, split, method, lr=0.0, C=0.0, per_class=1):
+        return {"accuracy": np.arange(8) < 2 + 1e3 * lr + C / 10, "shifted": np.arange(4) < 2}
 
     monkeypatch.setattr(study, "run", fake)
-    monkeypatch.setattr(study, "untuned", lambda seed: {"old_accuracy": 0.9})
-    study.main()
-    found = results.load_study(study.CHAPTER, "strategies")
-    rows = found.rows("accuracy")
-    assert [r["strategy"] for r in rows] == ["scratch", *ft.STRATEGIES] and {r["tried"] for r in rows} == {2}
-    assert len(results.load_sweep(study.CHAPTER, "rates").summary("accuracy")) == 4
-    assert results.load_sweep(study.CHAPTER, "pretrained").row("old_accuracy")["n"] == len(
-        study.two_tasks()["old_test"]
-    )
-    with pytest.raises(ValueError, match="no study 'rate'; use strategies, rates, "):
+    study.main("text")
+    rows = results.load_study(study.CHAPTER, "text").rows("accuracy")
+    assert [r["method"] for r in rows] == [r["method"] for r in study.rows()]
+    assert {r["tried"] for r in rows if "lr" in r} <= {2} and {r["n"] for r in rows} == {len(study.reviews()["test"])}
+    with pytest.raises(ValueError, match="no study 'rate'; use text"):
         study.main("rate")
 
 

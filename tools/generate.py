@@ -27,7 +27,7 @@ NEEDS = {
     "05_autoencoder": "fashion_mnist cifar10",
     "06_mlm": "wiki_excerpt wikitext2 sst2",
     "07_causal": "wiki_excerpt wikitext2 smollm2",
-    "08_finetune": "fashion_mnist sst2 minilm",
+    "08_finetune": "sst2 cr hymenoptera minilm efficientnet_lite0",
     "09_vision": "cifar10 hymenoptera weights/mobilenet_v2",
     "10_ner": "wnut17",
     "11_peft": "wnut17 sst2 wikitext2",
