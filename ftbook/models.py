@@ -878,6 +878,23 @@ register(
     )
 )
 
+# %% ../nbs/A2_models.ipynb #7358e749
+register(
+    Card(
+        name="decoder_mini_en",
+        title="decoder-mini-en",
+        kind="causal",
+        task="writes the next piece; stands in for a decoder in quick runs",
+        inputs="English text, at most 128 pieces",
+        parameters=229_696,
+        origin="trained for this book on Wikipedia text (chapter 7)",
+        license="CC BY-SA 3.0",
+        cite="the ftbook authors",
+        flaws=("read for minutes: it writes no sense",),
+        asset="decoder-mini-en",
+    )
+)
+
 # %% ../nbs/A2_models.ipynb #2c1bd6a7
 _NOT_READ = (
     "the sum is the published one; the file was not read while this "
