@@ -866,7 +866,7 @@ def encode(documents: Sequence[str], tokenizer) -> list[list[int]]:
 
 
 def pack(
-    documents: Sequence[Sequence[int]], end: int, length: int = 128
+    documents: Sequence[Sequence[int] | np.ndarray], end: int, length: int = 128
 ) -> Tensor:
     """Join documents, the end-of-text piece before each, and cut the stream
     into rows of length + 1 pieces that share one piece with the next.
