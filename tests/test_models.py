@@ -23,6 +23,7 @@ from torch import nn
 
 from ftbook import data, models, results
 from ftbook.exercises import models as exercises
+from ftbook.studies import models as study
 
 WEIGHTS = b"the right bytes " * 4000
 CONFIG = b'{"a": 1}'
@@ -933,3 +934,30 @@ def test_real_efficientnet_names_a_photo(real):
     with torch.inference_mode():
         chance = model(prepare(fit_square(photo, 224)[None])).softmax(1)[0]
     assert [model.classes[k] for k in chance.topk(3).indices] == ["palace", "bell cote", "monastery"]
+
+
+@pytest.mark.parametrize("task", study.ROWS)
+def test_a_run_of_the_study_scores_the_split_it_is_told(task):
+    for row in study.ROWS[task]:
+        sizes = {s: len(study.run(0, s, task, row["features"], C=1.0)["accuracy"]) for s in ("valid", "test")}
+        parts = study.described(row["features"])
+        left = len(parts["train"][1]) - study.LABELS[task]
+        assert sizes == {"valid": len(parts["valid"][1]) if "valid" in parts else left, "test": len(parts["test"][1])}
+
+
+@pytest.mark.filterwarnings("ignore:.*at the edge")
+def test_the_study_compares_simple_features_with_frozen_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+
+    def fake(seed, split, task, features, C):
+        return {"accuracy": np.arange(8) < 2 + seed % 3 + 2 * features.startswith("frozen")}
+
+    monkeypatch.setattr(study, "run", fake)
+    study.main()
+    for task, rows in study.ROWS.items():
+        found = results.load_study(study.CHAPTER, task)
+        assert [r["features"] for r in found.rows("accuracy")] == [r["features"] for r in rows]
+        (gap,) = found.compare("accuracy", features=rows[0]["features"])
+        assert round(gap.mean, 6) == 0.25
+    with pytest.raises(ValueError, match="no study 'texts'; use reviews, photos"):
+        study.main("texts")
