@@ -1,5 +1,6 @@
 """The site as a reader meets it: built by Sphinx, served from this machine, opened in headless Chromium by playwright."""
 
+import ast
 import functools
 import gzip
 import http.server
@@ -82,7 +83,10 @@ def holds(page, script: str, seconds: float = 20) -> bool:
 
 @pytest.fixture(scope="module")
 def pages(site) -> list:
-    return ["index.html", *sorted(f"nbs/{f.name}" for f in (site / "nbs").glob("*.html"))]
+    return [
+        "index.html",
+        *sorted(f"{f.parent.name}/{f.name}" for g in ("nbs", "api") for f in (site / g).glob("*.html")),
+    ]
 
 
 def test_every_page_loads_quietly_from_its_own_host(pages, address, page):
@@ -224,6 +228,16 @@ def test_pages_are_light(pages, address, page):
         if sum(sizes) > limit:
             heavy[name] = sum(sizes)
     assert heavy == {}
+
+
+def test_every_public_name_has_an_entry_that_the_text_links_to(site):
+    from tools.api import listed, modules
+
+    for name, file in modules().items():
+        text = (site / "api" / f"{name}.html").read_text(encoding="utf-8")
+        for entry in listed(ast.parse(file.read_text(encoding="utf-8"))):
+            assert f'id="{entry.lower().strip("_").replace("_", "-")}"' in text, (name, entry)
+    assert 'href="../api/finetune.html#tune"' in (site / "nbs" / "08_finetune.html").read_text(encoding="utf-8")
 
 
 def test_the_book_can_be_read_by_programs(site):

@@ -17,6 +17,7 @@ INPUTS = (
     "README.md",
     "settings.ini",
     "nbs/*.ipynb",
+    "ftbook/*.py",
     "site/**/*",
     "tools/*.py",
     "requirements/book.lock",

@@ -12,6 +12,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+from .api import names as api_names
 from .settings import ROOT, parts, settings
 
 DONE = "<!-- finished -->"
@@ -139,12 +140,28 @@ def repair(page: str) -> str:
     return page
 
 
-def finish_page(file: Path, out: Path) -> None:
+CODE = re.compile(r'<code class="docutils literal notranslate"><span class="pre">([\w.]+)(\(\))?</span></code>')
+
+
+def linked(page: str, known: dict) -> str:
+    """`train.fit` in a chapter's text leads to its entry of the API reference."""
+
+    def link(match):
+        name = match[1].removeprefix("ftbook.") if match[1].count(".") > 1 else match[1]
+        address = known.get(name)
+        return f'<a class="api" href="{address}">{match[0]}</a>' if address else match[0]
+
+    return CODE.sub(link, page)
+
+
+def finish_page(file: Path, out: Path, known: dict) -> None:
     page = file.read_text(encoding="utf-8")
     if DONE in page:
         return
     page = repair(page)
-    if file.name == "search.html":
+    if file.parent.name == "nbs":
+        page = linked(page, known)
+    if file == out / "search.html":
         page = searching(page)
     at = page.index("<head>") + len("<head>")
     charset = page.find("/>", page.index("charset", at)) + 2 if "charset" in page[at : at + 300] else at
@@ -212,9 +229,10 @@ def chapters_text() -> tuple:
 def finish(out: Path) -> None:
     """Finish every page below `out`, then write the files beside them."""
     files = [f for f in sorted(out.rglob("*.html")) if "_static" not in f.parts]
+    known = api_names()
     for file in files:
-        finish_page(file, out)
-    index(out, [f for f in files if f.name not in ("search.html", "404.html", "genindex.html")])
+        finish_page(file, out, known)
+    index(out, [f for f in files if f.parent != out or f.name == "index.html"])
     short, full = chapters_text()
     (out / "llms.txt").write_text(short, encoding="utf-8")
     (out / "llms-full.txt").write_text(full, encoding="utf-8")

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from .api import pages as api_pages
 from .filter import prose, transform
 from .settings import ROOT, parts, settings
 
@@ -27,6 +28,7 @@ def toctrees() -> str:
         head = [f":caption: {title}"] if title else []
         names = [str(Path(file).with_suffix("")) for file in files]
         blocks.append("\n".join(["```{toctree}", ":hidden:", ":maxdepth: 1", *head, "", *names, "```"]))
+    blocks.append("\n".join(["```{toctree}", ":hidden:", ":maxdepth: 1", "", "api/index", "```"]))
     return "\n\n".join(blocks)
 
 
@@ -67,6 +69,8 @@ def stage() -> list:
             nb = transform(json.loads(path.read_text(encoding="utf-8")), "sphinx", path.stem, save)
             put(STAGE / file, json.dumps(nb, ensure_ascii=False, indent=1).encode(), kept)
     put(STAGE / "index.md", home().encode(), kept)
+    for name, text in api_pages().items():
+        put(STAGE / "api" / name, text.encode(), kept)
     for image in (ROOT / "site" / "images").glob("*"):
         put(STAGE / "site" / "images" / image.name, image.read_bytes(), kept)
     for folder in (STAGE, EXTRA):

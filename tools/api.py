@@ -1,0 +1,162 @@
+"""The API reference, a page for each module, written from the docstrings without importing anything.
+
+`pages()` gives the Markdown of every page; tools/stage.py lays them out beside the chapters.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+from .settings import ROOT, chapters, settings
+
+LIBRARY = ROOT / "ftbook"
+MARK = re.compile(r"^# %% \.\./nbs/(\w+)\.ipynb #(\w+)", re.M)
+HEADING = re.compile(r"^(\S[^\n]*)\n-{3,}[ \t]*$", re.M)
+DEFINITION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+
+
+def modules() -> dict:
+    """Name -> file of every module with an `__all__`, in alphabetical order."""
+    files = sorted(LIBRARY.glob("[!_]*.py"))
+    return {f.stem: f for f in files if "\n__all__ = [" in f.read_text(encoding="utf-8")}
+
+
+def listed(tree: ast.Module) -> list:
+    """What `__all__` names."""
+    found = [n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"]
+    return ast.literal_eval(found[0]) if found else []
+
+
+def escaped(text: str) -> str:
+    """Prose of a docstring as Markdown: code in backticks stays, marks of Markdown and HTML outside of it are letters."""
+    pieces = re.split(r"(``[^`]+``|`[^`]+`)", text)
+    return "".join(p if i % 2 else re.sub(r"([\\*$<>\[\]|_~{}])", r"\\\1", p) for i, p in enumerate(pieces))
+
+
+def _paragraphs(text: str) -> str:
+    """Paragraphs; what is set in, or begins with >>>, is code."""
+    out = []
+    for block in re.split(r"\n\s*\n", text.strip("\n")):
+        if block.lstrip().startswith(">>>") or all(line.startswith("    ") for line in block.split("\n")):
+            out.append(f"```python\n{block}\n```")
+        else:
+            out.append(escaped(block.strip()))
+    return "\n\n".join(out)
+
+
+def _items(text: str) -> str:
+    """`name : type` and what is said below it, as a list."""
+    out: list = []
+    for line in text.strip("\n").split("\n"):
+        if line.strip() and not line.startswith(" "):
+            name, colon, kind = line.partition(" : ")
+            out.append(f"- **{escaped(name.strip())}**" + (f" (*{escaped(kind.strip())}*)" if colon else ""))
+        elif line.strip():
+            joint = ": " if out and out[-1].startswith("- **") and out[-1].endswith(("**", "*)")) else " "
+            out[-1:] = [(out[-1] if out else "-") + joint + escaped(line.strip())]
+    return "\n".join(out)
+
+
+def markdown(docstring: str) -> str:
+    """A numpydoc docstring as Markdown."""
+    parts = HEADING.split(docstring)
+    out = [_paragraphs(parts[0])]
+    for title, body in zip(parts[1::2], parts[2::2], strict=True):
+        body = re.sub(r"\n\s*\n(?=\S)", "\n\n", body.strip("\n"))
+        lists = title in {"Parameters", "Returns", "Raises", "Attributes", "Yields", "Other Parameters", "Warns"}
+        out += [f"**{title}**", _items(body) if lists else _paragraphs(body)]
+    return "\n\n".join(out)
+
+
+def signature(node) -> str:
+    """How it is called: a class by its `__init__`, a dataclass by its fields."""
+    if not isinstance(node, ast.ClassDef):
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        return wrapped(node.name, node.args, returns)
+    made = next((m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"), None)
+    if made:
+        made.args.args = made.args.args[1:]
+        return "class " + wrapped(node.name, made.args, "")
+    fields = [ast.unparse(m) for m in node.body if isinstance(m, ast.AnnAssign)]
+    if fields and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+        return f"class {node.name}(\n    " + ",\n    ".join(fields) + ",\n)"
+    return f"class {node.name}"
+
+
+def wrapped(name: str, arguments: ast.arguments, returns: str) -> str:
+    """A signature, an argument a line where one line would be long."""
+    text = f"{name}({ast.unparse(arguments)}){returns}"
+    if len(text) <= 80:
+        return text
+    pieces, depth, piece = [], 0, ""
+    for letter in ast.unparse(arguments):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            pieces.append(piece.strip())
+            piece = ""
+        else:
+            piece += letter
+    return f"{name}(\n    " + ",\n    ".join([*pieces, piece.strip()]) + f",\n){returns}"
+
+
+def methods(node) -> list:
+    """(signature, first line) of the public methods of a class."""
+    found = []
+    for m in node.body if isinstance(node, ast.ClassDef) else []:
+        if isinstance(m, DEFINITION) and not m.name.startswith("_"):
+            m.args.args = m.args.args[1:] if m.args.args and m.args.args[0].arg in ("self", "cls") else m.args.args
+            is_property = any("property" in ast.unparse(d) for d in m.decorator_list)
+            call = m.name if is_property else f"{m.name}({ast.unparse(m.args)})"
+            found.append((call, (ast.get_docstring(m) or "").strip().split("\n")[0]))
+    return found
+
+
+def page(name: str, file: Path) -> str:
+    """The page of a module."""
+    source = file.read_text(encoding="utf-8")
+    tree, cfg = ast.parse(source), settings()
+    known = {f.stem for f in chapters()}
+    made = {n.name: n for n in tree.body if isinstance(n, DEFINITION)}
+    marks = [(source[: m.start()].count("\n") + 1, m[1]) for m in MARK.finditer(source)]
+    out = [f"# ftbook.{name}", markdown(ast.get_docstring(tree) or "")]
+    where = next((chapter for _, chapter in marks if chapter in known), "")
+    links = [f"[Where it is built](../nbs/{where}.ipynb)"] if where else []
+    links.append(f"[Source]({cfg['repository']}/blob/{cfg['branch']}/ftbook/{file.name})")
+    out.append(" · ".join(links))
+    for entry in listed(tree):
+        out.append(f"## {entry}")
+        node = made.get(entry)
+        if node is None:
+            out.append("A name that the module sets or takes from a module below it; its chapter says what it holds.")
+            continue
+        out.append(f"```python\n{signature(node)}\n```")
+        out.append(markdown(ast.get_docstring(node) or ""))
+        if found := methods(node):
+            out.append("\n".join(f"- `{call}`: {escaped(said)}" if said else f"- `{call}`" for call, said in found))
+    return "\n\n".join(part for part in out if part) + "\n"
+
+
+def pages() -> dict:
+    """File name -> Markdown of the reference: an index and a page for each module."""
+    known = modules()
+    lines = [
+        "# API reference",
+        "Every module of the library and what it lists, from the docstrings. A chapter builds each of them.",
+    ]
+    rows = ["| module | what it is for |", "| :-- | :-- |"]
+    for name, file in known.items():
+        said = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").strip().split("\n\n")[0]
+        rows.append(f"| [ftbook.{name}]({name}.md) | {escaped(' '.join(said.split()))} |")
+    tree = "\n".join(["```{toctree}", ":hidden:", ":maxdepth: 1", "", *known, "```"])
+    index = "\n\n".join([*lines, "\n".join(rows), tree]) + "\n"
+    return {"index.md": index, **{f"{n}.md": page(n, f) for n, f in known.items()}}
+
+
+def names() -> dict:
+    """`module.name` -> address of its entry, seen from a chapter's page."""
+    found = {}
+    for name, file in modules().items():
+        for entry in listed(ast.parse(file.read_text(encoding="utf-8"))):
+            found[f"{name}.{entry}"] = f"../api/{name}.html#{entry.lower().replace('_', '-')}"
+        found[f"ftbook.{name}"] = f"../api/{name}.html"
+    return found
