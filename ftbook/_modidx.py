@@ -1413,6 +1413,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ftbook.studies.ner.PaddedBatches.rows': ('ner.html#paddedbatches.rows', 'ftbook/studies/ner.py'),
                                     'ftbook.studies.ner._base': ('ner.html#_base', 'ftbook/studies/ner.py'),
                                     'ftbook.studies.ner._models': ('ner.html#_models', 'ftbook/studies/ner.py'),
+                                    'ftbook.studies.ner._seen': ('ner.html#_seen', 'ftbook/studies/ner.py'),
                                     'ftbook.studies.ner._study': ('ner.html#_study', 'ftbook/studies/ner.py'),
                                     'ftbook.studies.ner._sums': ('ner.html#_sums', 'ftbook/studies/ner.py'),
                                     'ftbook.studies.ner._ways': ('ner.html#_ways', 'ftbook/studies/ner.py'),

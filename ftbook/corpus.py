@@ -23,6 +23,7 @@ __all__ = [
     "Entity",
     "Shown",
     "show_sentence",
+    "word_shapes",
 ]
 
 import html
@@ -772,3 +773,30 @@ def show_sentence(
             for k, a, b in found
         ],
     )
+
+# %% ../nbs/10_ner.ipynb #e4b6d86b
+def word_shapes(words: Sequence[str]) -> list[dict]:
+    """What a linear model sees of each word: the features of a baseline.
+
+    A dictionary per word, for scikit-learn's DictVectorizer: the word, its
+    last three letters, whether it is capitalized, in capitals or has a digit,
+    and its neighbors ("" beyond the ends).
+
+    Examples
+    --------
+    >>> word_shapes(["Paris", "sleeps"])[0]["title"]
+    True
+    """
+    padded = ["", *map(str.lower, words), ""]
+    return [
+        {
+            "word": w.lower(),
+            "end": w[-3:],
+            "title": w.istitle(),
+            "upper": w.isupper(),
+            "digit": any(map(str.isdigit, w)),
+            "before": padded[i],
+            "after": padded[i + 2],
+        }
+        for i, w in enumerate(words)
+    ]

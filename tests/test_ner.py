@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from ftbook import Settings, data, ner, results
-from ftbook.corpus import Corpus, Sentence, read_conll
+from ftbook.corpus import Corpus, Sentence, read_conll, word_shapes
 from ftbook.ner import (
     BucketBatches,
     NERTagger,
@@ -731,16 +731,26 @@ def made_up(seed, split, lr, target, **row):
     return {"test_f1": (2 * hits, 2 + 0 * hits)}
 
 
+def test_a_linear_model_sees_the_shapes_of_words():
+    first, last = word_shapes(["NATO", "met"])
+    assert first["upper"] and not first["title"] and first["before"] == "" and first["after"] == "met"
+    assert last["end"] == "met" and last["before"] == "nato" and last["after"] == ""
+
+
 def test_the_studies_store_a_row_for_each_way(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "SHAPES", results.Baseline(model="word shapes", C=[1.0]))
     monkeypatch.setattr(study, "run", made_up)
     study.main()
     for name, rows in (("ways", study.ROWS), ("models", study.STARTS)):
         found = results.load_study("10_ner", name, "quick")
-        assert len(found.rows("test_f1")) == len(rows) == {"ways": 8, "models": 5}[name]
+        trained = [r for r in found.rows("test_f1") if r.get("model") != "word shapes"]
+        assert len(trained) == len(rows) == {"ways": 8, "models": 5}[name]
+        assert all(r["seeds"] == [1, 2, 3] and r["n"] == len(study.corpora()[2]) for r in trained)
         if name == "ways":
             assert found.row("test_f1", target="zipped")["mean"] == 0.0
-        assert all(r["seeds"] == [1, 2, 3] and r["n"] == len(study.corpora()[2]) for r in found.rows("test_f1"))
+        else:
+            assert 0 < found.row("test_f1", model="word shapes").mean < 1
     with pytest.raises(ValueError, match="no study 'bert'; use models, ways"):
         study.main("bert")
 

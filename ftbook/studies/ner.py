@@ -1,7 +1,8 @@
 """The experiments of chapter 10: what a tagger needs, and what mistakes cost.
 
 `models` compares what a tagger begins with, on all sentences: MiniLM whole,
-half or only its head trained, the small BERT of chapter 6, random weights.
+half or only its head trained, the small BERT of chapter 6, random weights, and
+a linear model on the shapes of words.
 `ways` spoils the labels of 1,000 sentences in four ways, for the small BERT.
 Spoiled labels are for training only: all rows are scored on the right ones.
 """
@@ -18,6 +19,7 @@ __all__ = [
     "corpora",
     "scores",
     "run",
+    "run_model",
     "main",
     "recall_by",
     "by_length",
@@ -26,12 +28,16 @@ __all__ = [
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
+from itertools import groupby
 
 import numpy as np
+from sklearn.feature_extraction import DictVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from .. import data, finetune, models, results, runtime
-from ..corpus import Corpus, Sentence
+from ..corpus import Corpus, Sentence, word_shapes
 from ftbook.ner import (
     BucketBatches,
     Encoded,
@@ -42,7 +48,7 @@ from ftbook.ner import (
     token_classifier,
 )
 from . import run_named
-from ..tags import entity_f1, spans, to_iob2
+from ..tags import EntityScores, entity_f1, spans, to_iob2
 from ..train import Settings
 
 # %% ../../nbs/10_ner.ipynb #23b56278
@@ -194,6 +200,14 @@ def _base(name: str) -> tuple:
     return models.load(name, bundled=runtime.profile() == "quick")
 
 
+def _sums(found: EntityScores) -> dict:
+    """F1, precision and recall as sums over each sentence."""
+    hits, pred, true = found.per_sentence().sum(1).T
+    ratios = {"f1": (2 * hits, pred + true)}
+    ratios |= {"precision": (hits, pred), "recall": (hits, true)}
+    return {f"test_{k}": v for k, v in ratios.items()}
+
+
 def scores(tagger: NERTagger, corpus: Corpus) -> dict:
     """Scores of one run on test sentences.
 
@@ -208,11 +222,8 @@ def scores(tagger: NERTagger, corpus: Corpus) -> dict:
     for name, steps in (("", iob2_transitions(labels)), ("_argmax", None)):
         ids = decode(words, lengths, steps)
         n = entity_f1(gold, ids, labels=labels, lengths=lengths)
-        hits, pred, true = n.per_sentence().sum(1).T
-        found["test_f1" + name] = (2 * hits, pred + true)
-        if not name:
-            found["test_precision"] = (hits, pred)
-            found["test_recall"] = (hits, true)
+        sums = _sums(n)
+        found |= sums if not name else {"test_f1_argmax": sums["test_f1"]}
     tags, ends = np.array(labels, object)[ids], np.cumsum(lengths)
     spelled = [tags[e - n : e] for e, n in zip(ends, lengths, strict=True)]
     broken = [bool(to_iob2(list(s), "IOB2")[1]) for s in spelled]
@@ -274,7 +285,7 @@ def run(seed, split, init, trained, target, lr, model=None, **length):
 # %% ../../nbs/10_ner.ipynb #3e4870c0
 LONG = runtime.pick(
     quick={"epochs": 1, "batch_size": 16, "max_length": 64},
-    cpu={"epochs": 2, "batch_size": 16, "max_length": 128},
+    cpu={"epochs": 3, "batch_size": 16, "max_length": 128},
 )
 BODY = runtime.pick(quick=[2e-4], cpu=[5e-5, 1e-4, 2e-4, 4e-4, 8e-4])
 NEW = runtime.pick(quick=[2e-4], cpu=[1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3])
@@ -289,10 +300,54 @@ STARTS = [
         ("minilm", "pretrained", "top", BODY),
     )
 ]
+SHAPES = results.Baseline(
+    model="word shapes", C=[1.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
+)
+
+
+def _seen(words):
+    """`word_shapes`, and the pattern of letters of a word and its neighbors.
+
+    A pattern is Xx for Paris, X for NATO, x0 for b2b.
+    """
+    rows = word_shapes(words)
+    signs = [
+        "".join(
+            "X"
+            if c.isupper()
+            else "0"
+            if c.isdigit()
+            else "x"
+            if c.isalpha()
+            else c
+            for c in w
+        )
+        for w in words
+    ]
+    signs = ["", *("".join(c for c, _ in groupby(s)) for s in signs), ""]
+    for i, (w, row) in enumerate(zip(words, rows, strict=True)):
+        row |= {"begin": w[:3].lower(), "shape": signs[i + 1]}
+        row |= {"shape before": signs[i], "shape after": signs[i + 2]}
+        row["shapes"] = " ".join(signs[i : i + 3])
+    return rows
+
+
+def run_model(seed, split, model, C=None, **how):
+    """One run of the study `models`; the linear model does without a seed."""
+    if C is None:
+        return run(seed, split, model=model, **how, **LONG)
+    train_set, valid, test = corpora()
+    solver = LogisticRegression(C=C, max_iter=300)
+    linear = make_pipeline(DictVectorizer(), solver)
+    linear.fit(sum(map(_seen, train_set.words), []), sum(train_set.tags, []))
+    scored = valid if split == "valid" else test
+    tags = [linear.predict(_seen(w)).tolist() for w in scored.words]
+    found = entity_f1(scored.tags, [to_iob2(t, "IOB2")[0] for t in tags])
+    return {"valid_f1": found.f1} if split == "valid" else _sums(found)
 
 # %% ../../nbs/10_ner.ipynb #424802b4
 def _study(name, rows, run, about, executor):
-    about = f"{about}, {len(rows[0]['lr'])} learning rates tried"
+    about = f"{about}, {len(rows[-1]['lr'])} learning rates tried"
     sizes = dict(zip(("valid", "test"), map(len, corpora()[1:]), strict=True))
     results.study(
         run,
@@ -310,7 +365,7 @@ def _study(name, rows, run, about, executor):
 def _models(executor):
     about = f"all {len(corpora()[0]):,} sentences, {LONG['epochs']} epochs of "
     about += f"batches of {LONG['batch_size']}"
-    _study("models", STARTS, partial(run, **LONG), about, executor)
+    _study("models", [SHAPES, *STARTS], run_model, about, executor)
 
 
 def _ways(executor):

@@ -26,6 +26,11 @@
     for (const box of document.querySelectorAll("article pre, article table, article .formula")) {
       if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0; else box.removeAttribute("tabindex");
     }
+    for (const formula of document.querySelectorAll("article span.math")) {
+      formula.classList.remove("wide");
+      const box = formula.closest("p, li, td, th, dd, figcaption");
+      if (box && formula.getBoundingClientRect().right > box.getBoundingClientRect().right + 1) formula.classList.add("wide");
+    }
   };
   addEventListener("load", reach);
   addEventListener("resize", reach);
