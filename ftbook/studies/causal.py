@@ -469,7 +469,7 @@ WINDOWS = (
     (1024, 512),
 )
 
-
+# %% ../../nbs/07_causal.ipynb #a3e5fe38
 def _windows() -> None:
     """What the windows do to SmolLM2's perplexity on a piece of WikiText-2."""
     text = "\n".join(articles("wikitext2")[:3])[
