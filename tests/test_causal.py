@@ -466,7 +466,7 @@ def test_the_rows_are_well_formed(monkeypatch, tmp_path):
 
 
 def test_rules_for_texts_tell_sport_and_prose():
-    assert study.sport("The team won the league cup.") and not study.sport("A team of one.")
+    assert study.sport("The team won the league cup.") and not study.sport("A river of one.")
     assert study.tidy("A sentence.\nAnother one.") and not study.tidy("1 2 3\n4 5 6") and not study.tidy("a\nb\nc.")
 
 
