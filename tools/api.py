@@ -5,14 +5,21 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 from .settings import ROOT, chapters, settings
 
 LIBRARY = ROOT / "ftbook"
-MARK = re.compile(r"^# %% \.\./nbs/(\w+)\.ipynb #(\w+)", re.M)
+MARK = re.compile(r"^# %% \.\./nbs/(\w+)\.ipynb #", re.M)
 HEADING = re.compile(r"^(\S[^\n]*)\n-{3,}[ \t]*$", re.M)
 DEFINITION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    """A module as a tree; its pages, its index and its links all read it."""
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def modules() -> dict:
@@ -117,9 +124,8 @@ def page(name: str, file: Path) -> str:
     tree, cfg = ast.parse(source), settings()
     known = {f.stem for f in chapters()}
     made = {n.name: n for n in tree.body if isinstance(n, DEFINITION)}
-    marks = [(source[: m.start()].count("\n") + 1, m[1]) for m in MARK.finditer(source)]
     out = [f"# ftbook.{name}", markdown(ast.get_docstring(tree) or "")]
-    where = next((chapter for _, chapter in marks if chapter in known), "")
+    where = next((m[1] for m in MARK.finditer(source) if m[1] in known), "")
     links = [f"[Where it is built](../nbs/{where}.ipynb)"] if where else []
     links.append(f"[Source]({cfg['repository']}/blob/{cfg['branch']}/ftbook/{file.name})")
     out.append(" · ".join(links))
@@ -145,7 +151,7 @@ def pages() -> dict:
     ]
     rows = ["| module | what it is for |", "| :-- | :-- |"]
     for name, file in known.items():
-        said = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").strip().split("\n\n")[0]
+        said = (ast.get_docstring(parsed(file)) or "").strip().split("\n\n")[0]
         rows.append(f"| [ftbook.{name}]({name}.md) | {escaped(' '.join(said.split()))} |")
     tree = "\n".join(["```{toctree}", ":hidden:", ":maxdepth: 1", "", *known, "```"])
     index = "\n\n".join([*lines, "\n".join(rows), tree]) + "\n"
@@ -156,7 +162,7 @@ def names() -> dict:
     """`module.name` -> address of its entry, seen from a chapter's page."""
     found = {}
     for name, file in modules().items():
-        for entry in listed(ast.parse(file.read_text(encoding="utf-8"))):
+        for entry in listed(parsed(file)):
             found[f"{name}.{entry}"] = f"../api/{name}.html#{entry.lower().replace('_', '-')}"
         found[f"ftbook.{name}"] = f"../api/{name}.html"
     return found

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from .api import names as api_names
-from .settings import ROOT, parts, settings
+from .settings import ROOT, book, parts, settings
 
 DONE = "<!-- finished -->"
 UNUSED = re.compile(
@@ -98,18 +98,18 @@ def article(page: str) -> Reader:
     return Reader(re.sub(r"</?span[^>]*>", "", page[start : end + 10]) if start >= 0 else "")
 
 
-def promise(page: str) -> str:
+def promise(said: Reader) -> str:
     """The sentence below a page's title: its description."""
-    text = " ".join(next(iter(article(page).paragraphs), "").split())
+    text = " ".join(next(iter(said.paragraphs), "").split())
     return text if len(text) <= 200 else text[:199].rsplit(" ", 1)[0] + " …"
 
 
-def head(page: str, address: str) -> str:
+def head(page: str, said: Reader, address: str) -> str:
     """The lines that the page's head gains."""
     title = re.search(r"<title>(.*?)</title>", page, re.S)
     title = " ".join(title[1].split()) if title else ""
     lines = [f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy(page), quote=True)}" />']
-    text = html.escape(promise(page), quote=True)
+    text = html.escape(promise(said), quote=True)
     if text:
         lines.append(f'<meta name="description" content="{text}" />')
     lines += [f'<meta property="og:title" content="{title}" />', '<meta property="og:type" content="article" />']
@@ -154,10 +154,12 @@ def linked(page: str, known: dict) -> str:
     return CODE.sub(link, page)
 
 
-def finish_page(file: Path, out: Path, known: dict) -> None:
+def finish_page(file: Path, out: Path, known: dict) -> Reader:
+    """Finish a page where that was not done yet; returns what it says."""
     page = file.read_text(encoding="utf-8")
+    said = article(page)
     if DONE in page:
-        return
+        return said
     page = repair(page)
     if file.parent.name == "nbs":
         page = linked(page, known)
@@ -165,8 +167,9 @@ def finish_page(file: Path, out: Path, known: dict) -> None:
         page = searching(page)
     at = page.index("<head>") + len("<head>")
     charset = page.find("/>", page.index("charset", at)) + 2 if "charset" in page[at : at + 300] else at
-    added = head(page, file.relative_to(out).as_posix())
+    added = head(page, said, file.relative_to(out).as_posix())
     file.write_text(f"{page[:charset]}\n    {added}\n    {DONE}{page[charset:]}", encoding="utf-8")
+    return said
 
 
 def searching(page: str) -> str:
@@ -177,9 +180,9 @@ def searching(page: str) -> str:
     return page.replace("</body>", scripts, 1)
 
 
-def sections(file: Path, out: Path) -> list:
+def sections(said: Reader, address: str) -> list:
     """[address, page's title, section's title, words, names it defines] of every section of a page."""
-    found, address = article(file.read_text(encoding="utf-8")).sections, file.relative_to(out).as_posix()
+    found = said.sections
     titles = [" ".join(title.split()) for _, title, *_ in found]
     return [
         [address + anchor, titles[0], title if i else "", words, names]
@@ -187,11 +190,11 @@ def sections(file: Path, out: Path) -> list:
     ]
 
 
-def index(out: Path, files: list) -> None:
+def index(out: Path, pages: dict) -> None:
     """sections.js: what the search knows. Every word of a section counts, its first WORDS can be shown."""
     rows, words = [], {}
-    for file in files:
-        for address, page, title, text, names in sections(file, out):
+    for name, said in pages.items():
+        for address, page, title, text, names in sections(said, name):
             for word in re.findall(r"[^\W_]+", " ".join(text).lower()):
                 at = words.setdefault(word, {})
                 at[len(rows)] = at.get(len(rows), 0) + 1
@@ -206,8 +209,7 @@ def index(out: Path, files: list) -> None:
 
 def chapters_text() -> tuple:
     """(llms.txt, llms-full.txt): the pages with their promises, and the whole book as Markdown."""
-    title = "Pretraining and Fine-tuning"
-    short, full = [f"# {title}", "", f"> {settings()['description']}", ""], []
+    short, full = [f"# {book()['title']}", "", f"> {settings()['description']}", ""], []
     for part, files in parts():
         short += [f"## {part or 'Start'}", ""]
         for file in files:
@@ -230,25 +232,21 @@ def finish(out: Path) -> None:
     """Finish every page below `out`, then write the files beside them."""
     files = [f for f in sorted(out.rglob("*.html")) if "_static" not in f.parts]
     known = api_names()
-    for file in files:
-        finish_page(file, out, known)
-    index(out, [f for f in files if f.parent != out or f.name == "index.html"])
+    said = {f.relative_to(out).as_posix(): finish_page(f, out, known) for f in files}
+    index(out, {name: page for name, page in said.items() if "/" in name or name == "index.html"})
     short, full = chapters_text()
     (out / "llms.txt").write_text(short, encoding="utf-8")
     (out / "llms-full.txt").write_text(full, encoding="utf-8")
     if site := settings()["site"].rstrip("/"):
-        places = [
-            f"  <url><loc>{site}/{f.relative_to(out).as_posix()}</loc></url>" for f in files if f.name != "404.html"
-        ]
-        head_ = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">'
-        (out / "sitemap.xml").write_text("\n".join([head_, *places, "</urlset>\n"]), encoding="utf-8")
+        places = [f"  <url><loc>{site}/{name}</loc></url>" for name in said]
+        opening = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">'
+        (out / "sitemap.xml").write_text("\n".join([opening, *places, "</urlset>\n"]), encoding="utf-8")
         (out / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {site}/sitemap.xml\n", encoding="utf-8")
-    for unused in (
+    for pattern in (
         "searchindex.js",
         "_static/searchtools.js",
         "_static/language_data.js",
-        "_static/scripts/fontawesome.js",
+        "_static/scripts/fontawesome.js*",
     ):
-        (out / unused).unlink(missing_ok=True)
-    for unused in sorted(out.glob("_static/scripts/fontawesome.js*")):
-        unused.unlink()
+        for unused in out.glob(pattern):
+            unused.unlink()

@@ -55,5 +55,4 @@ def setup(app) -> dict:
 
     inline = visitor(lambda tex: f'<span class="math">{formula(tex)}</span>')
     app.add_html_math_renderer("mathml", (inline, None), (visitor(equation), None))
-    app.config.html_math_renderer = "mathml"
     return {"parallel_read_safe": True, "parallel_write_safe": True}
