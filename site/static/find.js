@@ -6,8 +6,8 @@
   const split = (text) => text.toLowerCase().match(/[\p{L}\p{N}]+/gu) || [];
   const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
   const titles = sections.map(([, page, title]) => [split(page), split(title)]);
-  // chapters explain; the glossary and the other appendices look things up
-  const place = sections.map(([address]) => (address.includes("A7_") ? 0.45 : /nbs\/A|api\/|^index/.test(address) ? 0.75 : 1));
+  // chapters explain; the glossary, the reference and the other appendices are for looking up
+  const place = sections.map(([address]) => (/A7_|api\//.test(address) ? 0.45 : /nbs\/A|^index/.test(address) ? 0.75 : 1));
 
   // 0, 1 or 2: letters added, lost, changed or swapped between two words, at most 2
   const distance = (a, b) => {
