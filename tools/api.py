@@ -158,11 +158,20 @@ def pages() -> dict:
     return {"index.md": index, **{f"{n}.md": page(n, f) for n, f in known.items()}}
 
 
-def names() -> dict:
-    """`module.name` -> address of its entry, seen from a chapter's page."""
+@cache
+def built_in(file: Path) -> set:
+    """The notebooks that a module is exported from."""
+    return {m[1] for m in MARK.finditer(file.read_text(encoding="utf-8"))}
+
+
+def names(chapter: str = "") -> dict:
+    """`module.name` -> address of its entry, seen from a chapter's page; of the modules that the chapter builds also `name`."""
     found = {}
     for name, file in modules().items():
         for entry in listed(parsed(file)):
-            found[f"{name}.{entry}"] = f"../api/{name}.html#{entry.lower().replace('_', '-')}"
+            address = f"../api/{name}.html#{entry.lower().replace('_', '-')}"
+            found[f"{name}.{entry}"] = address
+            if chapter in built_in(file):
+                found.setdefault(entry, address)
         found[f"ftbook.{name}"] = f"../api/{name}.html"
     return found

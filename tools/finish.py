@@ -122,7 +122,8 @@ def head(page: str, said: Reader, address: str) -> str:
 def repair(page: str) -> str:
     """What the theme writes and a reader, a reader's screen reader or a slow line would trip over."""
     page = UNUSED.sub("", page)
-    page = re.sub(r'(<meta name="viewport"[^>]*/?>)(.*?)<meta name="viewport"[^>]*/?>', r"\1\2", page, flags=re.S)
+    above, viewport, below = re.split(r'(<meta name="viewport"[^>]*>)', page, maxsplit=1)
+    page = above + viewport + re.sub(r'\s*<meta name="viewport"[^>]*>', "", below)
     page = re.sub(r'\s*<div id="ethical-ad-placement".*?</div>', "", page, flags=re.S)
     page = page.replace(
         'placeholder="Search..."\n         aria-label="Search..."', 'placeholder="Search" aria-label="Search"'
@@ -144,7 +145,7 @@ CODE = re.compile(r'<code class="docutils literal notranslate"><span class="pre"
 
 
 def linked(page: str, known: dict) -> str:
-    """`train.fit` in a chapter's text leads to its entry of the API reference."""
+    """`train.fit` in a chapter's text leads to its entry of the API reference, and so does `fit` where it is built."""
 
     def link(match):
         name = match[1].removeprefix("ftbook.") if match[1].count(".") > 1 else match[1]
@@ -154,7 +155,7 @@ def linked(page: str, known: dict) -> str:
     return CODE.sub(link, page)
 
 
-def finish_page(file: Path, out: Path, known: dict) -> Reader:
+def finish_page(file: Path, out: Path) -> Reader:
     """Finish a page where that was not done yet; returns what it says."""
     page = file.read_text(encoding="utf-8")
     said = article(page)
@@ -162,7 +163,7 @@ def finish_page(file: Path, out: Path, known: dict) -> Reader:
         return said
     page = repair(page)
     if file.parent.name == "nbs":
-        page = linked(page, known)
+        page = linked(page, api_names(file.stem))
     if file == out / "search.html":
         page = searching(page)
     at = page.index("<head>") + len("<head>")
@@ -231,8 +232,7 @@ def chapters_text() -> tuple:
 def finish(out: Path) -> None:
     """Finish every page below `out`, then write the files beside them."""
     files = [f for f in sorted(out.rglob("*.html")) if "_static" not in f.parts]
-    known = api_names()
-    said = {f.relative_to(out).as_posix(): finish_page(f, out, known) for f in files}
+    said = {f.relative_to(out).as_posix(): finish_page(f, out) for f in files}
     index(out, {name: page for name, page in said.items() if "/" in name or name == "index.html"})
     short, full = chapters_text()
     (out / "llms.txt").write_text(short, encoding="utf-8")
