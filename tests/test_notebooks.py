@@ -55,7 +55,7 @@ each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 # named in the chapter, but not loaded in the cpu profile: of the gpu profile, of a study only, of an example
 NAMED = {
     "06_mlm": {"minilm"},
-    "10_ner": {"conll2003", "minilm"},
+    "10_ner": {"conll2003"},
     "A1_data": {"conll2003"},
     "A2_models": {"cifar10"},
     "A4_results": {"wnut17"},
