@@ -158,9 +158,9 @@ def train_tokenizer(documents: Iterable[str], size: int = 2048):
 
     Examples
     --------
-    >>> tokenizer = train_tokenizer(["low lower lowest slow"] * 9, 261)
+    >>> tokenizer = train_tokenizer(["low lower lowest slow"] * 9, 259)
     >>> tokenizer.tokenize("slower")
-    ['s', 'low', 'er']
+    ['s', 'low', 'e', 'r']
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
