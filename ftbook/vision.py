@@ -34,6 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import models, results
+from .compute import wants_channels_last
 from .data import File, asset, download, verify
 from ftbook.finetune import (
     SmallCNN,
@@ -44,7 +46,7 @@ from ftbook.finetune import (
     unfreeze,
 )
 from .images import ImageSet, add_noise, adjust_color, as_images
-from .runtime import atomic_write, cache_dir
+from .runtime import atomic_write, cache_dir, profile
 from .train import History, Settings, fit, predict
 
 # %% ../nbs/09_vision.ipynb #5587ace2
@@ -111,8 +113,8 @@ class Normalized(nn.Module):
     mean, std : float or sequence of float
         Per channel; default: those of ImageNet.
     name : str
-        torchvision's name of the network, if it is one of its; `save_cnn`
-        needs it to build the network again.
+        Its name for `backbone`, if it is one of those; `save_cnn` needs it
+        to build the network again.
     origin : str
         Where the weights came from.
 
@@ -145,16 +147,12 @@ class Normalized(nn.Module):
         return self.net((x - self.mean) / self.std)
 
 # %% ../nbs/09_vision.ipynb #76b6b1d7
+_OURS = ("efficientnet_lite0",)  # written out in `ftbook.models`
 _BACKBONES = {
+    **dict.fromkeys(_OURS, ""),
     "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
     "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
     "resnet50": "ResNet50_Weights.IMAGENET1K_V2",
-}
-_CONVERTED = {
-    "mobilenet_v2": (
-        "mobilenet_v2-imagenet-from-tf2-ptq.pth",
-        "59bdbad67db62d71bdaf869949eedbb291756eac29707dbbe52618d96b1e2375",
-    )
 }
 
 
@@ -162,12 +160,22 @@ def _pinned(name: str) -> Any:
     """The member of torchvision's weights enumeration that a name means."""
     import torchvision
 
+    group, member = _BACKBONES[name].split(".")
+    return getattr(torchvision.models, group)[member]
+
+
+def _network(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A network with random weights, and its input normalization."""
+    import torchvision
+
     if name not in _BACKBONES:
         raise ValueError(
             f"backbone is {name!r}; allowed are {', '.join(_BACKBONES)}"
         )
-    group, member = _BACKBONES[name].split(".")
-    return getattr(torchvision.models, group)[member]
+    if name not in _OURS:
+        return torchvision.models.get_model(name, weights=None), {}
+    card = models.card(name)
+    return models.EfficientNetLite0(), {"mean": card.mean, "std": card.std}
 
 # %% ../nbs/09_vision.ipynb #dc3048e8
 def _official(name: str) -> File:
@@ -180,48 +188,61 @@ def _official(name: str) -> File:
     return File(f"weights/{file}", digits, size, (pinned.url,))
 
 
-def _find_weights(name: str) -> Path | None:
-    """The verified weights file of a backbone in the cache folder, or None.
+def _found(name: str, official: File) -> Path | None:
+    """torchvision's file in the cache folder, verified, or None.
 
     Raises
     ------
     ftbook.data.ChecksumError
         If a file of the right name has the wrong content.
     """
-    official = _official(name)
-    known = {official.name: official.sha256}
-    known.update([_CONVERTED[name]] if name in _CONVERTED else [])
-    cache = cache_dir()
-    for place in (cache / "weights", cache / "models", cache / "models" / name):
-        for file, digits in known.items():
-            if (place / file).is_file():
-                return verify(place / file, digits)
+    for place in ("weights", "models", f"models/{name}"):
+        file = cache_dir() / place / official.name
+        if file.is_file():
+            return verify(file, official.sha256)
     return None
+
+
+def _pretrained(name: str, progress: bool) -> tuple[dict, str, list[str]]:
+    """Tensors of the weights that a name means, their file, the classes."""
+    if name in _OURS:
+        net, _ = models.load(name, progress=progress)
+        return net.state_dict(), models.card(name).files[0].name, net.classes
+    official = _official(name)
+    file = _found(name, official) or download(official, progress)
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return state, file.name, list(_pinned(name).meta["categories"])
 
 # %% ../nbs/09_vision.ipynb #eb86ac82
 def backbone(
     name: str,
     weights: str | None = "imagenet",
     n_classes: int | None = None,
+    *,
+    bundled: bool = False,
     progress: bool = True,
 ) -> Normalized:
-    """A torchvision classifier by name, its input normalization built in.
+    """A pretrained classifier by name, its input normalization built in.
 
     Parameters
     ----------
     name : str
-        "mobilenet_v2", "resnet18" or "resnet50".
+        "efficientnet_lite0"; torchvision's "mobilenet_v2", "resnet18" or
+        "resnet50".
     weights : "imagenet" or None
         The pinned ImageNet weights, from the cache folder or downloaded into
         it; None draws them at random.
     n_classes : int, optional
         Put a fresh head with so many outputs in place of the 1,000 classes.
+    bundled : bool
+        Whether the network of `load_bundled` may stand in for weights that
+        cannot be had, as it does in the quick profile; a line says so.
 
     Returns
     -------
     Normalized
-        `.net` is torchvision's model; `.origin` says which file the weights
-        came from; `.classes` are ImageNet's, where the head still is.
+        `.net` is the network; `.origin` says which file the weights came
+        from; `.classes` are ImageNet's, where the head still is.
 
     Raises
     ------
@@ -231,35 +252,44 @@ def backbone(
 
     Examples
     --------
-    >>> model = backbone("resnet18", weights=None, n_classes=2)
+    >>> model = backbone("efficientnet_lite0", weights=None, n_classes=2)
     >>> model(torch.rand(1, 3, 64, 64)).shape
     torch.Size([1, 2])
     """
-    import torchvision
-
     if weights not in ("imagenet", None):
         raise ValueError(
             f'weights is {weights!r}; allowed are "imagenet" and None'
         )
-    official, origin = _official(name), "random"
-    net = torchvision.models.get_model(name, weights=None)
-    if weights:
+    net, scale = _network(name)
+    model = Normalized(net, **scale, name=name, origin="random")
+    if weights and bundled and profile() == "quick":
+        model = _stand_in(name, "the quick profile uses the substitute")
+    elif weights:
         try:
-            file = _find_weights(name) or download(official, progress)
+            state, model.origin, classes = _pretrained(name, progress)
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"no weights for {name}: {error}\nweights=None gives random "
-                "weights, load_bundled() a small CNN"
-            ) from error
-        net.load_state_dict(
-            torch.load(file, map_location="cpu", weights_only=True)
-        )
-        origin = file.name
-    model = Normalized(net, name=name, origin=origin)
+            if not bundled:
+                raise FileNotFoundError(
+                    f"no weights for {name}: {error}\nweights=None gives "
+                    "random weights, load_bundled() a small CNN"
+                ) from error
+            model = _stand_in(name, str(error))
+        else:
+            net.load_state_dict(state)
+            model.classes = classes
     if n_classes is not None:
         replace_head(model, n_classes)
-    elif weights:
-        model.classes = list(_pinned(name).meta["categories"])
+        vars(model).pop("classes", None)
+    return model
+
+
+def _stand_in(name: str, why: str) -> Normalized:
+    """The bundled network in the place of another, and a line about it."""
+    results.substituted(name, why)
+    print(f"vision: {name} replaced by the bundled network, load_bundled()")
+    small = load_bundled()
+    model = Normalized(small, 0.0, 1.0, origin="substitute: cnn-small-cifar10")
+    model.classes = small.classes
     return model
 
 # %% ../nbs/09_vision.ipynb #637b0deb
@@ -410,10 +440,7 @@ def _built(config: dict[str, Any]) -> Any:
                 n, tuple(config["channels"]), config["hidden"], config["size"]
             )
         else:
-            import torchvision
-
-            _pinned(name)  # one of ours, or an error
-            net = torchvision.models.get_model(name, weights=None)
+            net, _ = _network(name)
             replace_head(net, n)
     scale = config.get("normalized")
     if scale is None:
@@ -784,7 +811,7 @@ def overlay(images: Tensor, maps: Tensor, strength: float = 0.6) -> Tensor:
 def features(
     model: nn.Module,
     x: Tensor | ImageSet,
-    batch_size: int = 128,
+    batch_size: int = 32,
     precision: str = "auto",
 ) -> Tensor:
     """What the head of a classifier gets to see: (N, D) in eval mode, on the
@@ -795,16 +822,20 @@ def features(
     >>> features(load_bundled(), torch.rand(2, 3, 32, 32)).shape
     torch.Size([2, 256])
     """
+    images = x.x if isinstance(x, ImageSet) else x
+    if getattr(images, "dtype", None) != torch.uint8 or images.ndim != 4:
+        images = as_images(images, None)  # predict scales the others
+    two = as_images(images[:2], None)
     name, head = find_head(model)
     model.set_submodule(name, nn.Identity())
     try:
+        if wants_channels_last("auto", model, (two, None)):
+            model.to(memory_format=torch.channels_last)
         return predict(
-            model,
-            as_images(x.x if isinstance(x, ImageSet) else x, None),
-            batch_size=batch_size,
-            precision=precision,
+            model, images, batch_size=batch_size, precision=precision
         )
     finally:
+        model.to(memory_format=torch.contiguous_format)
         model.set_submodule(name, head)
 
 # %% ../nbs/09_vision.ipynb #20808d5e

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
 
-from ftbook import results
+from ftbook import models, results
 from ftbook import vision as v
 from ftbook.data import ChecksumError, File
 from ftbook.finetune import SmallCNN, tune
@@ -82,7 +82,7 @@ def test_backbones_compute_what_torchvision_computes():
 
 
 def test_backbones_that_do_not_exist():
-    with pytest.raises(ValueError, match="mobilenet_v2, resnet18, resnet50"):
+    with pytest.raises(ValueError, match="efficientnet_lite0, mobilenet_v2, resnet18, resnet50"):
         v.backbone("vgg16")
     with pytest.raises(ValueError, match="imagenet"):
         v.backbone("resnet18", weights="cifar")
@@ -96,19 +96,67 @@ def test_missing_weights_say_what_to_put_where(tmp_path, monkeypatch):
     assert not list((tmp_path / "weights").glob("*")) if (tmp_path / "weights").exists() else True
 
 
-def test_weights_are_found_verified_and_downloaded(tmp_path, monkeypatch):
+def test_weights_in_the_cache_folder_are_verified_before_they_are_used(tmp_path, monkeypatch):
     import torchvision
 
     monkeypatch.setenv("FTBOOK_DATA", str(tmp_path))
-    assert v._find_weights("mobilenet_v2") is None
-    name, _ = v._CONVERTED["mobilenet_v2"]
+    official = v._official("mobilenet_v2")
+    assert v._found("mobilenet_v2", official) is None
     (tmp_path / "weights").mkdir()
-    torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "weights" / name)
+    path = tmp_path / official.path
+    torch.save(torchvision.models.mobilenet_v2().state_dict(), path)
     with pytest.raises(ChecksumError, match="Move it away"):
-        v._find_weights("mobilenet_v2")
-    right = hashlib.sha256((tmp_path / "weights" / name).read_bytes()).hexdigest()
-    monkeypatch.setitem(v._CONVERTED, "mobilenet_v2", (name, right))
-    assert v.backbone("mobilenet_v2").origin == name
+        v.backbone("mobilenet_v2")
+    right = File(official.path, hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size, ())
+    monkeypatch.setattr(v, "_official", lambda name: right)
+    model = v.backbone("mobilenet_v2")
+    assert model.origin == official.name and model.classes[309:311] == ["bee", "ant"]
+
+
+def test_efficientnet_comes_through_the_models_with_the_scaling_of_its_card(monkeypatch):
+    torch.manual_seed(1)
+    loaded = models.EfficientNetLite0().eval()
+    loaded.classes = ["an ant", *map(str, range(999))]
+    monkeypatch.setattr(models, "load", lambda name, progress: (loaded, None))
+    model = v.backbone("efficientnet_lite0").eval()
+    x = (255 * torch.rand(2, 3, 64, 64)).to(torch.uint8)
+    card = models.card("efficientnet_lite0")
+    wanted = loaded(models.Normalize(card.mean, card.std)(x))
+    torch.testing.assert_close(model(as_images(x)), wanted, rtol=1e-4, atol=1e-5)
+    assert model.origin == "efficientnet-lite0-57934424.pth" and model.classes == loaded.classes
+    assert next(iter(v._BACKBONES)) == model.name == "efficientnet_lite0"
+    tuned = v.backbone("efficientnet_lite0", n_classes=2)
+    assert tuned(as_images(x)).shape == (2, 2) and not hasattr(tuned, "classes"), "a fresh head has no names"
+    assert torch.equal(tuned.net._conv_stem.weight, loaded._conv_stem.weight)
+
+
+def test_efficientnet_with_random_weights_needs_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_DATA", str(tmp_path))
+    monkeypatch.setenv("FTBOOK_OFFLINE", "1")
+    torch.manual_seed(2)
+    model = v.backbone("efficientnet_lite0", weights=None)
+    torch.manual_seed(2)
+    assert torch.equal(model.net._fc.weight, models.EfficientNetLite0()._fc.weight)
+    assert model.origin == "random" and not hasattr(model, "classes") and not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="(?s)no weights for efficientnet_lite0.*weights=None.*load_bundled"):
+        v.backbone("efficientnet_lite0")
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
+@pytest.mark.parametrize("profile", ["cpu", "quick"])
+def test_the_bundled_network_stands_in_only_where_the_caller_allows_it(name, profile, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "_stand_ins", {})
+    monkeypatch.setenv("FTBOOK_DATA", str(tmp_path))
+    monkeypatch.setenv("FTBOOK_OFFLINE", "1")
+    monkeypatch.setenv("FTBOOK_PROFILE", profile)
+    model = v.backbone(name, bundled=True)
+    assert f"{name} replaced by the bundled network" in capsys.readouterr().out and name in results.substituted()
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(x), v.load_bundled()(x)) and model.classes == v.load_bundled().classes
+    assert model.origin.startswith("substitute") and v.load_cnn(v.save_cnn(model, tmp_path)).classes == model.classes
+    assert v.backbone(name, n_classes=3, bundled=True)(x).shape == (2, 3)
+    with pytest.raises(FileNotFoundError, match=f"no weights for {name}"):
+        v.backbone(name)
 
 
 def test_weights_are_downloaded_up_to_their_size_and_checked(tmp_path, monkeypatch):
@@ -162,7 +210,7 @@ def tuned(kind):
     return model, part
 
 
-@pytest.mark.parametrize("kind", ["small", "small, normalized", "source", "compiled", "mobilenet_v2", "resnet18"])
+@pytest.mark.parametrize("kind", ["small", "small, normalized", "source", "compiled", "efficientnet_lite0", "resnet18"])
 def test_a_tuned_network_is_stored_and_read_again_exactly(tmp_path, kind):
     model, part = tuned(kind)
     state = torch.get_rng_state()
@@ -364,6 +412,22 @@ def test_features_are_what_the_head_sees():
     seen = v.features(model, part, precision="fp32")
     torch.testing.assert_close(seen, model.body(x).mean((2, 3)).detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.head(seen), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(v.features(model, x, precision="fp32"), seen)
+    assert all(p.is_contiguous() for p in model.parameters()), "the layout is put back"
+    with pytest.raises(TypeError, match="must be a tensor"):
+        v.features(model, part.x.numpy())
+    with pytest.raises(ValueError, match="0..1"):
+        v.features(model, part.x.float())
+
+
+def test_features_of_efficientnet_are_what_its_last_layer_gets():
+    torch.manual_seed(0)
+    model, seen = v.backbone("efficientnet_lite0", weights=None).eval(), []
+    x = torch.rand(3, 3, 64, 64)
+    hook = model.net._fc.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(x)
+    hook.remove()
+    torch.testing.assert_close(v.features(model, x, precision="fp32"), seen[0].detach(), rtol=1e-4, atol=1e-5)
 
 
 QUICK = Settings(precision="fp32", progress=False)
