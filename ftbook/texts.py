@@ -1,6 +1,7 @@
 """Texts for a network: from sentences to token numbers to classes.
 
-`encode_texts` makes the tensors, `TextClassifier` puts a head on a BERT.
+`encode_texts` makes the tensors, `sentence_vectors` is what a frozen body says
+of a text, `TextClassifier` puts a head on a BERT.
 `encodable` and `unpadded` are for code that calls a tokenizer itself.
 
 >>> encodable("plain text stays as it is")
@@ -18,7 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["encodable", "unpadded", "encode_texts", "TextClassifier"]
+__all__ = [
+    "encodable",
+    "unpadded",
+    "encode_texts",
+    "sentence_vectors",
+    "TextClassifier",
+]
 
 # %% ../nbs/08_finetune.ipynb #ebdfe78e
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -103,6 +110,38 @@ def encode_texts(
             return_tensors="pt",
         )
     return {k: out[k] for k in ("input_ids", "attention_mask")}
+
+# %% ../nbs/08_finetune.ipynb #33a33c93
+@torch.inference_mode()
+def sentence_vectors(
+    texts: Sequence[str], model: Any, tokenizer, max_length: int = 128
+) -> torch.Tensor:
+    """Mean output vector of each of N texts, on the CPU: (N, hidden size).
+
+    The weights stay as they are; padding does not count. Texts of like length
+    go together, 64 at a time.
+
+    Parameters
+    ----------
+    model : a transformers encoder, or a model with one inside
+
+    Examples
+    --------
+    >>> from ftbook import mlm
+    >>> sentence_vectors(["a short one"], *mlm.load_bundled()).shape
+    torch.Size([1, 256])
+    """
+    body = model.base_model
+    found = torch.empty(len(texts), body.config.hidden_size)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in range(0, len(order), 64):
+        part = order[start : start + 64]
+        batch = encode_texts([texts[i] for i in part], tokenizer, max_length)
+        batch = {k: v.to(body.device) for k, v in batch.items()}
+        hidden = body(**batch).last_hidden_state
+        seen = batch["attention_mask"][..., None]
+        found[part] = ((hidden * seen).sum(1) / seen.sum(1)).float().cpu()
+    return found
 
 # %% ../nbs/08_finetune.ipynb #65463d11
 class TextClassifier(nn.Module):

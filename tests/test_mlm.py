@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ftbook import Checkpoint, Settings, data, mlm, results
 from ftbook.studies import mlm as study
-from ftbook.texts import encodable, encode_texts, unpadded
+from ftbook.texts import encodable, encode_texts, sentence_vectors, unpadded
 from ftbook.train import fit
 
 SENTENCES = (
@@ -406,13 +406,13 @@ def test_every_description_is_probed_on_both_splits(features):
 
 def test_a_sentence_vector_is_the_mean_of_its_outputs_whatever_stands_beside_it(model, tokenizer):
     model.eval()
-    both = study.sentence_vectors([SENTENCES[0], "Anna"], model, tokenizer)
-    alone = study.sentence_vectors(["Anna"], model, tokenizer)
+    both = sentence_vectors([SENTENCES[0], "Anna"], model, tokenizer)
+    alone = sentence_vectors(["Anna"], model, tokenizer)
     ids = torch.tensor([tokenizer("Anna")["input_ids"]])
     with torch.no_grad():
         wanted = model.bert(ids).last_hidden_state[0].mean(0)
-    assert both.shape == (2, 32) and torch.allclose(torch.tensor(alone[0]), wanted, atol=1e-5)
-    assert torch.allclose(torch.tensor(both[1]), wanted, atol=1e-5)
+    assert both.shape == (2, 32) and torch.allclose(alone[0], wanted, atol=1e-5)
+    assert torch.allclose(both[1], wanted, atol=1e-5)
 
 
 def made_up(seed, split, features, strength, *, labels):

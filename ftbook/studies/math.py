@@ -21,7 +21,7 @@ from .. import data, losses, models, results, runtime, texts, train
 from . import run_named
 
 __all__ = [
-    "embed", "vectors", "draw", "flipped", "squared", "LOSSES", "trained",
+    "vectors", "draw", "flipped", "squared", "LOSSES", "trained",
     "baseline", "measures", "run", "rows", "main",
 ]  # fmt: skip
 
@@ -34,20 +34,6 @@ SIZES: dict[str, int] = runtime.pick(
 )
 
 # %% ../../nbs/02_math.ipynb #7d285a60
-@torch.no_grad()
-def embed(sentences: list[str], body: Any, tokenizer: Any) -> Tensor:
-    """A vector per sentence, the mean over its tokens: (N, hidden size)."""
-    found = torch.empty(len(sentences), body.config.hidden_size)
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-    for first in range(0, len(order), 64):  # those of like length together
-        at = order[first : first + 64]
-        batch = texts.encode_texts([sentences[i] for i in at], tokenizer)
-        h = body(**batch).last_hidden_state
-        seen = batch["attention_mask"][..., None]
-        found[at] = (h * seen).sum(1) / seen.sum(1)
-    return found
-
-
 @cache
 def _encoder() -> tuple[Any, Any]:
     body, tokenizer = models.load("minilm", bundled=True, progress=False)
@@ -68,7 +54,8 @@ def vectors(split: str, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     chosen = torch.arange(len(part.y)) if chosen is None else chosen
     new = chosen[table[chosen, 0].isnan()]
     if len(new):
-        table[new] = embed([part.texts[i] for i in new], *_encoder())
+        found = [part.texts[i] for i in new]
+        table[new] = texts.sentence_vectors(found, *_encoder(), 48)
     return table[chosen], part.y[chosen]
 
 

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from .. import data, mlm, models, results, runtime
 from . import run_named
-from ..texts import encode_texts
+from ..texts import sentence_vectors
 from ..train import Checkpoint, Settings, is_main
 
 __all__ = [
-    "sentence_vectors",
     "LABELS",
     "run",
     "rows",
@@ -106,25 +105,6 @@ def _on_hidden(model, counts: mlm.NGram, batches: mlm.Masked) -> dict:
         "replaced": _share(found.rank[~kept & ~hidden] < 1),
     }
 
-# %% ../../nbs/06_mlm.ipynb #6d7e9c9f
-@torch.inference_mode()
-def sentence_vectors(
-    texts: list[str], model, tokenizer, batch_size: int = 64
-) -> np.ndarray:
-    """Mean output vector of each of N texts, shape (N, H).
-
-    The weights stay as they are; padding does not count.
-    """
-    body, order = model.base_model, np.argsort([len(text) for text in texts])
-    found = np.empty((len(texts), body.config.hidden_size), np.float32)
-    for start in range(0, len(texts), batch_size):
-        part = order[start : start + batch_size]
-        batch = encode_texts([texts[i] for i in part], tokenizer, 128)
-        hidden = body(**batch).last_hidden_state
-        seen = batch["attention_mask"][..., None]
-        found[part] = (hidden * seen).sum(1) / seen.sum(1)
-    return found
-
 # %% ../../nbs/06_mlm.ipynb #790a6748
 LABELS = 100, 400, 1600
 WEAK = [1e-1, 1e0, 1e1, 1e2, 1e3, 1e4]  # C of logistic regression: words
@@ -151,7 +131,10 @@ def _described(features: str) -> dict[str, np.ndarray]:
     model, tokenizer = models.load(name, bundled=quick)
     if features == "random BERT":
         model = mlm.small_bert(len(tokenizer)).eval()
-    return {s: sentence_vectors(x, model, tokenizer) for s, x in texts.items()}
+    return {
+        s: sentence_vectors(x, model, tokenizer).numpy()
+        for s, x in texts.items()
+    }
 
 # %% ../../nbs/06_mlm.ipynb #79fd17a6
 def run(

@@ -22,6 +22,7 @@ from sklearn.preprocessing import FunctionTransformer
 
 from .. import data, models, results, runtime
 from . import run_named
+from ..texts import sentence_vectors
 
 __all__ = ["embed", "describe", "described", "run", "main"]
 
@@ -35,24 +36,9 @@ LABELS: dict[str, int] = runtime.pick(
 STRENGTHS = [1.0, 10.0, 0.1, 100.0, 0.01, 1000.0]
 
 # %% ../../nbs/A2_models.ipynb #a8c4f94d
-@torch.inference_mode()
-def embed(texts: list[str], size: int = 64) -> torch.Tensor:
+def embed(texts: list[str]) -> torch.Tensor:
     """One vector of length 1 per text: the mean over its tokens."""
-    encoder, tokenizer = models.load("minilm", bundled=True)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    vectors = torch.empty(len(texts), encoder.config.hidden_size)
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
-        batch = tokenizer(
-            [texts[i] for i in part],
-            padding=True,
-            truncation=True,
-            max_length=128,
-            return_tensors="pt",
-        )
-        hidden = encoder.base_model(**batch).last_hidden_state
-        kept = batch["attention_mask"][..., None]
-        vectors[part] = (hidden * kept).sum(1) / kept.sum(1)
+    vectors = sentence_vectors(texts, *models.load("minilm", bundled=True))
     return torch.nn.functional.normalize(vectors)
 
 
