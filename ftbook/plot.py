@@ -3,7 +3,7 @@
 `curves`, `image_grid`, `intervals`, `heatmap`, `scatter2d` and `concept_map`
 draw, each under the book's style, and return Matplotlib's Axes. `show` puts the
 figure on the page with its alternative text, `figure_bytes` gives it as a file,
-and `widget` adds controls in a live notebook.
+and `widget` adds controls, in a live notebook and on the page.
 
 >>> ax = curves({"train": [3, 2, 1]}, xlabel="epoch", ylabel="loss (nats)")
 >>> show(ax, alt="The training loss falls from 3 to 1 within three epochs.")
@@ -32,11 +32,14 @@ __all__ = [
 
 # %% ../nbs/A5_plot.ipynb #2056bcfd
 import base64
+import contextlib
 import functools
 import html
 import io
 import itertools
+import json
 import math
+import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +54,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Outline
 from matplotlib.rcsetup import cycler
 from matplotlib.transforms import Bbox
+
+from . import runtime
 
 # %% ../nbs/A5_plot.ipynb #36df46f5
 palette = [
@@ -865,6 +870,19 @@ def show(
         display(Markdown(f"*{caption}*"))
 
 # %% ../nbs/A5_plot.ipynb #2646b271
+def _outputs(
+    fn: Callable[..., Any], values: dict[str, Any]
+) -> list[tuple[dict, dict]]:
+    """(data, metadata) of every output of a call, what it prints first."""
+    from IPython.utils.capture import capture_output
+
+    with capture_output(stderr=False) as caught:
+        fn(**values)
+    text = caught.stdout.rstrip("\n")
+    printed = [({"text/plain": text}, {})] if text else []
+    return printed + [(o.data, o.metadata or {}) for o in caught.outputs]
+
+
 class _Drawn:
     """What a function shows, in places of the page that can be drawn anew."""
 
@@ -872,18 +890,8 @@ class _Drawn:
         from IPython.display import DisplayHandle
 
         self.fn = fn
-        self.shown = self._outputs(values)
+        self.shown = _outputs(fn, values)
         self.places = [DisplayHandle() for _ in self.shown]
-
-    def _outputs(self, values: dict[str, Any]) -> list[tuple[dict, dict]]:
-        """(data, metadata) of every output of a call, what it prints first."""
-        from IPython.utils.capture import capture_output
-
-        with capture_output(stderr=False) as caught:
-            self.fn(**values)
-        text = caught.stdout.rstrip("\n")
-        printed = [({"text/plain": text}, {})] if text else []
-        return printed + [(o.data, o.metadata or {}) for o in caught.outputs]
 
     def display(self) -> None:
         for place, (seen, about) in zip(self.places, self.shown, strict=True):
@@ -892,7 +900,7 @@ class _Drawn:
     def draw(self, values: dict[str, Any]) -> None:
         """The same places with other values; an error stands in the first."""
         try:
-            self.shown = self._outputs(values)
+            self.shown = _outputs(self.fn, values)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             self.shown = [({"text/plain": text}, {})]
@@ -901,34 +909,233 @@ class _Drawn:
         for place, (seen, about) in zip(self.places, rest, strict=False):
             place.update(seen, raw=True, metadata=about)
 
+# %% ../nbs/A5_plot.ipynb #playfrm1
+_MOST = 48  # drawings that a control keeps for the page
+
+
+def _offered(control: Any) -> list[tuple[str, Any]]:
+    """(label, value) of what a control offers; one where it is free."""
+    if hasattr(control, "_options_values"):  # ipywidgets 7 and 8
+        values = control._options_values
+        return list(zip(control._options_labels, values, strict=True))
+    if isinstance(control.value, bool):
+        return [("no", False), ("yes", True)]
+    if not hasattr(control, "step") or not hasattr(control, "max"):
+        return [(str(control.value), control.value)]
+    low, step = control.min, control.step
+    count = int((control.max - low) / step + 1e-9) + 1
+    kind = type(control.value)
+    values = [kind(round(low + k * step, 10)) for k in range(count)]
+    return [(f"{v:g}", v) for v in values]
+
+
+def _thinned(
+    offered: dict[str, list], start: dict[str, int], sliders: set[str]
+) -> dict[str, list[int]]:
+    """Of each control the values to keep: all of a menu, some of a slider."""
+    counts = {name: len(values) for name, values in offered.items()}
+    while math.prod(counts.values()) > _MOST:
+        longest = max(sliders or {""}, key=lambda n: counts.get(n, 0))
+        if counts.get(longest, 0) <= 2:
+            raise ValueError(
+                f"{counts} make more than {_MOST} drawings; name the values "
+                "for the page with frames={'control': [...]}"
+            )
+        counts[longest] -= 1
+    kept = {}
+    for name, count in counts.items():
+        places = np.linspace(0, len(offered[name]) - 1, count).round()
+        places[np.abs(places - start[name]).argmin()] = start[name]
+        kept[name] = places.astype(int).tolist()
+    return kept
+
+# %% ../nbs/A5_plot.ipynb #playfrm2
+def _ranges(indices: Sequence[int]) -> str:
+    """1, 2, 3, 7 as "1-3 7"."""
+    out: list[list[int]] = []
+    for i in indices:
+        if out and out[-1][1] == i - 1:
+            out[-1][1] = i
+        else:
+            out.append([i, i])
+    return " ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in out)
+
+
+def _small(png: bytes, width: float) -> tuple[str, int]:
+    """A PNG as small as a page shows it: (address with its data, height)."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    height = round(width * picture.height / picture.width)
+    out = io.BytesIO()
+    picture.resize((round(width), height)).save(out, "webp", quality=78)
+    pairs = ("webp", out.getvalue()), ("png", png)
+    kind, data = min(pairs, key=lambda pair: len(pair[1]))
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", height
+
+
+class _Frames:
+    """Drawings for the page: each line and each output once."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, int] = {}
+        self.parts: dict[str, int] = {}
+        self.frames: list[str] = []
+
+    def _text(self, text: str) -> str:
+        lines = self.lines
+        return _ranges(
+            [lines.setdefault(s, len(lines)) for s in text.split("\n")]
+        )
+
+    def _part(self, data: dict, about: dict) -> dict[str, Any] | None:
+        """One output; None for a caption that its picture already has."""
+        told = about.get("ftbook", {})
+        page = data.get("text/html", "")
+        source = re.search(
+            r'width="(\d+)" src="data:image/(\S+?);.*?,(.*?)"', page
+        )
+        if source and "alt" in told:
+            width, raw = int(source[1]), base64.b64decode(source[3])
+            part = {k: told[k] for k in ("alt", "caption") if told.get(k)}
+            part["width"] = width
+            if "svg" in source[2]:
+                return {"svg": self._text(raw.decode()), **part}
+            part["image"], part["height"] = _small(raw, width)
+            return part
+        if page:
+            return {"html": self._text(page)}
+        text = data.get("text/markdown", data.get("text/plain", ""))
+        if re.fullmatch(r"\*[^*].*\*", text, re.S):
+            return None
+        return {"text": self._text(text)}
+
+    def add(self, outputs: Sequence[tuple[dict, dict]]) -> None:
+        made = [part for o in outputs if (part := self._part(*o))]
+        keys = [json.dumps(part, ensure_ascii=False) for part in made]
+        places = [self.parts.setdefault(k, len(self.parts)) for k in keys]
+        self.frames.append(" ".join(map(str, places)))
+
+# %% ../nbs/A5_plot.ipynb #playfrm3
+_PLAY = "application/vnd.ftbook.play+json"  # what tools/filter.py reads
+_HEAVY = 500_000  # characters that the frames of a control may take
+
+
+@contextlib.contextmanager
+def _same_random() -> Iterator[None]:
+    """Leave the generators of random numbers as they were found."""
+    torch = sys.modules.get("torch")
+    states = random.getstate(), np.random.get_state()
+    kept = torch.get_rng_state() if torch else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        if torch:
+            torch.set_rng_state(kept)
+
+
+def _frames(
+    fn: Callable[..., Any],
+    widgets: Sequence[Any],
+    wanted: Mapping[str, Sequence],
+) -> dict[str, Any]:
+    """What the page needs to play: controls, frames, parts, lines."""
+    offered: dict[str, list] = {}
+    start, sliders = {}, set()
+    for w in widgets:
+        name, values = w._kwarg, _offered(w)
+        if name in wanted:
+            labels = {v: label for label, v in values}
+            named = list(wanted[name])
+            values = [(labels.get(v, _label(v)), v) for v in named]
+        elif hasattr(w, "step"):
+            sliders.add(name)
+        offered[name] = values
+        now = w.get_interact_value()
+        start[name] = max(range(len(values)), key=lambda i: values[i][1] == now)
+    kept = _thinned(offered, start, sliders)
+    store, names = _Frames(), list(kept)
+    with _same_random():
+        for places in itertools.product(*kept.values()):
+            pairs = zip(names, places, strict=True)
+            values = {n: offered[n][i][1] for n, i in pairs}
+            store.add(_outputs(fn, values))
+    controls = [
+        {
+            "name": n.replace("_", " "),
+            "values": [offered[n][i][0] for i in kept[n]],
+            "start": kept[n].index(start[n]),
+            "slider": all(_is_number(offered[n][i][1]) for i in kept[n]),
+        }
+        for n in names
+    ]
+    made = {
+        "controls": controls,
+        "frames": store.frames,
+        "parts": [json.loads(part) for part in store.parts],
+        "lines": list(store.lines),
+    }
+    if (size := len(json.dumps(made))) > _HEAVY:
+        raise ValueError(
+            f"the frames of {names} take {size:,} characters, more than "
+            f"{_HEAVY:,}; offer fewer values with frames={{...}}"
+        )
+    return made
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _label(value: Any) -> str:
+    return f"{value:g}" if _is_number(value) else str(value)
+
 # %% ../nbs/A5_plot.ipynb #97fabbd0
-def widget(fn: Callable[..., Any], **controls: Any) -> None:
+def widget(
+    fn: Callable[..., Any],
+    *,
+    frames: Mapping[str, Sequence] | None = None,
+    **controls: Any,
+) -> None:
     """Show `fn` with sliders and menus, and a line that says so.
 
     What `fn` shows are ordinary outputs, which the controls draw anew. So a
     notebook that was saved and opened again shows the last picture, without a
     kernel. In Colab they belong to the controls, whose state Colab saves.
 
+    On the page the controls choose among drawings made beforehand, where
+    `make run` runs the notebook (it sets ``FTBOOK_FRAMES``).
+
     Parameters
     ----------
     fn : callable
         Called with the controls' values; draws with `show`, or displays
         something, always as many outputs.
+    frames : dict control -> values, optional
+        What the page offers of a control. Of those not named: all of a menu,
+        and of sliders as many values as at most 48 drawings allow.
     **controls : what ipywidgets.interactive accepts
         For example rate=(0.0, 1.0, 0.1), or method=["full", "head"]. Where
         `fn` has a default, the control begins there.
     """
     from IPython import get_ipython
-    from IPython.display import Markdown, display
+    from IPython.display import display
 
+    if unknown := sorted(set(frames or {}) - set(controls)):
+        known = sorted(controls)
+        raise ValueError(f"frames names {unknown}; the controls are {known}")
     names = ", ".join(f"`{name}`" for name in controls)
     where = "run this cell in Jupyter or Colab to play with"
-    display(Markdown(f"**Play:** {where} {names}."))
+    note = {"text/markdown": f"**Play:** {where} {names}."}
     try:
         import ipywidgets
     except ImportError:
+        display(note, raw=True)
         return
     if get_ipython() is None or "google.colab" in sys.modules:
+        display(note, raw=True)
         display(ipywidgets.interactive(fn, **controls))
         return
     quiet = functools.wraps(fn)(lambda **values: None)  # `draw` calls `fn`
@@ -938,6 +1145,9 @@ def widget(fn: Callable[..., Any], **controls: Any) -> None:
     def values() -> dict[str, Any]:
         return {w._kwarg: w.get_interact_value() for w in widgets}
 
+    if runtime.setting("FTBOOK_FRAMES"):
+        note[_PLAY] = _frames(fn, widgets, frames or {})
+    display(note, raw=True)
     drawn = _Drawn(fn, values())
     box = ipywidgets.VBox(
         [w for w in widgets if isinstance(w, ipywidgets.DOMWidget)]

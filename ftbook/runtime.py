@@ -60,8 +60,9 @@ def setting(name: str) -> str:
     blanks; "" if it is not set.
 
     The book reads ``FTBOOK_PROFILE`` (see `profile`), ``FTBOOK_DEVICE``
-    (`device`), ``FTBOOK_OFFLINE`` (`offline`), ``FTBOOK_DATA`` (`cache_dir`)
-    and ``FTBOOK_RESULTS`` (`ftbook.results`), and nothing else.
+    (`device`), ``FTBOOK_OFFLINE`` (`offline`), ``FTBOOK_DATA`` (`cache_dir`),
+    ``FTBOOK_RESULTS`` (`ftbook.results`) and ``FTBOOK_FRAMES`` (`ftbook.plot`:
+    whether controls draw for the page, too), and nothing else.
 
     Examples
     --------

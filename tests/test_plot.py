@@ -1,5 +1,6 @@
 """Figures: what is drawn, that nothing overlaps, that alternative text is asked for."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -317,13 +318,76 @@ def test_an_error_of_a_moved_widget_stands_where_its_picture_was():
 
 def test_without_a_notebook_a_widget_is_what_ipywidgets_makes_of_it(monkeypatch):
     shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr("IPython.display.display", lambda what, **raw: shown.append(what))
     plot.widget(lambda rate: None, rate=(0.0, 1.0, 0.1))
-    assert "`rate`" in shown[0].data and VIEW in shown[1]._repr_mimebundle_()
+    assert "`rate`" in shown[0]["text/markdown"] and VIEW in shown[1]._repr_mimebundle_()
     shown.clear()
     monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
     plot.widget(lambda rate: None, rate=(0.0, 1.0, 0.1))
     assert len(shown) == 1
+
+
+FRAMES = """
+import os, random
+os.environ["FTBOOK_FRAMES"] = "1"
+import numpy as np
+random.seed(1); np.random.seed(1)
+"""
+SEEDED = """
+    random.seed(rate); np.random.seed(int(100 * rate))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_for_the_page_keeps_a_drawing_for_each_value():
+    body = PLAY.replace('raise ValueError("no b here")', "kind = 'c'").replace("\n    print", SEEDED + "    print")
+    first, second = played(FRAMES + body, "random.random(), np.random.random()")
+    kept = first[0]["data"][plot._PLAY]
+    assert [(c["name"], c["values"], c["start"], c["slider"]) for c in kept["controls"]] == [
+        ("rate", ["0", "0.25", "0.5", "0.75", "1"], 2, True),
+        ("kind", ["a", "b"], 0, False),
+    ]
+    assert len(kept["frames"]) == 10 and kept["frames"][0] == kept["frames"][1]  # a and b draw the same
+    shown = [[kept["parts"][int(i)] for i in frame.split()] for frame in kept["frames"]]
+    assert all(sorted(part[0]) == ["text"] and {"svg", "alt", "caption", "width"} <= set(part[1]) for part in shown)
+
+    def text(ranges):
+        ends = [list(map(int, r.split("-"))) for r in ranges.split()]
+        return "\n".join("\n".join(kept["lines"][e[0] : e[-1] + 1]) for e in ends)
+
+    picture = next(o for o in first if "alt" in o["metadata"].get("ftbook", {}))
+    assert text(shown[4][0]["text"]) == "rate 0.5"
+    svg = base64.b64encode(text(shown[4][1]["svg"]).encode()).decode()
+    assert svg in picture["data"]["text/html"], "the frame at the start is the picture that stays"
+    assert len(kept["lines"]) < 2.5 * text(shown[4][1]["svg"]).count("\n"), "what pictures share is kept once"
+    drawn = FRAMES.replace('os.environ["FTBOOK_FRAMES"] = "1"', "") + body
+    assert second[0]["data"] == played(drawn, "random.random(), np.random.random()")[1][0]["data"]
+
+
+def test_what_a_slider_offers_is_thinned_and_menus_are_not():
+    offered = {"a": [(str(k), k) for k in range(101)], "b": [("x", "x"), ("y", "y")]}
+    kept = plot._thinned(offered, {"a": 33, "b": 1}, {"a"})
+    assert len(kept["a"]) == 24 and {0, 33, 100} <= set(kept["a"]) and kept["b"] == [0, 1]
+    with pytest.raises(ValueError, match="frames="):
+        plot._thinned({"b": [("x", k) for k in range(60)]}, {"b": 0}, set())
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_a_photo_is_kept_as_small_as_the_page_shows_it(kind):
+    noise, smooth = np.random.default_rng(0).random((16, 16)), np.add.outer(np.arange(200), np.arange(200)) / 400
+    figure = plot.image_grid((noise if kind == "png" else smooth)[None, None]).figure
+    png = plot.figure_bytes(figure, "png")
+    store = plot._Frames()
+    store.add([plot._Picture(png, "A square.", None, "png", 320)._repr_mimebundle_()])
+    (part,) = map(json.loads, store.parts)
+    assert part["width"] == 320 and part["image"].startswith(f"data:image/{kind};base64,")
+    assert len(part["image"]) <= len(base64.b64encode(png)) + 40
+    plt.close(figure)
+
+
+def test_values_of_an_unknown_control_are_refused():
+    with pytest.raises(ValueError, match=r"\['rat'\]; the controls are \['rate'\]"):
+        plot.widget(lambda rate: None, rate=(0.0, 1.0, 0.1), frames={"rat": [1]})
 
 
 def test_numbers_in_words_keep_their_decimals():

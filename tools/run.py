@@ -23,6 +23,8 @@ from .settings import NBS, RESULTS, ROOT, find
 
 os.environ.setdefault("FTBOOK_PROFILE", "cpu")
 PROFILE = os.environ["FTBOOK_PROFILE"]
+if PROFILE != "quick":
+    os.environ.setdefault("FTBOOK_FRAMES", "1")  # what a control shows, for the page
 MEMORY = "__import__('resource').getrusage(__import__('resource').RUSAGE_SELF).ru_maxrss"
 SUBSTITUTED = "getattr(__import__('sys').modules.get('ftbook.results'), 'substituted', dict)()"
 LEFTOVER = r"\.(tmp\w{8}|.+\.\d+-[0-9a-f]{8})\.ipynb"  # of a writer that was killed
