@@ -99,11 +99,6 @@ def _rows(documents: list[np.ndarray], pieces: int) -> torch.Tensor:
     return packed[: max(1, pieces // CONTEXT)]
 
 
-def _sizes(shape: str) -> causal.Sizes:
-    vocab = len(_texts().tokenizer)
-    return causal.Sizes(vocab=vocab, context=CONTEXT, **SHAPES[shape])
-
-
 def _bits(nats: list[np.ndarray]) -> np.ndarray:
     """Bits of each document."""
     return np.array([part.sum() for part in nats]) / np.log(2)
@@ -113,6 +108,11 @@ def _bytes(documents: list[str]) -> np.ndarray:
     return np.array([len(text.encode()) for text in documents], float)
 
 # %% ../../nbs/07_causal.ipynb #5febf897
+def _sizes(shape: str) -> causal.Sizes:
+    vocab = len(_texts().tokenizer)
+    return causal.Sizes(vocab=vocab, context=CONTEXT, **SHAPES[shape])
+
+
 def _counted(order: int, pieces: int, held: list[str]) -> np.ndarray:
     """Bits that Kneser-Ney of an order pays for each held-out document."""
     tokenizer = _texts().tokenizer

@@ -12,7 +12,7 @@ measure.
 import copy
 import math
 import time
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -306,16 +306,13 @@ def _tasks(executor=None):
     _study("tasks", run_tone, both, executor, **about)
 
 # %% ../../nbs/11_peft.ipynb #8a214149
-def _rank_run(seed, r, alpha, lr):
-    return run(seed, "valid", "LoRA", lr, r=r, alpha=alpha)
-
-
 def _ranks(executor=None):
     """A grid to look at: rank, alpha and learning rate of LoRA."""
     choices = {"r": runtime.pick(quick=[2], cpu=[1, 16]), "alpha": [4, 16]}
     choices["lr"] = RATES["LoRA"][:2]
     about = {"chapter": CHAPTER, "name": "ranks", "n": SCORED["valid"]}
-    results.sweep(_rank_run, choices, SEEDS, budget=BUDGET, **about)
+    one = partial(run, split="valid", method="LoRA")
+    results.sweep(one, choices, SEEDS, budget=BUDGET, **about)
 
 
 def main(*names, executor=None):
