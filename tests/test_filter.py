@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 
 import pytest
 
-from tools.filter import is_folded, options_of, outline, transform
+from tools.filter import PLAY, is_folded, options_of, outline, transform
 from tools.mathml import equation, formula
 
 
@@ -129,6 +130,65 @@ def test_a_page_opens_with_a_picture_and_not_with_the_code_that_draws_it(data):
         assert [mark in str(c) for c in kept] == [True, True, False]
         kept = transform({"cells": cells[::2], "metadata": {}}, target)["cells"]
         assert [mark in str(c) for c in kept] == [False, False], "no picture, nothing to wait for"
+
+
+SVG = '<svg width="72pt" viewBox="0 0 72 36" xmlns="http://www.w3.org/2000/svg">\n<rect width="{}" height="9"/>\n</svg>'
+KEPT = {
+    "controls": [
+        {"name": "rate", "values": ["0", "0.5", "1", "2"], "start": 1, "slider": True},
+        {"name": "kind", "values": ["a", "<b> & c"], "start": 0, "slider": False},
+        {"name": "seed", "values": ["3"], "start": 0, "slider": True},
+    ],
+    "frames": ["0 1", "0 2", "0 3", "0 4", "0 1", "0 2", "0 3", "0 4"],
+    "parts": [
+        {"text": "0"},
+        *({"svg": f"1 {3 + k} 2", "alt": f"Bar {k}.", "caption": f"{k} < 9 & more", "width": 96} for k in range(4)),
+    ],
+    "lines": ["a </script> b", *SVG.split("\n")[::2], *(SVG.split("\n")[1].format(9 * k + 9) for k in range(4))],
+}
+
+
+def play_cell(*outputs):
+    note = {"output_type": "display_data", "metadata": {}, "data": {PLAY: KEPT, "text/markdown": "**Play:** run it"}}
+    return code("plot.widget(draw, rate=(0, 2))", [note, *outputs])
+
+
+@pytest.mark.parametrize("target", ["quarto", "sphinx"])
+def test_controls_of_a_notebook_are_controls_of_the_page(target):
+    live = {"output_type": "display_data", "metadata": {"live": True}, "data": {"text/html": "<img alt='last'>"}}
+    (cell,) = transform({"cells": [play_cell(live)], "metadata": {}}, target)["cells"]
+    (output,) = cell["outputs"]
+    (page,) = ("".join(text) for text in output["data"].values())
+    assert "run it" not in page and "last" not in page and page.startswith("```{=html}") is (target == "quarto")
+    box = ET.fromstring(page.strip("`").removeprefix("{=html}").strip())  # well-formed, as EPUB asks
+    (slider,) = box.iter("input")
+    assert slider.attrib.items() >= {"type": "range", "value": "1", "max": "3", "aria-valuetext": "0.5"}.items()
+    (menu,) = box.iter("select")
+    assert [o.text for o in menu] == ["a", "<b> & c"] and menu[0].get("selected")
+    (picture,) = box.iter("img")
+    assert picture.get("alt") == "Bar 2." and (picture.get("width"), picture.get("height")) == ("96", "48")
+    assert next(box.iter("figcaption")).text == "2 < 9 & more" and next(box.iter("pre")).text == "a </script> b"
+    (script,) = box.iter("script")
+    assert json.loads(script.text) == KEPT and script.get("type") == "application/json"
+
+
+@pytest.mark.parametrize("source", ["def draw(x):\n    return x\n\n\nplot.widget(draw, x=(0, 1))", "widget(f, x=[1])"])
+def test_what_draws_for_controls_is_folded(source):
+    assert is_folded(source.split("\n"))
+
+
+def test_html_of_outputs_is_a_raw_block_for_quarto():
+    """As an output of its own Quarto would load jQuery and require.js from another host for it."""
+    page = {
+        "output_type": "display_data",
+        "metadata": {},
+        "data": {"text/html": "<b>```</b><br><img alt='a > b' src=x>"},
+    }
+    (cell,) = transform({"cells": [code("1", [page])], "metadata": {}}, "quarto")["cells"]
+    assert "".join(cell["outputs"][0]["data"]["text/markdown"]) == (
+        "````{=html}\n<b>```</b><br /><img alt='a > b' src=x />\n````"
+    )
+    assert "text/html" not in cell["outputs"][0]["data"]
 
 
 def test_alerts_become_callouts_of_the_builder():

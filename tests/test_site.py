@@ -36,6 +36,9 @@ if not CHROMIUM and not os.environ.get("CI"):
 
 @pytest.fixture(scope="module")
 def site(root, tmp_path_factory) -> Path:
+    """The built site; FTBOOK_TEST_SITE names one that was built before, to look at it only."""
+    if built := os.environ.get("FTBOOK_TEST_SITE"):
+        return Path(built).resolve()
     out = tmp_path_factory.mktemp("site") / "html"
     run = subprocess.run(
         [sys.executable, "-m", "tools.book", "--builder", "sphinx", "--out", out],
@@ -257,6 +260,102 @@ def test_pictures_are_drawn(pages, page):
         assert broken == [], name
         drawn += page.evaluate("document.images.length")
     assert drawn > 10
+
+
+@pytest.fixture(scope="module")
+def playground(root, site) -> str:
+    """A page of the site with the controls of tests/test_filter.py, under the site's own policy; its name."""
+    from tests.test_filter import KEPT
+    from tools.filter import playable
+    from tools.finish import policy
+
+    body = f"<!doctype html><title>Play</title><link rel=icon href=_static/favicon.svg><link rel=stylesheet href=_static/book.css><main class=bd-article>{playable(KEPT)}</main>"
+    body += '<script src="_static/play.js"></script>'
+    rule = html.escape(policy(body), quote=True)
+    (site / "play.html").write_text(f'<meta http-equiv="Content-Security-Policy" content="{rule}">{body}')
+    yield "play.html"
+    (site / "play.html").unlink()
+
+
+def test_a_slider_and_a_menu_choose_a_drawing_by_keyboard_and_without_a_server(playground, site, page):
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    for address in (f"/{playground}", (site / playground).as_uri()):
+        page.goto(address)
+        picture = page.locator(".play-stage img")
+        assert picture.get_attribute("alt") == "Bar 2."
+        page.locator(".play input[type=range]").focus()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_selector('.play-stage img[alt="Bar 0."]')
+        assert page.locator(".play-value").inner_text() == "1"
+        assert page.locator(".play input").get_attribute("aria-valuetext") == "1"
+        assert page.locator(".play-said").inner_text() == "Bar 0."
+        page.keyboard.press("End")
+        page.wait_for_selector('.play[data-frame="6"]')
+        page.locator(".play select").select_option(label="<b> & c")
+        page.wait_for_selector('.play[data-frame="7"]')
+        assert page.locator(".play-stage figcaption").inner_text() == "3 < 9 & more"
+        assert page.evaluate("document.querySelector('.play-stage img').naturalWidth") > 0
+    assert errors == []
+
+
+def test_controls_move_by_themselves_only_when_asked_and_where_motion_is_welcome(playground, page):
+    page.goto(f"/{playground}")
+    page.locator(".play-run").click()
+    page.wait_for_selector('.play[data-frame="4"]')
+    page.wait_for_selector('.play[data-frame="6"]')
+    assert page.locator(".play-run").inner_text().endswith("Run"), "it stops at the end"
+    page.emulate_media(reduced_motion="reduce")
+    assert not page.locator(".play-run").is_visible()
+    page.emulate_media(reduced_motion="no-preference")
+
+
+def test_every_control_of_the_book_chooses_among_its_drawings(pages, site, page):
+    for name in pages:
+        if 'class="play"' not in (site / name).read_text(encoding="utf-8"):
+            continue
+        page.goto(f"/{name}")
+        for box in page.locator("div.play").all():
+            fields = box.locator("[data-control]").all()
+            assert fields, name
+            seen = set()
+            for field in fields:
+                last = "e => { e.value = e.tagName === 'SELECT' ? e.options.length - 1 : e.max; e.dispatchEvent(new Event('input')); }"
+                field.evaluate(last)
+                page.wait_for_timeout(100)
+                page.wait_for_function("b => b.dataset.frame", arg=box.element_handle())
+                seen.add(box.get_attribute("data-frame"))
+                assert box.evaluate("b => [...b.querySelectorAll('img')].every(i => i.naturalWidth > 0 && i.alt)"), name
+            assert seen, name
+
+
+def violations(page, rules: tuple = ()) -> dict:
+    """What axe-core finds on the page: rule -> the first places."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    only = {"runOnly": {"type": "rule", "values": list(rules)}} if rules else {}
+    found = Axe().run(page, options={"resultTypes": ["violations"], **only}).response["violations"]
+    return {v["id"]: [n["html"][:160] for n in v["nodes"][:3]] + [len(v["nodes"])] for v in found}
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_nothing_on_any_page_in_either_theme(pages, page, width):
+    """All rules in the light theme; in the dark one, where the same elements have other colors, those of color."""
+    page.set_viewport_size({"width": width, "height": 900})
+    found = {}
+    for name in [*pages, "search.html", "404.html"]:
+        for theme, rules in (("light", ()), ("dark", ("color-contrast", "link-in-text-block"))):
+            page.goto(f"/{name}")
+            page.evaluate(f"document.querySelector('.theme-change-button[data-mode={theme}]').click()")
+            page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+            page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+            page.evaluate("dispatchEvent(new Event('resize'))")
+            if bad := violations(page, rules):
+                found[f"{name} {theme}"] = bad
+    page.evaluate("document.querySelector('.theme-change-button[data-mode=auto]').click()")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    assert found == {}
 
 
 def test_no_directive_of_the_notebooks_reaches_a_page(site):

@@ -37,7 +37,10 @@ SHOWS = {
     "interact",
     "plot",
     "bars",
+    "widget",
 }
+PLAY = "application/vnd.ftbook.play+json"  # what ftbook.plot.widget keeps for the page
+VOID = re.compile(r"""<(img|br|hr|input|wbr|col)\b((?:[^<>"']|"[^"]*"|'[^']*')*?)\s*/?>""")
 LONG = 25  # lines of a definition that stand on the page
 DEFINITION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 
@@ -152,8 +155,78 @@ def figure(output: dict, mime: str, save=None) -> str:
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return (
         f'<figure class="plot"><img src="{address}" alt="{html.escape(alt_of(output, mime), quote=True)}"'
-        f' loading="lazy"{size}>{text}</figure>'
+        f' loading="lazy"{size} />{text}</figure>'
     )
+
+
+def _texts(kept: dict, ranges: str) -> str:
+    """The lines "0-3 7" of a playable picture."""
+    pairs = [list(map(int, r.split("-"))) for r in ranges.split()]
+    return "\n".join("\n".join(kept["lines"][p[0] : p[-1] + 1]) for p in pairs)
+
+
+def _part(kept: dict, part: dict, save=None) -> str:
+    """What a control shows at its start; site/static/play.js makes the same of the other values."""
+    if "html" in part or "text" in part:
+        return _texts(kept, part["html"]) if "html" in part else f"<pre>{html.escape(_texts(kept, part['text']))}</pre>"
+    if "svg" in part:
+        mime, raw = "image/svg+xml", _texts(kept, part["svg"])
+    else:
+        mime, raw = re.fullmatch(r"data:(.*?);base64,(.*)", part["image"], re.S).groups()
+    about = {k: part[k] for k in ("alt", "caption") if k in part}
+    size = {"width": part["width"], **({"height": part["height"]} if "height" in part else {})}
+    if "svg" in part and (own := size_of(raw.encode(), mime)):
+        size["height"] = round(part["width"] * own["height"] / own["width"])
+    return figure({"data": {mime: raw}, "metadata": {**about, mime: size}}, mime, save)
+
+
+def playable(kept: dict, save=None) -> str:
+    """Controls that choose among drawings made when the chapter ran; without a script the first one is a picture like others."""
+    rows, at = [], 0
+    for i, control in enumerate(kept["controls"]):
+        values, start, name = control["values"], control["start"], html.escape(control["name"])
+        at = at * len(values) + start
+        if len(values) < 2:
+            continue
+        shown = html.escape(values[start])
+        if control["slider"]:
+            field = (
+                f'<input type="range" data-control="{i}" min="0" max="{len(values) - 1}" step="1" value="{start}" '
+                f'aria-valuetext="{shown}" />'
+            )
+            rows.append(
+                f'<div class="play-control"><label><span>{name}</span> {field}</label> '
+                f'<span class="play-value" aria-hidden="true">{shown}</span></div>'
+            )
+            continue
+        chosen = ' selected="selected"'
+        options = "".join(
+            f'<option value="{k}"{chosen if k == start else ""}>{html.escape(v)}</option>' for k, v in enumerate(values)
+        )
+        rows.append(
+            f'<div class="play-control"><label><span>{name}</span> '
+            f'<select data-control="{i}">{options}</select></label></div>'
+        )
+    first = "\n".join(_part(kept, kept["parts"][int(n)], save) for n in kept["frames"][at].split())
+    data = json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
+    for letter in "<>&":  # neither HTML nor XML sees a tag in it
+        data = data.replace(letter, f"\\u{ord(letter):04x}")
+    names = ", ".join(html.escape(c["name"]) for c in kept["controls"])
+    return (
+        f'<div class="play" role="group" aria-label="Play: {names}">\n'
+        f'<div class="play-controls" hidden="hidden">{"".join(rows)}</div>\n'
+        f'<div class="play-stage">{first}</div>\n<p class="play-said" aria-live="polite"></p>\n'
+        f'<script type="application/json">{data}</script>\n</div>'
+    )
+
+
+def raw_html(text: str, target: str) -> dict:
+    """HTML for the page. For Quarto a raw block of Markdown: an output of HTML would load jQuery from another host."""
+    text = VOID.sub(r"<\1\2 />", text)
+    if target != "quarto":
+        return {"text/html": source_of(lines_of(text))}
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return {"text/markdown": source_of(lines_of(f"{fence}{{=html}}\n{text}\n{fence}"))}
 
 
 def _saved(data: bytes, mime: str, save, text: str) -> str:
@@ -171,6 +244,8 @@ def shown(output: dict, target: str, save=None):
         return output
     if "application/vnd.jupyter.widget-view+json" in data:
         return None
+    if PLAY in data:
+        return {**output, "data": raw_html(playable(data[PLAY], save), target), "metadata": {}}
     mime = next((m for m in IMAGES if m in data), None)
     if "text/html" in data:
         text = "".join(data["text/html"])
@@ -178,9 +253,9 @@ def shown(output: dict, target: str, save=None):
             text = INLINE.sub(lambda m: _saved(base64.b64decode(m[2]), m[1], save, m.string), text)
         if text.startswith("<img "):
             text = f'<figure class="plot">{text}</figure>'
-        data = {"text/html": source_of(lines_of(text))}
+        data = raw_html(text, target)
     elif mime:
-        data = {"text/html": source_of(lines_of(figure(output, mime, save)))}
+        data = raw_html(figure(output, mime, save), target)
     elif "text/markdown" in data:
         data = {"text/markdown": source_of(unbroken(prose(lines_of(data["text/markdown"]), target)))}
     return {**output, "data": data, "metadata": {}}
@@ -198,12 +273,17 @@ def _is_text(node) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
+def _calls(node) -> str:
+    """The last name of what a statement calls, "" where it is no call."""
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
+        return ""
+    called = node.value.func
+    return getattr(called, "attr", getattr(called, "id", ""))
+
+
 def _shows(node) -> bool:
     """Whether a statement is a call that draws, tabulates or says."""
-    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
-        return False
-    called = node.value.func
-    return getattr(called, "attr", getattr(called, "id", "")) in SHOWS
+    return _calls(node) in SHOWS
 
 
 def is_folded(lines: list) -> bool:
@@ -215,6 +295,8 @@ def is_folded(lines: list) -> bool:
     imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
     named = [n for n in body if isinstance(n, DEFINITION)]
     if len(imports) + len(listed) == len(body):
+        return True
+    if any(_calls(n) == "widget" for n in body):  # its function draws for the controls alone
         return True
     if named and all(n.name.startswith("_") for n in named) and not any(map(_shows, body)):
         return not any(isinstance(n, (ast.Assert, ast.Expr, ast.For, ast.With, ast.Try)) for n in body)
@@ -286,7 +368,10 @@ def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bo
         tags += ["export"] if options.keys() & {"export", "exports"} else []
         if "code-summary" in options:
             meta["mystnb"] = {"code_prompt_show": options["code-summary"], "code_prompt_hide": options["code-summary"]}
-    outputs = [o for o in (shown(o, target, save) for o in cell.get("outputs", [])) if o]
+    outputs = cell.get("outputs", [])
+    if any(PLAY in o.get("data", {}) for o in outputs):  # what the controls drew last stands among their frames
+        outputs = [o for o in outputs if "live" not in o.get("metadata", {})]
+    outputs = [o for o in (shown(o, target, save) for o in outputs) if o]
     if not outputs and (not any(line.strip() for line in lines) or "remove-input" in tags):
         return []
     kept = {

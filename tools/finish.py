@@ -19,7 +19,7 @@ DONE = "<!-- finished -->"
 UNUSED = re.compile(
     r'\s*<script[^>]*src="[^"]*(?:fontawesome|searchtools|language_data|searchindex)\.js[^"]*"></script>'
 )
-INLINE = re.compile(r"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.S)
+INLINE = re.compile(r"<script(?![^>]*(?:\bsrc=|application/json))[^>]*>(.*?)</script>", re.S)
 SECTION = "h1", "h2", "h3"
 DEFINED = 1000  # added to the count of a name where it is defined
 WORDS = 90  # of a section that the index keeps: what a result shows is cut from them

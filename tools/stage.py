@@ -11,7 +11,7 @@ from .settings import ROOT, parts, settings
 
 STAGE = ROOT / "build" / "book" / "source"
 EXTRA = ROOT / "build" / "book" / "extra"
-SUFFIX = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
+SUFFIX = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 
 def put(file: Path, data: bytes, kept: set) -> None:
