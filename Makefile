@@ -11,7 +11,7 @@ BPY  := $(BOOK)/bin/python
 LOW  := .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help book serve lab run models results check test lowest bench export lock clean
+.PHONY: help book pdf epub serve lab run models results check test lowest bench export lock clean
 
 help:           ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,12 @@ $(BOOK)/.installed: requirements/book.lock tools/env.py
 
 book: $(BOOK)/.installed   ## build the site from the stored outputs into _docs/ (BUILDER=sphinx|quarto)
 	@$(BPY) -m tools.book --builder $(BUILDER)
+
+pdf: book $(ALL)/.installed      ## print the whole book into build/ftbook.pdf (needs Chromium)
+	@$(PY) -m tools.pdf
+
+epub: book $(ALL)/.installed     ## write the whole book into build/ftbook.epub
+	@$(PY) -m tools.epub
 
 serve: book     ## build the site and serve it on http://localhost:8000 (PORT=8000)
 	@echo "serve: http://localhost:$(PORT) shows _docs/ until Ctrl-C"
