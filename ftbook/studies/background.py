@@ -23,7 +23,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from .. import data, models, results, runtime, train
+from .. import data, results, runtime, train, vision
 from . import run_named
 
 __all__ = [
@@ -213,28 +213,21 @@ def photos(inputs: str) -> dict:
 @torch.no_grad()
 def _viewed(trained: bool, views: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """What the last layer of EfficientNet-Lite0 sees, 1,280 numbers."""
-    network, prepare = models.load(
-        "efficientnet_lite0", bundled=True, progress=False
-    )
-    if not trained:  # random weights; the norms see the training photos
+    name = "efficientnet_lite0"
+    if trained:
+        network = vision.backbone(name, bundled=True, progress=False)
+    else:  # random weights; the norms see the training photos
         torch.manual_seed(0)
-        network = models.EfficientNetLite0()
+        network = vision.backbone(name, weights=None)
         for part in network.modules():
             if isinstance(part, nn.BatchNorm2d):
                 part.momentum = None  # running means over all batches
         for x in views["train"].split(64):
-            network.train()(prepare(x))
-    last = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
-    seen: list[Tensor] = []
-    last.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    network.eval().to(memory_format=torch.channels_last)
-    found = {}
-    for name, x in views.items():
-        for batch in x.split(32):
-            network(prepare(batch).to(memory_format=torch.channels_last))
-        found[name] = torch.cat(seen).numpy()
-        seen.clear()
-    return found
+            network.train()(x.float() / 255)
+    return {
+        k: vision.features(network, x, precision="fp32").numpy()
+        for k, x in views.items()
+    }
 
 # %% ../../nbs/01_background.ipynb #a8c31deb
 def _drawn(seed: int, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,11 +20,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from .. import data, models, results, runtime
+from .. import data, models, results, runtime, vision
 from . import run_named
 from ..texts import sentence_vectors
 
-__all__ = ["embed", "describe", "described", "run", "main"]
+__all__ = ["embed", "look", "described", "run", "main"]
 
 CHAPTER = "A2_models"
 SIDE = runtime.pick(quick=32, cpu=224)
@@ -42,21 +42,10 @@ def embed(texts: list[str]) -> torch.Tensor:
     return torch.nn.functional.normalize(vectors)
 
 
-@torch.inference_mode()
-def describe(
-    images: torch.Tensor, transform: Any = None, size: int = 32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the last layer of EfficientNet-Lite0 sees, and what it answers."""
-    network, prepare = models.load("efficientnet_lite0", bundled=True)
-    seen: list[torch.Tensor] = []
-    answers = []
-    last = [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1]
-    last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    network.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
-    for part in images.split(size):
-        batch = (transform or prepare)(part)
-        answers.append(network(batch.to(memory_format=torch.channels_last)))
-    return torch.cat(seen), torch.cat(answers)
+def look(photos: torch.Tensor) -> torch.Tensor:
+    """What the last layer of EfficientNet-Lite0 sees, one row per photo."""
+    network = vision.backbone("efficientnet_lite0", bundled=True)
+    return vision.features(network, photos, precision="fp32")
 
 # %% ../../nbs/A2_models.ipynb #ec941009
 @cache
@@ -80,7 +69,7 @@ def described(features: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             shrink = torch.nn.AdaptiveAvgPool2d(16)
             x = shrink(photos.x / 255).flatten(1)
         else:
-            x = describe(photos.x)[0]
+            x = look(photos.x)
         found[split] = x.numpy(), photos.y.numpy()
     return found
 
