@@ -6,7 +6,7 @@ pieces with labels, `NERTagger` learns from it and finds names in plain text.
 Examples
 --------
 >>> labels = ["O", "B-PER", "I-PER"]
->>> tagger = NERTagger.from_pretrained("bert-mini-en", labels=labels)
+>>> tagger = NERTagger.from_pretrained("bert_mini_en", labels=labels)
 >>> tagger.tag([["Ada", "sleeps"], []])[1]
 []
 """
@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -45,7 +44,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import data, train
+from . import models, train
 from .corpus import Corpus, Entity, Sentence, split_words
 from .runtime import atomic_write, cache_dir, device, native_bf16
 from .tags import EntityScores, entity_f1, find_entities, spans
@@ -790,9 +789,9 @@ class NERTagger:
         Parameters
         ----------
         name : str or Path
-            A folder; else a model that comes with the book, such as
-            "bert-mini-en"; else the folder ``models/NAME`` of the cache;
-            else a name on the hub, the only one that needs a network.
+            A folder; else a name that ``models.load`` knows, such as
+            "bert_mini_en" or "minilm"; else the folder ``models/NAME`` of the
+            cache; else a name on the hub.
         labels : list of str, optional
             Needed when the checkpoint has no token-classification head; see
             ``tags.label_list``.
@@ -903,13 +902,11 @@ class NERTagger:
 
 # %% ../nbs/10_ner.ipynb #e9467b36
 def _folder_of(name) -> Path | None:
-    """Folder of a model: as given, bundled, or in the cache; else None."""
+    """Folder of a model: as given, one of `models`, or in the cache."""
     places = [Path(name)]
-    if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name):
-        try:
-            places.append(data.asset(name))
-        except FileNotFoundError:
-            pass  # no file of that name comes with the book
+    known = [n for n in models.names() if models.card(n).kind != "image"]
+    if name in known and not (places[0] / "config.json").is_file():
+        places.append(models.path(name))
     places.append(cache_dir() / "models" / str(name))
     found = [p for p in places if (p / "config.json").is_file()]
     if not found and Path(name).is_dir():

@@ -1060,8 +1060,8 @@ def _frames(
     with _same_random():
         for places in itertools.product(*kept.values()):
             pairs = zip(names, places, strict=True)
-            values = {n: offered[n][i][1] for n, i in pairs}
-            store.add(_outputs(fn, values))
+            chosen = {n: offered[n][i][1] for n, i in pairs}
+            store.add(_outputs(fn, chosen))
     controls = [
         {
             "name": n.replace("_", " "),

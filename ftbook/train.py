@@ -446,34 +446,41 @@ class Run:
     history: History = field(default_factory=History)
     stop: bool = False
     # from here on the loop's own
-    _rank: int = 0
-    _size: int = 1
-    _on_cpu: bool = True
-    _sharded: bool = False  # the loader gives each process its own rows
-    _batches: Any = None
-    _valid: Any = None
-    _generators: list = field(default_factory=list)
-    _per_row: int | None = None  # targets a row, where none is -100
-    _count_later: bool = False  # many small batches at once, in `_settle`
-    _net: Any = None  # the model, or its DistributedDataParallel
-    _wrapped: Any = None  # the parameters that it was made for
-    _loss: Any = None
-    _weight_of: Any = None
-    _schedule: Any = None
-    _autocast: Any = None
-    _scaler: Any = None
-    _channels_last: bool = False
-    _switched: list = field(default_factory=list)
-    _bar: Any = None
-    _checkpoint: Any = None
-    _signature: Any = None
-    _epoch_rng: Any = None  # random streams at the epoch's start
-    _resume_rng: Any = None  # and where a checkpoint was written
-    _sums: Any = None  # None between epochs
-    _count: float = 0.0
-    _weight: float = 0.0
-    _pending: list = field(default_factory=list)
-    _kept: list = field(default_factory=list)
+    _rank: int = field(default=0, init=False)
+    _size: int = field(default=1, init=False)
+    _on_cpu: bool = field(default=True, init=False)
+    # the loader gives each process its own rows
+    _sharded: bool = field(default=False, init=False)
+    _batches: Any = field(default=None, init=False)
+    _valid: Any = field(default=None, init=False)
+    _generators: list = field(default_factory=list, init=False)
+    # targets a row, where none is -100
+    _per_row: int | None = field(default=None, init=False)
+    # many small batches at once, in `_settle`
+    _count_later: bool = field(default=False, init=False)
+    # the model, or its DistributedDataParallel
+    _net: Any = field(default=None, init=False)
+    # the parameters that it was made for
+    _wrapped: Any = field(default=None, init=False)
+    _loss: Any = field(default=None, init=False)
+    _weight_of: Any = field(default=None, init=False)
+    _schedule: Any = field(default=None, init=False)
+    _autocast: Any = field(default=None, init=False)
+    _scaler: Any = field(default=None, init=False)
+    _channels_last: bool = field(default=False, init=False)
+    _switched: list = field(default_factory=list, init=False)
+    _bar: Any = field(default=None, init=False)
+    _checkpoint: Any = field(default=None, init=False)
+    _signature: Any = field(default=None, init=False)
+    # random streams at the epoch's start
+    _epoch_rng: Any = field(default=None, init=False)
+    # and where a checkpoint was written
+    _resume_rng: Any = field(default=None, init=False)
+    _sums: Any = field(default=None, init=False)  # None between epochs
+    _count: float = field(default=0.0, init=False)
+    _weight: float = field(default=0.0, init=False)
+    _pending: list = field(default_factory=list, init=False)
+    _kept: list = field(default_factory=list, init=False)
 
     def __repr__(self) -> str:
         return f"Run(epoch {self.epoch}, step {self.step}, {self.history!r})"
@@ -584,7 +591,8 @@ class EarlyStopping:
             check_value("patience", patience, "count")
         falling = ("loss", "error", "perplexity", "nll", "mse", "mae")
         if mode == "auto":
-            mode = "min" if any(w in monitor for w in falling) else "max"
+            words = set(monitor.split("_"))
+            mode = "min" if words & set(falling) else "max"
         self.monitor, self.patience, self.mode = monitor, patience, mode
         self.restore, self.min_delta = restore, min_delta
         self.on_train_begin(None)

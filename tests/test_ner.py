@@ -532,20 +532,20 @@ def no_hub(monkeypatch, tmp_path):
 
 def test_bundled_names_come_before_the_hub_and_need_no_network(no_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tagger = NERTagger.from_pretrained("bert-mini-en", labels=LABELS)
+    tagger = NERTagger.from_pretrained("bert_mini_en", labels=LABELS)
     assert tagger.labels == LABELS and tagger.tag([["Rome", "sleeps"]])[0]
     with pytest.raises(ValueError, match="without a tagging head"):
-        NERTagger.from_pretrained("bert-mini-en")
-    small = tmp_path / "bert-mini-en"  # a folder of that name, given or in reach, comes first
+        NERTagger.from_pretrained("bert_mini_en")
+    small = tmp_path / "bert_mini_en"  # a folder of that name, given or in reach, comes first
     small.mkdir()
     with pytest.raises(ValueError, match="without a tagging head"):
-        NERTagger.from_pretrained("bert-mini-en")
+        NERTagger.from_pretrained("bert_mini_en")
     with pytest.raises(FileNotFoundError, match="folder without config.json"):
         NERTagger.from_pretrained(small)
 
 
 def test_names_that_are_no_bundled_model_are_not_taken_for_one(no_hub):
-    for name in ("ner_corpus", "no-such-model", "../assets", "org/bert-mini-en"):
+    for name in ("ner_corpus", "no-such-model", "../assets", "org/bert_mini_en", "cnn_small", "bert-mini-en"):
         assert ner._folder_of(name) is None
 
 

@@ -243,6 +243,9 @@ def test_every_public_name_resolves_and_is_listed():
         ftbook.nothing  # noqa: B018
     modules = {f.stem for f in (ROOT / "ftbook").glob("[!_]*.py")}
     assert modules == set(ftbook.PUBLIC)
+    for module, public in ftbook.PUBLIC.items():
+        listed = importlib.import_module(f"ftbook.{module}").__all__
+        assert set(public.split()) <= set(listed), f"PUBLIC and {module}.__all__ disagree"
 
 
 def test_every_module_has_a_docstring_and_a_small_face():

@@ -2,7 +2,8 @@
 
 A network with one hidden layer on Fashion-MNIST. Validation images choose the
 rate of each row, test images are scored once. Beside the rows stand the
-defaults of `fit` and logistic regression on the pixels.
+defaults of `fit` and logistic regression on the pixels. `run_rule` is the
+second study: where to stop.
 
 >>> [row["setup"] for row in rows()][:3]
 ['batch 32', 'batch 128', 'batch 512']
@@ -19,9 +20,12 @@ from torch import nn
 
 from .. import data, results, runtime
 from . import run_named
-from ..train import Settings, fit, predict
+from ..train import Settings, evaluate, fit, predict
 
-__all__ = ["images", "network", "run", "run_pixels", "rows", "main"]
+__all__ = [
+    "images", "network", "run", "run_pixels", "rows", "long_run", "stop",
+    "run_rule", "main",
+]  # fmt: skip
 
 # %% ../../nbs/04_train.ipynb #ad0ce500
 CHAPTER = "04_train"
@@ -106,7 +110,7 @@ def rows():
 
 
 def main(*names, executor=None):
-    """Run the one study, choices."""
+    """Run both studies, or those named: choices, stopping."""
     torch.set_num_threads(1)
     n, found = len(images()["train"][1]), images()
     about = {"chapter": CHAPTER, "name": "choices", "executor": executor}
@@ -114,5 +118,85 @@ def main(*names, executor=None):
     budget = f"{EPOCHS} epochs over {n:,} images, {len(RATES)} rates tried"
     about |= {"budget": budget, "seeds": SEEDS, "choose": "loss"}
     mode = {"loss": "min", "accuracy": "max"}
-    known = {"choices": lambda: results.study(run, rows(), mode=mode, **about)}
+    known = {
+        "choices": lambda: results.study(run, rows(), mode=mode, **about),
+        "stopping": lambda: _stopping(executor),
+    }
     run_named(known, names)
+
+# %% ../../nbs/04_train.ipynb #a49ddace
+STOP_EPOCHS = runtime.pick(quick=6, cpu=40)
+RULES: list[dict[str, Any]] = [
+    {"rule": "last epoch", "keep": "last", "patience": None},
+    {"rule": "best validation loss", "keep": "best", "patience": None},
+    {"rule": "patience 5", "keep": "best", "patience": 5},
+]
+
+
+class Watch:
+    """Adds the loss and accuracy on another set to every epoch's row."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def on_epoch_end(self, run):
+        score = evaluate(run.model, self.data)
+        run.row |= {f"held_{k}": score[k] for k in ("loss", "accuracy")}
+
+
+@cache
+def long_run(seed):
+    """The history of one run that is long enough to overfit."""
+    x, y = images()["train"]
+    chosen = results.load_study(CHAPTER, "choices")
+    return fit(
+        network(seed, x[0].numel()),
+        (x[: PARTS[0] // 2], y[: PARTS[0] // 2]),
+        images()["valid"],
+        epochs=STOP_EPOCHS,
+        lr=chosen.row("loss", setup="batch 128")["lr"],
+        batch_size=64,
+        seed=seed,
+        callbacks=[Watch(images()["test"])],
+        settings=Settings(progress=False),
+    )
+
+# %% ../../nbs/04_train.ipynb #4bd2c8a7
+def stop(valid_loss, keep, patience=None):
+    """Index of the epoch whose weights a rule returns, and epochs trained.
+
+    >>> stop([3.0, 1.0, 2.0, 2.0, 0.5], "best", patience=2)
+    (1, 4)
+    """
+    best = 0
+    for t, value in enumerate(valid_loss):
+        best = t if value < valid_loss[best] else best
+        if patience is not None and t - best >= patience:
+            return best, t + 1
+    return best if keep == "best" else t, t + 1
+
+
+def run_rule(seed, split, rule, keep, patience):
+    """What a rule would have returned of a long run."""
+    history = long_run(seed)
+    t, trained = stop(history["valid_loss"], keep, patience)
+    found = {k: history[f"held_{k}"][t] for k in ("loss", "accuracy")}
+    return found | {"epochs": float(trained)}
+
+
+def _stopping(executor=None):
+    seeds = runtime.pick(quick=[0, 1], cpu=list(range(10)))
+    about: Any = {"chapter": CHAPTER, "name": "stopping", "choose": "loss"}
+    budget = f"at most {STOP_EPOCHS} epochs over {PARTS[0] // 2:,} images"
+    about |= {"budget": budget, "n": {"test": len(images()["test"][1])}}
+    mode = {"loss": "min", "accuracy": "max", "epochs": "min"}
+    results.study(run_rule, RULES, seeds=seeds, mode=mode, **about)
+    bands: dict[str, Any] = {"epoch": list(range(1, STOP_EPOCHS + 1))}
+    for key in ("train_loss", "held_loss"):
+        epochs = zip(*(long_run(seed)[key] for seed in seeds), strict=True)
+        made = [results.row(key, values) for values in epochs]
+        bands[key] = {
+            end: [getattr(r, end) for r in made]
+            for end in ("mean", "low", "high")
+        }
+    results.record(CHAPTER, "overfit", bands)
