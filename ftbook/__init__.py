@@ -3,6 +3,7 @@
 Names resolve on first use (PEP 562): `import ftbook` is light, `from ftbook import fit` loads PyTorch once, and a chapter's
 methods load what they need. Each module is exported from the notebook of its chapter in nbs/.
 """
+
 import importlib
 
 __version__ = "0.1.0"

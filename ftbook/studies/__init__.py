@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
-def run_named(
-    known: Mapping[str, Callable], names: Iterable[str], *arguments: Any
-) -> None:
+def run_named(known: Mapping[str, Callable], names: Iterable[str], *arguments: Any) -> None:
     """Run the named studies of a chapter one after the other, by default all.
 
     Every name is looked up before the first study starts.
