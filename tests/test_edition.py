@@ -28,6 +28,11 @@ FIRST = f"""<section id="one"><h1>1 · One &amp; two<a class="headerlink" href="
 <div class="cell"><details class="hide"><summary><p>Show code</p></summary><div class="cell_input"><div class="highlight"><pre><span
  class="k">import</span><span class="w"> </span><span class="nn">torch</span>
 {LINE}</pre></div></div></details><button>Copy</button><script>alert(1)</script></div>
+<div class="cell tag_export"><div class="cell_input"><pre>def long(a):
+    ...
+</pre></div></div><div class="cell tag_export"><details class="hide"><summary><p>Show code</p></summary><div class="cell_input"><pre>def long(a):
+    return a + 1
+</pre></div></details></div>
 <figure class="plot"><img loading="lazy" src="../figures/a.svg" alt="A triangle" width="40" height="20"></figure>
 <table><thead><tr><th>a</th></tr></thead><tbody><tr><td align="left"><p>b &lt; c</p></td></tr></tbody></table>
 <div class="math"><div class="formula">{FORMULA}</div><span class="eqno">(1.1)</span></div>
@@ -110,6 +115,7 @@ def test_an_epub_is_sound_and_holds_no_leftovers_of_the_site(docs, tmp_path):
     assert "1 · One &amp; two" in text and "b &lt; c" in text and "输出层" in files["EPUB/A7_glossary.xhtml"].decode()
     for gone in ("Copy", "alert", "not shown", "colab", "headerlink", "generated", "../api"):
         assert gone not in text
+    assert text.count("def long(a)") == 1 and "return a + 1" in text
     assert LINE in text and 'href="A7_glossary.xhtml#head"' in text
     assert b"DOCTYPE" not in files["EPUB/images/a.svg"]
 
@@ -155,6 +161,7 @@ def test_a_pdf_has_working_contents_bookmarks_and_nothing_cut(docs, tmp_path, mo
     assert pdf.printed(docs, tmp_path / "book.pdf") == []
     reader = PdfReader(tmp_path / "book.pdf")
     places = pdf.numbers_of(tmp_path / "book.pdf")
+    assert reader.metadata.title == "Pretraining and Fine-tuning"
     texts = [p.extract_text() for p in reader.pages]
     assert "1 · One & two" in texts[places["01_one"] - 1]
     assert re.search(rf"1 · One & two\s*{places['01_one']}\b", texts[1]), "the number in the contents is the page's"

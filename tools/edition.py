@@ -47,6 +47,12 @@ def _site_only(node) -> bool:
     return node.name in SITE_ONLY or "hidden" in node.attrs or not SITE_ONLY_CLASSES.isdisjoint(node.get("class", ()))
 
 
+def _code(cell) -> list:
+    """The lines of a cell's code, without their indents."""
+    found = cell.select_one("div.cell_input pre")
+    return [line.strip() for line in found.get_text().strip().split("\n")] if found else []
+
+
 def _cleaned(file: Path) -> BeautifulSoup:
     """What a page says, without what only a browser needs."""
     page = file.read_text(encoding="utf-8")
@@ -66,6 +72,15 @@ def _cleaned(file: Path) -> BeautifulSoup:
         summary.clear()
         summary.append("Code")
         summary.attrs.clear()
+    for cell in tree.select("div.cell"):  # the site's outline of a long definition: here the whole stands open below it
+        lines, below = _code(cell), cell.find_next_sibling()
+        if (
+            lines[-1:] == ["..."]
+            and below is not None
+            and below.select_one("details.hide")
+            and lines[0] in _code(below)
+        ):
+            cell.decompose()
     seen = set()
     for node in tree.find_all(True):
         for name in [n for n in node.attrs if n in OF_SITE or n.startswith(("data-", "on"))]:

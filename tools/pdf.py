@@ -107,11 +107,12 @@ def assembled(docs: Path, chapters: list) -> str:
             name = f"{chapter.name}--solution-{i}"
             note = tree.new_tag("p", attrs={"class": "where", "id": f"{name}-asked"})
             link = tree.new_tag("a", href=f"#{name}")
-            link.string = f"{label}: at the end of the book"
             note.append(link)
             solution.replace_with(note)
             solution.name = "div"
             solution.attrs = {}
+            label = f"{label} {i}" if label == "Solution" else label
+            link.string = f"{label}: at the end of the book"
             taken.append(
                 f'<div id="{name}"><h3><a href="#{name}-asked">{html.escape(label)}</a></h3>{solution.decode_contents()}</div>'
             )
@@ -172,7 +173,17 @@ def printed(docs: Path, out: Path, only: tuple = ()) -> list:
             tab.pdf(path=out, prefer_css_page_size=True, outline=True, tagged=True)
             numbers = numbers_of(out)
         chromium.close()
+    compact(out)
     return wide
+
+
+def compact(file: Path) -> None:
+    """Pack the many small objects that Chromium writes for screen readers; a third of the size is left."""
+    import pikepdf
+
+    with pikepdf.open(file, allow_overwriting_input=True) as whole:
+        whole.docinfo["/Title"], whole.docinfo["/Author"] = front()["title"], front()["author"]
+        whole.save(file, object_stream_mode=pikepdf.ObjectStreamMode.generate, compress_streams=True)
 
 
 def main(argv: list) -> int:
