@@ -11,7 +11,7 @@ BPY  := $(BOOK)/bin/python
 LOW  := .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf epub serve lab run models results check test lowest bench export lock clean
+.PHONY: help book pdf epub exercises serve lab run models results check test lowest bench export lock clean
 
 help:           ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ epub: book $(ALL)/.installed     ## write the whole book into build/ftbook.epub
 serve: book     ## build the site and serve it on http://localhost:8000 (PORT=8000)
 	@echo "serve: http://localhost:$(PORT) shows _docs/ until Ctrl-C"
 	@$(BPY) -m http.server --bind 127.0.0.1 --directory _docs $(PORT)
+
+exercises: $(ALL)/.installed  ## write notebooks with empty key bodies and their checks into recall/
+	@$(PY) -m tools.recall
 
 lab: $(ALL)/.installed     ## open JupyterLab on nbs/ with ftbook installed
 	@echo "lab: JupyterLab on nbs/"

@@ -1,6 +1,10 @@
 """Checks for the exercises of the book, one module for each chapter; they say what is off without giving it away."""
 
-__all__ = ["numbers", "say"]
+import contextlib
+import doctest
+import io
+
+__all__ = ["say", "numbers", "examples"]
 
 
 def say(right, hint="") -> bool:
@@ -16,3 +20,23 @@ def numbers(answer, n=1):
     except (TypeError, ValueError):
         return None
     return found if len(found) == n else None
+
+
+def examples(function) -> bool:
+    """Run the examples of a function's docstring with this very function, and say which one fails first."""
+    name, space = function.__name__, dict(function.__globals__)
+    for example in doctest.DocTestParser().get_examples(function.__doc__ or ""):
+        space[name] = function  # an example may import the library's own
+        line, out, raised = example.source.strip(), io.StringIO(), ""
+        try:
+            with contextlib.redirect_stdout(out):
+                exec(compile(example.source, "<example>", "single"), space)
+        except NotImplementedError:
+            return say(False, f"the body of `{name}` is still empty")
+        except Exception as error:  # an example may show an error
+            raised = f"{type(error).__name__}: {error}"
+        given, wanted = raised or out.getvalue(), (example.exc_msg or example.want).strip()
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        if not doctest.OutputChecker().check_output(wanted + "\n", given.strip() + "\n", flags):
+            return say(False, f"`{line}` gives {given.strip() or 'nothing'}")
+    return say(True)
