@@ -76,7 +76,12 @@ def sphinx(out: Path) -> int:
 
 def quarto(out: Path) -> int:
     """Quarto; it writes into _docs/ as _quarto.yml says."""
-    return subprocess.call(["quarto", "render", "--output-dir", str(out), "--no-execute"], cwd=ROOT)
+    from .quarto import finish
+
+    code = subprocess.call(["quarto", "render", "--output-dir", str(out), "--no-execute"], cwd=ROOT)
+    if not code:
+        finish(out)
+    return code
 
 
 def main() -> int:

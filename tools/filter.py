@@ -14,6 +14,7 @@ import html
 import json
 import re
 import sys
+from pathlib import Path
 
 OPTION = re.compile(r"^#\|\s*([\w-]+)(?:\s*:\s*|\s+|$)(.*?)\s*$")  # Quarto's `name: value`, nbdev's `name value`
 QUARTO = {"echo", "include", "output", "code-fold", "code-summary", "warning", "error", "label", "fig-cap", "fig-alt"}
@@ -404,14 +405,26 @@ def transform(nb: dict, target: str = "quarto", name: str = "", save=None) -> di
             lines = prose(lines_of(cell["source"]), target)
             if title := next((line for line in lines if line.startswith(("# ", "## "))), ""):
                 rest = "rest of the module" in title.lower()
-            if first and target == "sphinx":
+            if first:
                 lines = numbered(lines, name)
             cell, first = {**cell, "source": source_of(lines), "metadata": {}}, False
         cells.append(cell)
     return {**nb, "cells": cells}
 
 
+def name_of(nb: dict, folder: Path) -> str:
+    """Which notebook of a folder this is, "" where none: Quarto says it to no filter."""
+    for file in sorted(folder.glob("*.ipynb")):
+        try:
+            if json.loads(file.read_text(encoding="utf-8"))["cells"] == nb["cells"]:
+                return file.stem
+        except (OSError, ValueError, KeyError):  # half a file of an editor, for example
+            continue
+    return ""
+
+
 if __name__ == "__main__":
     sys.stdin.reconfigure(encoding="utf-8")
     sys.stdout.reconfigure(encoding="utf-8")
-    json.dump(transform(json.load(sys.stdin)), sys.stdout, ensure_ascii=False)
+    notebook = json.load(sys.stdin)
+    json.dump(transform(notebook, name=name_of(notebook, Path.cwd())), sys.stdout, ensure_ascii=False)

@@ -48,7 +48,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         a = dict(attributes)
-        if tag == "article" or self.depth:
+        if tag in ("article", "main") or self.depth:
             self.depth += tag not in self.EMPTY
         if not self.depth or tag in self.EMPTY:
             return
@@ -62,7 +62,8 @@ class Reader(HTMLParser):
             self.anchors.append(a.get("id", ""))
         elif tag in SECTION:
             self.title = tag
-            self.sections.append([f"#{self.anchors[-1]}" if self.anchors and tag != "h1" else "", "", [], []])
+            anchor = a.get("id") or a.get("data-anchor-id") or (self.anchors[-1] if self.anchors else "")
+            self.sections.append([f"#{anchor}" if anchor and tag != "h1" else "", "", [], []])
         elif tag == "p":
             self.in_paragraph = True
             self.paragraphs.append("")
@@ -93,9 +94,10 @@ class Reader(HTMLParser):
 
 
 def article(page: str) -> Reader:
-    """What a page says; the theme's copy of its title for printers is left out."""
-    start, end = page.find("<article"), page.find("</article>")
-    return Reader(re.sub(r"</?span[^>]*>", "", page[start : end + 10]) if start >= 0 else "")
+    """What a page says; the theme's copy of its title for printers is left out. Quarto's pages have a <main> only."""
+    tag = "article" if "<article" in page else "main"
+    start, end = page.find(f"<{tag}"), page.find(f"</{tag}>")
+    return Reader(re.sub(r"</?span[^>]*>", "", page[start : end + len(tag) + 3]) if start >= 0 else "")
 
 
 def promise(said: Reader) -> str:
@@ -116,6 +118,10 @@ def head(page: str, said: Reader, address: str) -> str:
     lines += [f'<meta property="og:description" content="{text}" />'] if text else []
     if site := settings()["site"].rstrip("/"):
         lines.append(f'<meta property="og:url" content="{site}/{address}" />')
+        lines.append(f'<meta property="og:image" content="{site}/_static/card.png" />')
+        lines.append('<meta name="twitter:card" content="summary_large_image" />')
+        if address == "404.html":  # it is shown at any address, so what it loads is named in full
+            lines.insert(0, f'<base href="{site}/" />')
     return "\n    ".join(lines)
 
 
@@ -135,10 +141,29 @@ def repair(page: str) -> str:
     )
     page = re.sub(r'(<button class="btn search-button-field[^>]*?) title="Search" aria-label="Search"', r"\1", page)
     page = page.replace('<th class="head"><p></p></th>', '<td class="head"></td>')
+    page = page.replace(
+        '<summary><span class="toctree-toggle"', '<summary aria-label="Its pages"><span class="toctree-toggle"'
+    )
+    page = re.sub(
+        r'<div class="sidebar-primary-items__end[^>]*>\s*<div class="sidebar-primary-item"></div>\s*</div>', "", page
+    )
     for name in ("primary", "secondary"):
         label = {"primary": "Chapters", "secondary": "In this chapter"}[name]
         page = page.replace(f'title="Toggle {name} sidebar"', f'title="{label}" aria-label="{label}"')
     return page
+
+
+ICONS = re.compile(r"@font-face\{[^}]*\}|(?:\.fa-[\w-]+(?::before)?,?)+\{--fa:[^}]*\}")
+
+
+def lighter(out: Path) -> None:
+    """Without the theme's icons: two fonts of 110 kB each and two thousand rules; site/static/book.css draws the few in use."""
+    for file in out.glob("_static/styles/*.css"):
+        text = file.read_text(encoding="utf-8")
+        if (short := ICONS.sub("", text)) != text:
+            file.write_text(short, encoding="utf-8")
+    for font in out.glob("_static/vendor/fontawesome/webfonts/*"):
+        font.unlink()
 
 
 CODE = re.compile(r'<code class="docutils literal notranslate"><span class="pre">([\w.]+)(\(\))?</span></code>')
@@ -234,14 +259,8 @@ def finish(out: Path) -> None:
     files = [f for f in sorted(out.rglob("*.html")) if "_static" not in f.parts]
     said = {f.relative_to(out).as_posix(): finish_page(f, out) for f in files}
     index(out, {name: page for name, page in said.items() if "/" in name or name == "index.html"})
-    short, full = chapters_text()
-    (out / "llms.txt").write_text(short, encoding="utf-8")
-    (out / "llms-full.txt").write_text(full, encoding="utf-8")
-    if site := settings()["site"].rstrip("/"):
-        places = [f"  <url><loc>{site}/{name}</loc></url>" for name in said]
-        opening = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">'
-        (out / "sitemap.xml").write_text("\n".join([opening, *places, "</urlset>\n"]), encoding="utf-8")
-        (out / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {site}/sitemap.xml\n", encoding="utf-8")
+    lighter(out)
+    beside(out, list(said))
     for pattern in (
         "searchindex.js",
         "_static/searchtools.js",
@@ -250,3 +269,15 @@ def finish(out: Path) -> None:
     ):
         for unused in out.glob(pattern):
             unused.unlink()
+
+
+def beside(out: Path, pages: list) -> None:
+    """The files for programs beside the pages."""
+    short, full = chapters_text()
+    (out / "llms.txt").write_text(short, encoding="utf-8")
+    (out / "llms-full.txt").write_text(full, encoding="utf-8")
+    if site := settings()["site"].rstrip("/"):
+        places = [f"  <url><loc>{site}/{n}</loc></url>" for n in pages if n not in ("404.html", "search.html")]
+        opening = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">'
+        (out / "sitemap.xml").write_text("\n".join([opening, *places, "</urlset>\n"]), encoding="utf-8")
+        (out / "robots.txt").write_text(f"User-agent: *\nAllow: /\nSitemap: {site}/sitemap.xml\n", encoding="utf-8")

@@ -33,13 +33,16 @@ def parts() -> list:
     """[(part's title or None, [files])] in reading order; the home page stands by itself."""
     found = []
     for entry in book()["chapters"]:
-        if isinstance(entry, dict):
-            found.append((entry["part"], entry["chapters"]))
-        elif Path(entry).stem != "index":
-            found.append((None, [entry]))
-    if book().get("appendices"):
-        found.append(("Appendices", book()["appendices"]))
+        if isinstance(entry, dict) and "part" in entry:
+            found.append((entry["part"], [_file(e) for e in entry["chapters"]]))
+        elif Path(_file(entry)).stem != "index":
+            found.append((None, [_file(entry)]))
     return found
+
+
+def _file(entry) -> str:
+    """The file of a chapter, which stands alone or with the text of its link."""
+    return entry["file"] if isinstance(entry, dict) else entry
 
 
 def chapters() -> list:

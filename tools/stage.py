@@ -6,12 +6,24 @@ import re
 from pathlib import Path
 
 from .api import pages as api_pages
+from .cards import figure, with_cards
 from .filter import prose, transform
 from .settings import ROOT, parts, settings
 
 STAGE = ROOT / "build" / "book" / "source"
 EXTRA = ROOT / "build" / "book" / "extra"
 SUFFIX = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+
+
+LOST = """---
+orphan: true
+---
+
+# This page is not here
+
+The address is mistyped, or the page has moved. [The home page](index.md) lists the chapters, and the search
+finds sections by their words, from the field at the left or <a href="search.html">on its own page</a>.
+"""
 
 
 def put(file: Path, data: bytes, kept: set) -> None:
@@ -34,7 +46,12 @@ def toctrees() -> str:
 
 def home() -> str:
     """README.md as the site's first page."""
-    text = "\n".join(prose((ROOT / "README.md").read_text(encoding="utf-8").split("\n"), "sphinx"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def raw(page: str) -> str:
+        return f"```{{raw}} html\n{page}\n```"
+
+    text = "\n".join(prose(figure(with_cards(readme, raw), raw).split("\n"), "sphinx"))
     text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.S)
     listed = {file for _, files in parts() for file in files}
 
@@ -69,10 +86,11 @@ def stage() -> list:
             nb = transform(json.loads(path.read_text(encoding="utf-8")), "sphinx", path.stem, save)
             put(STAGE / file, json.dumps(nb, ensure_ascii=False, indent=1).encode(), kept)
     put(STAGE / "index.md", home().encode(), kept)
+    put(STAGE / "404.md", LOST.encode(), kept)
     for name, text in api_pages().items():
         put(STAGE / "api" / name, text.encode(), kept)
     for image in (ROOT / "site" / "images").glob("*"):
-        put(STAGE / "site" / "images" / image.name, image.read_bytes(), kept)
+        put(EXTRA / "site" / "images" / image.name, image.read_bytes(), kept)
     for folder in (STAGE, EXTRA):
         for file in folder.rglob("*"):
             if file.is_file() and file not in kept:

@@ -1,4 +1,5 @@
-// "Show all code": one switch for every folded cell, remembered; boxes that scroll are for the keyboard too. Works from file://.
+// "Show all code": one switch for every folded cell, remembered; boxes that scroll are for the keyboard too; tables sort; the glossary filters.
+// Works from file://.
 (() => {
   const KEY = "ftbook-code";
   const folds = () => document.querySelectorAll("div.cell details, details.code-fold");
@@ -19,11 +20,18 @@
     };
     button.addEventListener("click", () => { all = !all; keep(all); apply(); });
     title.insertAdjacentElement("afterend", button);
+    const exported = document.querySelector("div.cell.tag_export");
+    if (exported) {
+      const legend = document.createElement("p");
+      legend.className = "code-legend";
+      legend.textContent = "A blue edge marks code that is exported: it is the library ftbook, word for word.";
+      button.insertAdjacentElement("afterend", legend);
+    }
     if (all) apply(); else { button.textContent = "Show all code"; button.setAttribute("aria-pressed", "false"); }
   };
   // what scrolls inside its box can be reached and scrolled with the keyboard
   const reach = () => {
-    for (const box of document.querySelectorAll("article pre, article table, article .formula")) {
+    for (const box of document.querySelectorAll("article pre, article table, article .formula, main pre, main table")) {
       if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0; else box.removeAttribute("tabindex");
     }
     for (const formula of document.querySelectorAll("article span.math")) {
@@ -32,6 +40,65 @@
       if (box && formula.getBoundingClientRect().right > box.getBoundingClientRect().right + 1) formula.classList.add("wide");
     }
   };
+  // a click on a column's head sorts: numbers as numbers (their first one counts), words as words
+  const number = (text) => {
+    const found = text.replace(/[\u2212\u2013]/g, "-").replace(/(\d)[,\u202f\u00a0](?=\d{3}\b)/g, "$1").match(/^[^\d\w]*?([-+]?\d*\.?\d+(?:e[-+]?\d+)?)/i);
+    return found ? Number(found[1]) : NaN;
+  };
+  const sortable = (table) => {
+    const body = table.tBodies[0], heads = [...(table.tHead?.rows[0]?.cells || [])];
+    if (!body || body.rows.length < 4 || table.querySelector("[rowspan], [colspan]")) return;
+    heads.forEach((head, column) => {
+      const title = head.textContent.trim();
+      if (!title || head.tagName !== "TH" || head.querySelector("a, math")) return;
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "sorter";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const down = head.getAttribute("aria-sort") === "ascending", rows = [...body.rows];
+        const texts = new Map(rows.map((row) => [row, (row.cells[column]?.textContent || "").trim()]));
+        const values = [...texts.values()].filter((t) => t && t !== "–" && t !== "-");
+        const numeric = values.length > 0 && values.every((t) => !Number.isNaN(number(t)));
+        const compare = (a, b) => {
+          const [s, t] = [texts.get(a), texts.get(b)];
+          if (!numeric) return s.localeCompare(t);
+          const [x, y] = [number(s), number(t)];
+          return Number.isNaN(x) - Number.isNaN(y) || x - y;
+        };
+        rows.sort((a, b) => (down ? -compare(a, b) : compare(a, b)));
+        body.append(...rows);
+        for (const other of heads) other.removeAttribute("aria-sort");
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      });
+    });
+  };
+
+  // the glossary: a box that keeps the terms with these letters, English or Chinese
+  const filter = () => {
+    const terms = [...document.querySelectorAll("article section > h3, main section.level3 > h3")].map((h) => h.parentElement);
+    const title = document.querySelector("article section h1, h1.title");
+    if (!/A7_glossary/.test(location.pathname) || !title || !terms.length) return;
+    const box = document.createElement("div");
+    box.className = "term-filter";
+    box.innerHTML = '<label for="term-filter">Find a term, English or Chinese</label><input id="term-filter" type="search" autocomplete="off"><span role="status"></span>';
+    (document.querySelector(".code-switch") || title).insertAdjacentElement("afterend", box);
+    const field = box.querySelector("input"), status = box.querySelector("[role=status]");
+    const words = terms.map((t) => t.textContent.toLowerCase()), names = terms.map((t) => `${t.querySelector("h3").textContent} ${t.querySelector("[lang=zh]")?.textContent || ""}`.toLowerCase());
+    const letters = new Set(terms.map((t) => t.parentElement));
+    field.addEventListener("input", () => {
+      const asked = field.value.trim().toLowerCase();
+      const named = names.map((n) => n.includes(asked)), any = named.some(Boolean);
+      let kept = 0;
+      terms.forEach((t, i) => { t.hidden = !(any ? named[i] : words[i].includes(asked)); kept += !t.hidden; });
+      for (const letter of letters) letter.hidden = [...letter.querySelectorAll("section")].every((t) => t.hidden);
+      status.textContent = asked ? `${kept} of ${terms.length} terms` : "";
+    });
+  };
+
+  const enrich = () => { document.querySelectorAll("article table, main table").forEach(sortable); filter(); };
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", enrich); else enrich();
   addEventListener("load", reach);
   addEventListener("resize", reach);
 

@@ -1,0 +1,98 @@
+"""The cards of the home page: what each chapter gives, how long it takes, what it asks for, and a small drawing."""
+
+import html
+import json
+import re
+
+from .settings import NBS, RESULTS, ROOT, settings
+
+ROW = re.compile(r"^\| (\w+) \| \[([^\]]+)\]\((nbs/(\w+)\.ipynb)\) \| (.*?) \| .*\|$", re.M)
+LEVELS = {1: "first steps", 2: "some PyTorch", 3: "for those who tune often"}
+LEVEL = {"01": 1, "02": 2, "03": 2, "04": 2, "08": 2, "09": 2, "10": 2, "16": 2}  # of the others: 3
+PACE = 200  # words a minute
+# line drawings of 64 x 36: a path each, in the color of the text
+DRAWN = {
+    "01": "M4 30h14v-8h14v-8h14V6h14",  # steps
+    "02": "M4 6c10 0 14 24 28 24S50 6 60 6M4 30h56",  # a curve above its axis
+    "03": "M4 18a28 14 0 1 0 56 0a28 14 0 1 0-56 0M16 18a16 8 0 1 0 32 0a16 8 0 1 0-32 0M6 8l14 14 8-8 6 6",
+    "04": "M50 12A16 14 0 1 0 50 26M50 4v9h-9",  # a loop
+    "05": "M4 4v28l16-8V12zM20 18h24M60 4v28l-16-8V12z",  # an hourglass
+    "06": "M4 18h14M46 18h14M22 10h20v16H22zM29 15q3-3 5 0t-2 4M32 23v.5",  # a gap
+    "07": "M4 26h10v-12H4zM18 26h10v-12H18zM32 26h10v-12H32zM48 20h10M54 15l5 5-5 5",  # what comes next
+    "08": "M8 30h48M8 24h48M8 18h48M8 12h48M8 6h48M32 4v28",
+    "09": "M4 4h20v28H4zM9 9h10v8H9zM28 8h14v20H28zM46 12h6v12h-6zM56 16h4v4h-4z",
+    "10": "M4 10h14M22 10h20M46 10h14M22 14v8h20v-8M32 22v8",  # a span
+    "11": "M4 4h22v28H4zM36 4h6v28h-6zM48 4h12v6H48zM30 18h2",  # thin matrices
+    "15": "M4 32V4M4 32h56M32 18a12 10 0 1 0 24 0a12 10 0 1 0-24 0M22 6L4 22",
+    "16": "M4 8h18v20H4zM28 10l16-4 4 18-16 4zM52 8v20l8-4V12z",
+    "17": "M4 6h56M4 14h40M4 22h22M4 30h10",  # halving
+}
+
+
+def _time(stem: str) -> str:
+    """How long a chapter takes to read and to run."""
+    cells = json.loads((NBS / f"{stem}.ipynb").read_text(encoding="utf-8"))["cells"]
+    words = sum(len("".join(c["source"]).split()) for c in cells if c["cell_type"] == "markdown")
+    read = f"{5 * max(1, round(words / PACE / 5))} min to read"
+    file = RESULTS / f"{stem}.json"
+    run = json.loads(file.read_text(encoding="utf-8")).get("cpu", {}).get("run", {}) if file.exists() else {}
+    minutes = run.get("value", run).get("minutes")
+    return f"{read}, {max(1, round(minutes))} to run" if minutes else read
+
+
+def _inline(markdown: str) -> str:
+    """Code in backticks of an otherwise plain text, as HTML."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(markdown.strip(), quote=False))
+
+
+def _card(number: str, title: str, stem: str, builds: str) -> str:
+    key = stem.split("_")[0]
+    path = DRAWN.get(key, DRAWN["01"])
+    drawing = f'<svg viewBox="0 0 64 36" aria-hidden="true" focusable="false"><path d="{path}"/></svg>'
+    return (
+        f'<li class="card-of-chapter"><a href="nbs/{stem}.html">{drawing}<strong>{number} · {_inline(title)}</strong></a>'
+        f'<p>{_inline(builds)}</p><p class="card-facts">{LEVELS[LEVEL.get(key, 3)]} · {_time(stem)}</p></li>'
+    )
+
+
+def cards(readme: str) -> str:
+    """The rows of README's table of chapters as a list of cards, in HTML."""
+    rows = ROW.findall(readme)
+    return '<ul class="cards">' + "".join(_card(n, title, stem, builds) for n, title, _, stem, builds in rows) + "</ul>"
+
+
+def colab(stem: str) -> str:
+    """Where Colab opens a chapter."""
+    cfg = settings()
+    path = cfg["repository"].removeprefix("https://github.com/")
+    return f"https://colab.research.google.com/github/{path}/blob/{cfg['branch']}/nbs/{stem}.ipynb"
+
+
+def with_cards(readme: str, raw) -> str:
+    """README.md as a home page; `raw(html)` is a block of HTML in the builder's Markdown."""
+    lines = readme.split("\n")
+    at = [i for i, line in enumerate(lines) if ROW.match(line)]
+    if at:
+        lines[at[0] - 2 : at[-1] + 1] = [raw(cards(readme))]
+    text = "\n".join(lines)
+    buttons = (
+        '<p class="buttons"><a class="button first" href="nbs/01_background.html">Start reading</a> '
+        f'<a class="button" href="{colab("01_background")}">Open chapter 1 in Colab</a></p>'
+    )
+    return re.sub(r"^\[Start reading\]\(.*$", lambda _: raw(buttons), text, count=1, flags=re.M)
+
+
+def figure(markdown: str, raw) -> str:
+    """Pictures of README.md with their size, so that nothing moves while they load."""
+    from .filter import size_of
+
+    def sized(match):
+        file = ROOT / match[2]
+        size = size_of(file.read_bytes(), "image/svg+xml" if file.suffix == ".svg" else "image/png")
+        place = "".join(f' {k}="{v}"' for k, v in size.items())
+        return raw(
+            f'<figure class="plot"><img src="{match[2]}" alt="{html.escape(match[1])}"{place} />'
+            f"<figcaption>{html.escape(match[3])}</figcaption></figure>"
+        )
+
+    return re.sub(r"^!\[([^\]]*)\]\(([^)]+)\)\\\n\*([^*\n]+)\*$", sized, markdown, flags=re.M)
