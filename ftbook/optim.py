@@ -184,8 +184,9 @@ class Foreach(torch.optim.Optimizer):
             If the state is of another rule; nothing has changed then.
         """
         kind, further, groups = type(self).__name__, _further(self), []
+        own = self.defaults.keys() - further - {"differentiable"}  # torch's
         for saved in state_dict["param_groups"]:
-            if lost := sorted(self.defaults.keys() - further - saved.keys()):
+            if lost := sorted(own - saved.keys()):
                 raise ValueError(
                     f"{kind}: the state has no {', '.join(lost)}, so it is of "
                     "another optimizer; load it into one of that kind"
@@ -692,6 +693,23 @@ def _muon_scale(shape: Sequence[int], adjust: str | None = None) -> float:
         )
     return scales[adjust or "original"]
 
+
+def _check_muon(group: Mapping[str, Any]) -> None:
+    """An error for a group of parameters that Muon cannot update."""
+    _muon_scale((1, 1), group["adjust_lr_fn"])
+    dtype = group["dtype"]
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"Muon: dtype is {dtype!r}; use a floating type of torch, such as "
+            "torch.bfloat16 or torch.float32"
+        )
+    shapes = [tuple(p.shape) for p in group["params"] if p.ndim != 2]
+    if shapes and group.get("matrix", True):
+        raise ValueError(
+            f"Muon works on matrices; got a parameter of shape {shapes[0]}. "
+            "Use optimizer('Muon', model), which gives the others to AdamW"
+        )
+
 # %% ../nbs/03_optim.ipynb #ae32d382
 class Muon(Foreach):
     """Momentum whose step is made orthogonal, matrix by matrix, (3.10).
@@ -706,6 +724,9 @@ class Muon(Foreach):
         Factor r of (3.10) for a matrix of shape (rows, columns). "original",
         the default: sqrt(max(1, rows / columns)); "match_rms_adamw":
         0.2 sqrt(max(rows, columns)).
+    dtype : torch.dtype
+        Of the matrix products. bfloat16, PyTorch's, is fast on GPUs; where a
+        CPU has no such products, float32 is many times faster.
     **others
         See `Foreach`; also PyTorch's `ns_steps` and `ns_coefficients`.
 
@@ -727,6 +748,7 @@ class Muon(Foreach):
         momentum: float = 0.95,
         nesterov: bool = True,
         adjust_lr_fn: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
         **others,
     ):
         super().__init__(
@@ -737,21 +759,24 @@ class Muon(Foreach):
             momentum=momentum,
             nesterov=nesterov,
             adjust_lr_fn=adjust_lr_fn,
+            dtype=dtype,
         )
 
     def add_param_group(self, param_group: dict) -> None:
         """As `Foreach`; refuses what is no matrix."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        _muon_scale((1, 1), group["adjust_lr_fn"])
-        shapes = [tuple(p.shape) for p in group["params"] if p.ndim != 2]
-        if shapes and group.get("matrix", True):
+        try:
+            _check_muon(self.param_groups[-1])
+        except ValueError:
             self.param_groups.pop()
-            raise ValueError(
-                f"Muon works on matrices; got a parameter of shape {shapes[0]}."
-                " Use optimizer('Muon', model), which gives the others "
-                "to AdamW"
-            )
+            raise
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As `Foreach`; PyTorch's own state multiplies in bfloat16."""
+        groups = [
+            {"dtype": torch.bfloat16, **g} for g in state_dict["param_groups"]
+        ]
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     def update(self, params, grads, group):
         lr, momentum = group["lr"], group["momentum"]
@@ -767,6 +792,7 @@ class Muon(Foreach):
             group["ns_steps"],
             group["ns_coefficients"],
             group["eps"],
+            group["dtype"],
         )
         for p, step in zip(params, steps, strict=True):
             scale = _muon_scale(p.shape, group["adjust_lr_fn"])
@@ -810,7 +836,7 @@ class MuonAdamW(Muon, AdamW):
     lr, weight_decay : float
         Of both rules; with `adjust_lr_fn="match_rms_adamw"`, the default
         here, one rate suits both. A group may bring its own.
-    momentum, nesterov, adjust_lr_fn
+    momentum, nesterov, adjust_lr_fn, dtype
         As for `Muon`.
     betas, eps
         As for `AdamW`.
@@ -833,6 +859,7 @@ class MuonAdamW(Muon, AdamW):
         adjust_lr_fn: str | None = "match_rms_adamw",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        dtype: torch.dtype = torch.bfloat16,
         **others,
     ):
         options = {"momentum": momentum, "nesterov": nesterov, "betas": betas}
@@ -846,6 +873,7 @@ class MuonAdamW(Muon, AdamW):
             weight_decay=weight_decay,
             amsgrad=False,
             adjust_lr_fn=adjust_lr_fn,
+            dtype=dtype,
             **options,
         )
 

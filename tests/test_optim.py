@@ -70,6 +70,7 @@ def test_equal_to_torch_bit_by_bit_over_200_random_steps(name):
 def test_defaults_are_those_of_torch(ours, theirs):
     shapes = MATRICES if ours is optim.Muon else SHAPES
     a, b = ours(weights(shapes)).defaults, theirs(weights(shapes)).defaults
+    assert a.pop("dtype", torch.bfloat16) == torch.bfloat16, "Muon's products, as PyTorch takes them"
     assert a == b
 
 
@@ -372,6 +373,8 @@ def test_sparse_and_complex_gradients_are_refused():
         (optim.AdamW, {"weight_decay": -0.1}, "weight_decay"),
         (optim.RMSProp, {"alpha": 1.0}, "alpha"),
         (optim.Muon, {"adjust_lr_fn": "none"}, "match_rms_adamw"),
+        (optim.Muon, {"dtype": "float32"}, "dtype is 'float32'; use a floating type"),
+        (optim.MuonAdamW, {"dtype": torch.int64}, "dtype is torch.int64"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(kind, options, match):
@@ -392,6 +395,26 @@ def test_bad_groups_are_refused():
         params = weights([(2,)])
         params[0].grad = torch.ones(2).double()
         optim.Foreach(params, lr=0.1).step()
+
+
+def test_muon_multiplies_in_the_type_it_is_given_and_a_state_keeps_it():
+    steps = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        (p,) = weights([(5, 8)])
+        before = p.detach().clone()
+        give_gradients([p], torch.Generator().manual_seed(0))
+        optim.Muon([p], lr=1.0, weight_decay=0.0, dtype=dtype).step()
+        steps[dtype] = before - p.detach()
+    off = {dtype: (step - steps[torch.float64]).abs().max() for dtype, step in steps.items()}
+    assert off[torch.float32] < 1e-5 < off[torch.bfloat16] < 0.1
+    rule, other = optim.Muon(weights(MATRICES), dtype=torch.float32), optim.Muon(weights(MATRICES))
+    other.load_state_dict(rule.state_dict())
+    assert other.param_groups[0]["dtype"] == torch.float32
+    other.load_state_dict(torch.optim.Muon(weights(MATRICES)).state_dict())
+    assert other.param_groups[0]["dtype"] == torch.bfloat16, "what torch.optim uses"
+    with pytest.raises(ValueError, match="dtype is None"):
+        other.add_param_group({"params": weights([(2, 2)]), "dtype": None})
+    assert len(other.param_groups) == 1
 
 
 def test_muon_with_adamw_is_both():
@@ -566,6 +589,15 @@ def test_the_range_test_of_a_step_function_stops_when_it_diverges():
 def test_a_run_of_the_study_scores_one_split(split):
     found = study.run(1, split, "Lion", 1e-4, head=10.0, decay=0.1)
     assert set(found) == {f"{split}_loss", f"{split}_accuracy"} and math.isfinite(found[f"{split}_loss"])
+    assert found[f"{split}_accuracy"].shape == study.task()[split].y.shape, "a value for every sentence"
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_the_bag_of_words_sees_the_sentences_of_the_seed(split):
+    found = study.run(1, split, study.WORDS, C=10.0)
+    assert set(found) == {f"{split}_loss", f"{split}_accuracy"} and 0 < found[f"{split}_loss"] < 2
+    assert found[f"{split}_accuracy"].shape == study.task()[split].y.shape
+    assert found[f"{split}_loss"] != study.run_words(2, split, 10.0)[f"{split}_loss"], "another seed, other sentences"
 
 
 def test_a_rate_that_diverges_is_worse_than_no_knowledge():
@@ -576,7 +608,7 @@ def test_a_rate_that_diverges_is_worse_than_no_knowledge():
 def test_a_head_alone_is_trained_on_vectors_of_the_untouched_body(split):
     found, again = (study.run_head(1, split, "chosen", 1e-2) for _ in range(2))
     assert set(found) == {f"{split}_loss", f"{split}_accuracy"} and found[f"{split}_loss"] == again[f"{split}_loss"]
-    assert found[f"{split}_accuracy"].shape == study.task()[split][2].shape, "a value for every sentence"
+    assert found[f"{split}_accuracy"].shape == study.task()[split].y.shape, "a value for every sentence"
 
 
 def test_batches_hold_every_sentence_once_and_no_more_than_its_length():
@@ -587,8 +619,9 @@ def test_batches_hold_every_sentence_once_and_no_more_than_its_length():
 
 
 def test_each_row_of_the_study_chooses_on_validation_data_from_as_many_settings(tmp_path, monkeypatch):
-    def run(seed, split, optimizer, lr, head=1.0, decay=None):
-        return {f"{split}_loss": abs(lr - 1e-3) + 0.01 * seed, f"{split}_accuracy": 0.5}
+    def run(seed, split, optimizer, lr=0.0, head=1.0, decay=None, C=None):
+        away = abs(lr - 1e-3) if C is None else abs(math.log10(C) - 1)
+        return {f"{split}_loss": away + 0.01 * seed, f"{split}_accuracy": 0.5}
 
     def run_head(seed, split, rule, lr):
         return {f"{split}_loss": abs(lr - 1e-1) + 0.01 * seed, f"{split}_accuracy": 0.5}
@@ -602,10 +635,11 @@ def test_each_row_of_the_study_chooses_on_validation_data_from_as_many_settings(
     torch.set_num_threads(threads)
     stored = json.loads((tmp_path / "03_optim.json").read_text())["quick"]
     found = {name: stored[name]["value"]["test_loss"] for name in ("optimizers", "heads", "decay")}
-    assert [r["optimizer"] for r in found["optimizers"]] == list(optim.OPTIMIZERS)
+    assert [r["optimizer"] for r in found["optimizers"]] == [*optim.OPTIMIZERS, study.WORDS]
+    assert found["optimizers"][-1]["C"] == 10.0 and {len(rates) for rates in study.RATES.values()} == {7}
     assert {name: {r["tried"] for r in rows} for name, rows in found.items()} == {
-        "optimizers": {3},
-        "heads": {2},
+        "optimizers": {7},
+        "heads": {5},
         "decay": {6},
     }
     assert [r["head"] for r in found["heads"]] == study.MULTIPLIERS and {r["lr"] for r in found["heads"]} == {1e-3}

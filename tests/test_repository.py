@@ -313,7 +313,7 @@ def definitions_in_a_row(path: Path) -> int:
 
 
 # Chapters that still have longer runs, and how long: they may only become shorter.
-LONGER_RUNS = {"03_optim": 9, "08_finetune": 8}
+LONGER_RUNS = {"08_finetune": 8}
 
 
 @each_notebook

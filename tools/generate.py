@@ -23,7 +23,7 @@ FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}  # in Colab, i
 NEEDS = {
     "01_background": "hymenoptera fashion_mnist efficientnet_lite0",
     "02_math": "sst2 wikitext2 minilm smollm2",
-    "03_optim": "sst2",
+    "03_optim": "sst2 minilm",
     "04_train": "fashion_mnist",
     "05_autoencoder": "fashion_mnist cifar10",
     "06_mlm": "wiki_excerpt wikitext2 sst2",
