@@ -29,7 +29,7 @@ NEEDS = {
     "06_mlm": "wiki_excerpt wikitext2 sst2",
     "07_causal": "wiki_excerpt wikitext2 smollm2",
     "08_finetune": "sst2 cr hymenoptera minilm efficientnet_lite0",
-    "09_vision": "cifar10 hymenoptera efficientnet_lite0",
+    "09_vision": "cifar10 hymenoptera efficientnet_lite0 weights/mobilenet_v2",
     "10_ner": "wnut17 minilm",
     "11_peft": "wnut17 sst2 wikitext2 minilm",
     "15_regularize": "sst2 minilm",
