@@ -212,7 +212,7 @@ def _found(name: str, official: File) -> Path | None:
     return None
 
 
-def _pretrained(name: str, progress: bool) -> tuple[dict, str, list[str]]:
+def _weights_of(name: str, progress: bool) -> tuple[dict, str, list[str]]:
     """Tensors of the weights that a name means, their file, the classes."""
     if name in _OURS:
         net, _ = models.load(name, progress=progress)
@@ -275,7 +275,7 @@ def backbone(
         model = _stand_in(name, "the quick profile uses the substitute")
     elif weights:
         try:
-            state, model.origin, classes = _pretrained(name, progress)
+            state, model.origin, classes = _weights_of(name, progress)
         except FileNotFoundError as error:
             if not bundled:
                 raise FileNotFoundError(
