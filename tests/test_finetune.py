@@ -715,7 +715,7 @@ def test_one_run_of_the_study_scores_the_split_it_is_told():
 def test_the_study_has_a_row_for_every_way_with_as_many_rates(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
 
-    def fake(seed, split, method, lr=0.0, C=0.0, per_class=1):
+    def fake(seed, split, method, lr=0.0, C=0.0, per_class=1, epochs=1):
         n, shifted = (len(study.reviews()[part]) for part in (split, "shifted"))
         return {"accuracy": np.arange(n) < 2 + 1e3 * lr + C / 10, "shifted": np.arange(shifted) < 2}
 
@@ -723,9 +723,69 @@ def test_the_study_has_a_row_for_every_way_with_as_many_rates(tmp_path, monkeypa
     study.main("text")
     rows = results.load_study(study.CHAPTER, "text").rows("accuracy")
     assert [r["method"] for r in rows] == [r["method"] for r in study.rows()]
-    assert {r["tried"] for r in rows if "lr" in r} <= {2} and {r["n"] for r in rows} == {len(study.reviews()["test"])}
+    assert {r["tried"] for r in rows if "lr" in r} == {2} and {r["n"] for r in rows} == {len(study.reviews()["test"])}
+    study.main("labels", "more")
+    assert len(results.load_study(study.CHAPTER, "labels").rows("accuracy")) == 2 * len(study.PER_CLASS)
+    many = results.load_study(study.CHAPTER, "more").rows("accuracy")
+    assert [r["method"] for r in many] == ["bag of words", "probe", "full"]
     with pytest.raises(ValueError, match="no study 'rate'; use text"):
         study.main("rate")
+
+
+def test_a_probe_written_into_a_head_says_what_the_logistic_regression_says():
+    from sklearn.linear_model import LogisticRegression
+
+    few = {k: v[:40] for k, v in study.coded("train").items()}
+    frozen = study.below(few)
+    net, h = study.Upper(study.classifier(0)), study.features(frozen)
+    study.put_probe(net.head, h, few["labels"], C=0.5)
+    said = LogisticRegression(C=0.5, max_iter=2000).fit(h, few["labels"]).predict_proba(h)
+    assert np.allclose(study.outputs(net, frozen).softmax(1).numpy(), said, atol=1e-4)
+    assert torch.allclose(net.head.weight.sum(0), torch.zeros(h.shape[1]), atol=1e-6)
+
+
+def test_every_way_of_the_study_tunes_and_a_probe_first_begins_where_the_probe_is():
+    rows = study.draw(0)
+    for method in (study.PROBED, "gradual", "layer-wise", "full"):
+        assert study._tuned(0, method, 1e-4, rows)("valid").shape == (len(study.reviews()["valid"]), 2)
+    still = study._tuned(0, study.PROBED, 1e-12, rows)("valid").argmax(1).numpy()
+    assert (still == study._linear("probe", rows, 1.0)("valid")).mean() > 0.95
+
+
+def test_the_mean_of_states_is_a_state_and_its_ends_are_the_given_ones():
+    states = [{"w": torch.tensor([0.0, 2.0])}, {"w": torch.tensor([4.0, 2.0])}]
+    assert study.mixed(states, [1.0, 0.0])["w"].tolist() == [0.0, 2.0]
+    assert study.mixed(states, [0.75, 0.25])["w"].tolist() == [1.0, 2.0]
+    assert all(sum(weights) == pytest.approx(1) for weights in study.MIXES.values())
+
+
+def test_adam_without_bias_correction_is_adam_with_another_schedule():
+    steps, beta1, beta2, lr = 12, 0.9, 0.999, 1e-3
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(steps, 5, generator=generator)
+    w = nn.Parameter(torch.zeros(5))
+    optimizer = torch.optim.AdamW([w], lr=lr, weight_decay=0.0)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: study.uncorrected(step, steps))
+    plain, m, v = torch.zeros(5), torch.zeros(5), torch.zeros(5)
+    for t, g in enumerate(gradients):
+        w.grad = g.clone()
+        optimizer.step()
+        rate.step()
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        plain -= lr * (1 - t / steps) * m / (v.sqrt() + 1e-8)
+    assert torch.allclose(w.detach(), plain, rtol=1e-4)
+
+
+def test_a_repeated_run_follows_its_seed():
+    plan = {"epochs": 1, "care": "none", "lr": 1e-3}
+    first, again = (study.run_short(1, "valid", **plan)["accuracy"] for _ in range(2))
+    assert (first == again).all() and first.shape == (len(study.reviews()["valid"]) // 2,)
+
+
+def test_the_tail_continues_what_the_frozen_blocks_give():
+    found = study.run_photo(0, "valid", "probe", C=1.0)
+    assert list(found) == ["accuracy"] and len(found["accuracy"]) == 100
+    assert list(study.run_photo(0, "test", "last block", lr=1e-3)) == ["accuracy", "noisy", "blurred"]
 
 
 def test_a_text_classifier_sees_no_padding():

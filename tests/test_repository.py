@@ -312,13 +312,9 @@ def definitions_in_a_row(path: Path) -> int:
     return longest
 
 
-# Chapters that still have longer runs, and how long: they may only become shorter.
-LONGER_RUNS = {"08_finetune": 8}
-
-
 @each_notebook
 def test_code_and_check_alternate(path):
-    assert definitions_in_a_row(path) <= LONGER_RUNS.get(path.stem, 6)
+    assert definitions_in_a_row(path) <= 6
 
 
 def test_a_run_of_definitions_is_counted_over_cells_and_ends_where_something_is_shown(tmp_path):

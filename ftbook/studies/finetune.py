@@ -1,6 +1,9 @@
 """Chapter 8's experiments: what few labels and a pretrained model can do.
 
-`text` tunes MiniLM on film reviews in several ways.
+`text` tunes MiniLM on film reviews in several ways, `labels` gives the linear
+classifiers more and fewer labels, `more` tunes with many, `mixes` averages
+weights, `seeds` repeats runs on 32 sentences, `photos` tunes the last block of
+EfficientNet-Lite0.
 
 >>> [row["method"] for row in rows()][:3]
 ['majority', 'bag of words', 'probe']
@@ -11,6 +14,7 @@
 # %% ../../nbs/08_finetune.ipynb #24e99166
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import data, models, results, runtime
-from ..finetune import replace_head, tune
+from .. import data, images, models, results, runtime
+from ..finetune import STRATEGIES, replace_head, tune
 from . import run_named
 from ..texts import TextClassifier, encode_texts
-from ..train import Settings
+from ..train import Settings, predict
 
 __all__ = [
     "reviews", "draw", "classifier", "fresh_head", "ByLength", "outputs",
-    "Upper", "lower", "coded", "run", "rows",
-    "main",
+    "Upper", "lower", "coded", "below", "features", "put_probe", "run", "rows",
+    "mixed", "run_mix", "uncorrected", "run_short", "Tail", "run_photo", "main",
 ]  # fmt: skip
 
 CHAPTER = "08_finetune"
@@ -35,7 +39,7 @@ QUICK = runtime.profile() == "quick"  # there substitutes stand in for the data
 LABELS = runtime.pick(quick=8, cpu=50)  # of each class
 EPOCHS = runtime.pick(quick=2, cpu=6)
 BUDGET = f"{2 * LABELS} labels, {EPOCHS} epochs, batches of 16"
-TOP = 2  # the layers that the cheap ways train
+TOP = 2  # the layers that the cheap way trains
 PLAN = Settings(schedule="linear", warmup=0.1, precision="fp32", progress=False)
 
 # %% ../../nbs/08_finetune.ipynb #fdaccb8b
@@ -46,7 +50,7 @@ def reviews() -> dict:
     """
     sizes = runtime.pick(
         quick={"train": 40, "valid": 20, "test": 20, "shifted": 20},
-        cpu={"train": 1000, "valid": 150, "test": 300, "shifted": 200},
+        cpu={"train": 1000, "valid": 200, "test": 500, "shifted": 300},
     )
     found = {}
     for part, n in sizes.items():
@@ -179,18 +183,28 @@ def coded(name: str) -> dict[str, Tensor]:
     return encode_texts(part.texts, _pretrained()[1]) | {"labels": part.y}
 
 
+def below(inputs: dict) -> dict[str, Tensor]:
+    """The inputs with what all layers but the top ones make of them."""
+    return lower(inputs, len(classifier(0).body.encoder.layer) - TOP)
+
+
+def features(inputs: dict) -> Tensor:
+    """What the head of the pretrained model reads, given what `below` gave."""
+    upper: Any = Upper(classifier(0))
+    upper.head = nn.Identity()
+    return outputs(upper, inputs)
+
+
 @functools.cache
-def _lower(name: str) -> dict[str, Tensor]:
-    return lower(coded(name), len(classifier(0).body.encoder.layer) - TOP)
+def _below(name: str) -> dict[str, Tensor]:
+    return below(coded(name))
 
 
 @functools.cache
 def _features(name: str) -> np.ndarray:
-    upper: Any = Upper(classifier(0))
-    upper.head = nn.Identity()
-    return outputs(upper, _lower(name)).numpy()
+    return features(_below(name)).numpy()
 
-
+# %% ../../nbs/08_finetune.ipynb #1a3d9f63
 def _linear(method: str, rows: Tensor, C: float) -> Callable:
     """Logistic regression on these training rows: part -> guesses."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -209,15 +223,42 @@ def _linear(method: str, rows: Tensor, C: float) -> Callable:
     fitted.fit(inputs("train")[rows.numpy()], train.y[rows].numpy())
     return lambda name: fitted.predict(inputs(name))
 
+
+def put_probe(head: nn.Linear, features: Tensor, y: Tensor, C: float) -> None:
+    """Fit a logistic regression to features (N, H) and labels (N,), 0 or 1,
+    and write its weights into a head of two outputs.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    fitted = LogisticRegression(C=C, max_iter=2000).fit(features, y)
+    half = torch.tensor(np.append(fitted.coef_[0], fitted.intercept_)) / 2
+    with torch.no_grad():
+        for row, sign in enumerate((-1, 1)):
+            head.weight[row], head.bias[row] = sign * half[:-1], sign * half[-1]
+
 # %% ../../nbs/08_finetune.ipynb #00b553d3
-def _tuned(seed: int, method: str, lr: float, rows: Tensor) -> Callable:
+PROBED = "probe first"
+
+
+def _drawn(rows: Tensor) -> dict[str, Tensor]:
+    """These training sentences."""
+    return {k: v[rows] for k, v in coded("train").items()}
+
+
+def _tuned(
+    seed: int, method: str, lr: float, rows: Tensor, epochs: int = EPOCHS
+) -> Callable:
     """Tune one way on these training rows: part -> logits."""
-    net = Upper(classifier(seed))
-    few = {k: v[rows] for k, v in _lower("train").items()}
-    how = "full" if method == "top layers" else method
-    about: Any = {"lr": lr, "epochs": EPOCHS, "seed": seed, "settings": PLAN}
+    net: Any = classifier(seed)
+    few, given = _drawn(rows), coded
+    if method == PROBED:
+        put_probe(net.head, features(below(few)), few["labels"], C=1.0)
+    if method == "top layers":
+        net, few, given = Upper(net), below(few), _below
+    how = method if method in STRATEGIES else "full"
+    about: Any = {"lr": lr, "epochs": epochs, "seed": seed, "settings": PLAN}
     tune(net, ByLength(few, seed=seed), how=how, **about)
-    return lambda name: outputs(net, _lower(name))
+    return lambda name: outputs(net, given(name))
 
 
 def _constant(name: str) -> Tensor:
@@ -238,6 +279,7 @@ def run(
     lr: float | None = None,
     C: float | None = None,
     per_class: int = LABELS,
+    epochs: int = EPOCHS,
 ) -> dict[str, np.ndarray]:
     """Draw labels and a head with the seed, fit one way; which sentences are
     right on the split and, on "test", on the other kind of reviews.
@@ -249,12 +291,14 @@ def run(
     if C is not None:
         said = _linear(method, rows, C)
     elif lr is not None:
-        said = _tuned(seed, method, lr, rows)
+        said = _tuned(seed, method, lr, rows, epochs)
     return {k: _right(said(name), name) for k, name in parts.items()}
 
 # %% ../../nbs/08_finetune.ipynb #67add103
-SEEDS = runtime.pick(quick=range(2), cpu=range(3))
-RATES = runtime.pick(quick=[1e-4, 3e-4], cpu=[1e-4, 3e-4, 1e-3, 3e-3])
+SEEDS = runtime.pick(quick=range(2), cpu=range(5))
+MANY = runtime.pick(quick=range(2), cpu=range(10))  # where a run takes seconds
+RATES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+TRIED = runtime.pick(quick=2, cpu=4)  # of them, in a row, for each way
 DECAYS = runtime.pick(
     quick=[1.0, 10.0], cpu=[0.01, 0.1, 1.0, 10.0, 100.0, 1000.0]
 )
@@ -263,11 +307,16 @@ COUNTS = "valid", "test"
 
 def rows() -> list[dict]:
     """The ways, each with the values that it may choose from."""
+    low, middle, high = (RATES[i : i + TRIED] for i in range(3))
     return [
         results.Baseline(method="majority"),
         results.Baseline(SEEDS, method="bag of words", C=DECAYS),
         results.Baseline(SEEDS, method="probe", C=DECAYS),
-        {"method": "top layers", "lr": RATES},
+        {"method": "top layers", "lr": high},
+        {"method": "full", "lr": low},
+        {"method": PROBED, "lr": low},
+        {"method": "gradual", "lr": middle},
+        {"method": "layer-wise", "lr": middle},
     ]
 
 
@@ -283,8 +332,275 @@ def _text(executor) -> None:
     sizes = {split: len(reviews()[split]) for split in COUNTS}
     _study(run, rows(), "text", executor, sizes)
 
+# %% ../../nbs/08_finetune.ipynb #e052beb8
+PER_CLASS = runtime.pick(quick=[4, 8], cpu=[8, 16, 50, 200, 800])
+
+
+def _labels(executor) -> None:
+    both = [(m, n) for m in ("bag of words", "probe") for n in PER_CLASS]
+    made = [{"method": m, "per_class": n, "C": DECAYS[:5]} for m, n in both]
+    sizes = {split: len(reviews()[split]) for split in COUNTS}
+    budget = f"{len(DECAYS[:5])} strengths of the penalty tried"
+    _study(run, made, "labels", executor, sizes, seeds=MANY, budget=budget)
+
+
+def _more(executor) -> None:
+    found = results.load_study(CHAPTER, "text")
+    lr = found.row("accuracy", method="full")["lr"]
+    many, seeds = {"per_class": PER_CLASS[-1]}, SEEDS[:3]
+    made = [
+        results.Baseline(seeds, method="bag of words", C=DECAYS, **many),
+        results.Baseline(seeds, method="probe", C=DECAYS, **many),
+        {"method": "full", "lr": lr, "epochs": 2, **many},
+    ]
+    sizes = {split: len(reviews()[split]) for split in COUNTS}
+    budget = f"{2 * PER_CLASS[-1]} labels, 2 epochs, batches of 16"
+    _study(run, made, "more", executor, sizes, seeds=seeds, budget=budget)
+
+# %% ../../nbs/08_finetune.ipynb #bca75280
+def mixed(states: list[dict], weights: list[float]) -> dict[str, Tensor]:
+    """The weighted mean of several states of one network."""
+    pairs = list(zip(weights, states, strict=True))
+    return {name: sum(w * s[name] for w, s in pairs) for name in states[0]}
+
+
+SHARES = [0.0, 0.25, 0.5, 0.75, 1.0]  # of the tuned weights
+MIXES = {f"{w:g}": [1 - w, w, 0.0, 0.0] for w in SHARES} | {
+    "half the rate": [0.0, 0.0, 1.0, 0.0],
+    "twice the rate": [0.0, 0.0, 0.0, 1.0],
+    "soup": [0.0, 1 / 3, 1 / 3, 1 / 3],
+}
+THREE = "1", "half the rate", "twice the rate"
+
+# %% ../../nbs/08_finetune.ipynb #b8822fed
+@functools.cache
+def _ingredients(seed: int) -> tuple[list[dict], nn.Module]:
+    """The states with the probe as head, and after tuning everything at the
+    chosen rate, half of it and twice as much.
+    """
+    found = results.load_study(CHAPTER, "text")
+    lr = found.row("accuracy", method=PROBED)["lr"]
+    net, few = classifier(seed), _drawn(draw(seed))
+    put_probe(net.head, features(below(few)), few["labels"], C=1.0)
+    states = [copy.deepcopy(net.state_dict())]
+    for factor in (1.0, 0.5, 2.0):
+        net.load_state_dict(states[0])
+        about: Any = {"lr": factor * lr, "seed": seed, "settings": PLAN}
+        tune(net, ByLength(few, seed=seed), epochs=EPOCHS, **about)
+        states.append(copy.deepcopy(net.state_dict()))
+    return states, net
+
+
+def _half(name: str) -> dict[str, Tensor]:
+    """Every second sentence of a part."""
+    return {k: v[::2] for k, v in coded(name).items()}
+
+
+@functools.cache
+def _logits(seed: int, mix: str, name: str) -> Tensor:
+    if mix == "ensemble":
+        return sum(_logits(seed, m, name).softmax(1) for m in THREE)
+    states, net = _ingredients(seed)
+    net.load_state_dict(mixed(states, MIXES[mix]))
+    return outputs(net, _half(name))
+
+
+def run_mix(seed: int, split: str, mix: str) -> dict[str, np.ndarray]:
+    """Which sentences one mixture of the seed's four states gets right."""
+    parts = {"accuracy": split, "shifted": "shifted"}
+    return {
+        k: (_logits(seed, mix, p).argmax(1) == _half(p)["labels"]).numpy()
+        for k, p in parts.items()
+    }
+
+
+def _mixes(executor) -> None:
+    made = [{"mix": m} for m in (*MIXES, "ensemble")]
+    sizes = {"test": len(_half("test")["labels"])}
+    _study(run_mix, made, "mixes", executor, sizes)
+
+# %% ../../nbs/08_finetune.ipynb #d6154691
+def uncorrected(step: int, total: int) -> float:
+    """Rate that falls linearly, for Adam without its bias correction: that
+    makes step t larger by (1 - 0.9 ** t) / sqrt(1 - 0.999 ** t).
+    """
+    t = step + 1
+    return (1 - step / total) * (1 - 0.9**t) / math.sqrt(1 - 0.999**t)
+
+
+CARE = {
+    "none": Settings(schedule=uncorrected, precision="fp32", progress=False),
+    "correction, warm-up": PLAN,
+}
+
+
+def run_short(
+    seed: int, split: str, epochs: int, care: str, lr: float
+) -> dict[str, np.ndarray]:
+    """The same 32 sentences; another head and another order with each seed."""
+    few = _drawn(draw(0, runtime.pick(quick=4, cpu=16)))
+    net, plan = classifier(seed), {"seed": seed, "settings": CARE[care]}
+    tune(net, ByLength(few, seed=seed), lr=lr, epochs=epochs, **plan)
+    asked = _half(split)
+    guess = outputs(net, asked).argmax(1)
+    return {"accuracy": (guess == asked["labels"]).numpy()}
+
+
+def _seeds(executor) -> None:
+    found = results.load_study(CHAPTER, "text")
+    lr = found.row("accuracy", method="full")["lr"]
+    lengths = runtime.pick(quick=[1, 2], cpu=[3, 12])
+    made = [{"epochs": e, "care": c, "lr": lr} for e in lengths for c in CARE]
+    sizes = {"test": len(_half("test")["labels"])}
+    some: Any = {"seeds": MANY, "budget": "32 labels, batches of 16"}
+    _study(run_short, made, "seeds", executor, sizes, **some)
+
+# %% ../../nbs/08_finetune.ipynb #f114a05d
+SHOTS = runtime.pick(quick=4, cpu=10)  # of each class
+BEGIN = 15  # the block from which on photos are tuned
+
+
+@functools.cache
+def _network() -> tuple:
+    if QUICK:
+        return models.EfficientNetLite0().eval(), lambda x: x / 255
+    return models.load("efficientnet_lite0")
+
+
+@functools.cache
+def _photos_of(name: str) -> images.ImageSet:
+    """``pool``, ``valid`` and ``test``; ``noisy`` and ``blurred``: the test
+    photos, changed.
+    """
+    from torchvision.transforms.functional import gaussian_blur
+
+    size = runtime.pick(quick=32, cpu=224)
+    split = "train" if name in ("pool", "valid") else "valid"
+    file: Any = data.load("hymenoptera", split, bundled=QUICK, size=size)
+    if split == "train":
+        pool, valid = file.split([len(file) - 100, 100], seed=0)
+        return pool if name == "pool" else valid
+    if name == "noisy":
+        noise = torch.Generator().manual_seed(0)
+        made = images.add_noise(file.x / 255, 0.2, noise)
+        file.x = (255 * made).round().to(torch.uint8)
+    elif name == "blurred":
+        file.x = gaussian_blur(file.x, [17, 17], [3.0, 3.0])
+    return file
+
+# %% ../../nbs/08_finetune.ipynb #8fa71273
+class Tail(nn.Module):
+    """A copy of the last block of EfficientNet-Lite0, the convolution after it
+    and a fresh head.
+    """
+
+    def __init__(self, net: nn.Module, n_classes: int = 2):
+        super().__init__()
+        same: Any = copy.deepcopy(net)
+        self._blocks = same._blocks[BEGIN:]
+        self._conv_head, self._bn1 = same._conv_head, same._bn1
+        self._fc = nn.Linear(same._fc.in_features, n_classes)
+
+    def features(self, h: Tensor) -> Tensor:
+        """What the head reads."""
+        h = self._bn1(self._conv_head(self._blocks(h)))
+        return nn.functional.relu6(h).mean((2, 3))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """What the blocks below gave, to logits."""
+        return self._fc(self.features(h))
+
+
+@functools.cache
+@torch.no_grad()
+def _stem(name: str) -> Tensor:
+    """What the frozen blocks give for the photos of a part."""
+    (net, prepare), made = _network(), []
+    for x in _photos_of(name).x.split(32):
+        h = nn.functional.relu6(net._bn0(net._conv_stem(prepare(x))))
+        made.append(net._blocks[:BEGIN](h))
+    return torch.cat(made)
+
+
+@functools.cache
+@torch.no_grad()
+def _photo_features(name: str, method: str) -> np.ndarray:
+    if method == "probe":
+        return Tail(_network()[0]).eval().features(_stem(name)).numpy()
+    x = nn.functional.interpolate(_photos_of(name).x.float(), 32, mode="area")
+    return x.flatten(1).numpy() / 255
+
+# %% ../../nbs/08_finetune.ipynb #f1ff7420
+def _photo_guess(
+    seed: int, method: str, lr: float | None, C: float | None
+) -> Callable:
+    """Fit one way on photos drawn with the seed: part -> guesses."""
+    from sklearn.linear_model import LogisticRegression
+
+    pool = _photos_of("pool")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(pool), generator=generator)
+    few = torch.cat([order[pool.y[order] == k][:SHOTS] for k in (0, 1)])
+    if C is not None:
+        fitted = LogisticRegression(C=C, max_iter=2000)
+        fitted.fit(_photo_features("pool", method)[few], pool.y[few])
+        return lambda name: fitted.predict(_photo_features(name, method))
+    if lr is None:
+        top = int(pool.y.float().mean() > 0.5)
+        return lambda name: np.full(len(_photos_of(name)), top)
+    runtime.seed_everything(seed)
+    tail, epochs = Tail(_network()[0]), runtime.pick(quick=2, cpu=20)
+    some: Any = {"lr": lr, "epochs": epochs, "batch_size": 10, "seed": seed}
+    labeled = _stem("pool")[few], pool.y[few]
+    tune(tail, labeled, how=method, settings=PLAN, **some)
+    return lambda name: predict(tail, _stem(name)).argmax(1).numpy()
+
+
+def run_photo(
+    seed: int,
+    split: str,
+    method: str,
+    lr: float | None = None,
+    C: float | None = None,
+) -> dict[str, np.ndarray]:
+    """Which photos one way gets right, on "test" also noisy and blurred."""
+    parts = {"accuracy": split}
+    if split == "test":
+        parts |= {"noisy": "noisy", "blurred": "blurred"}
+    guess = _photo_guess(seed, method, lr, C)
+    return {
+        k: guess(name) == _photos_of(name).y.numpy()
+        for k, name in parts.items()
+    }
+
+# %% ../../nbs/08_finetune.ipynb #928c4a46
+def _photo_rows(seeds: range) -> list[dict]:
+    """The ways to use a few photos."""
+    grid = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+    low, middle, high = (grid[i : i + TRIED] for i in range(3))
+    return [
+        results.Baseline(method="majority"),
+        results.Baseline(seeds, method="pixels", C=[1e-4, 1e-3, *DECAYS]),
+        results.Baseline(seeds, method="probe", C=[1e-4, 1e-3, *DECAYS]),
+        {"method": "head", "lr": high},
+        {"method": "last block", "lr": low},
+        {"method": "full", "lr": low},
+        {"method": "two-stage", "lr": middle},
+    ]
+
+
+def _photos(executor) -> None:
+    sizes = {split: len(_photos_of(split)) for split in COUNTS}
+    budget = f"{2 * SHOTS} labels, 20 epochs of 2 batches"
+    made = _photo_rows(MANY)
+    some: Any = {"seeds": MANY, "budget": budget}
+    _study(run_photo, made, "photos", executor, sizes, **some)
+
 # %% ../../nbs/08_finetune.ipynb #ec898631
 def main(*names: str, executor=None) -> None:
     """Fill in what is missing of the studies named, by default of all."""
-    known = {"text": _text}
+    known = {
+        "text": _text, "labels": _labels, "more": _more, "photos": _photos,
+        "mixes": _mixes, "seeds": _seeds,
+    }  # fmt: skip
     run_named(known, names, executor)
