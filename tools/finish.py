@@ -166,7 +166,9 @@ def lighter(out: Path) -> None:
         font.unlink()
 
 
-CODE = re.compile(r'<code class="docutils literal notranslate"><span class="pre">([\w.]+)(\(\))?</span></code>')
+CODE = re.compile(
+    r'<code(?: class="docutils literal notranslate")?>(?:<span class="pre">)?([\w.]+)(\(\))?(?:</span>)?</code>'
+)
 
 
 def linked(page: str, known: dict) -> str:
@@ -175,6 +177,8 @@ def linked(page: str, known: dict) -> str:
     def link(match):
         name = match[1].removeprefix("ftbook.") if match[1].count(".") > 1 else match[1]
         address = known.get(name)
+        if page.rfind("<a ", 0, match.start()) > page.rfind("</a>", 0, match.start()):
+            return match[0]  # it stands in a link already
         return f'<a class="api" href="{address}">{match[0]}</a>' if address else match[0]
 
     return CODE.sub(link, page)
