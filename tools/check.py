@@ -7,7 +7,15 @@ import time
 
 from .settings import NBS, ROOT
 
-ELSEWHERE = ("test_notebooks", "test_site", "test_filter", "test_package", "test_repository", "test_benchmarks", "test_edition")
+ELSEWHERE = (
+    "test_notebooks",
+    "test_site",
+    "test_filter",
+    "test_package",
+    "test_repository",
+    "test_benchmarks",
+    "test_edition",
+)
 
 
 def environment() -> dict:
