@@ -1018,7 +1018,7 @@ class _Frames:
 
 # %% ../nbs/A5_plot.ipynb #playfrm3
 _PLAY = "application/vnd.ftbook.play+json"  # what tools/filter.py reads
-_HEAVY = 900_000  # characters that the frames of a control may take
+_HEAVY = 500_000  # characters that the frames of a control may take
 
 
 @contextlib.contextmanager
