@@ -159,7 +159,7 @@ def _tuned(seed, optimizer, lr, head, decay):
         params.append({"params": model.head.parameters(), "lr": lr * head})
     rule = optim.optimizer(optimizer, params, **options)
     how = Settings(schedule=SCHEDULE, precision="fp32", progress=False)
-    cut = batches(*task()["train"][:3], _drawn(seed))
+    cut = batches(*task()["train"][:3], _drawn(seed))  # type: ignore[call-arg]
     fit(model, cut, optimizer=rule, seed=seed, settings=how)
     return model.eval()
 
