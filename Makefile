@@ -27,10 +27,10 @@ $(BOOK)/.installed: requirements/book.lock tools/env.py
 book: $(BOOK)/.installed   ## build the site from the stored outputs into _docs/ (BUILDER=sphinx|quarto)
 	@$(BPY) -m tools.book --builder $(BUILDER)
 
-pdf: book $(ALL)/.installed      ## print the whole book into build/ftbook.pdf (needs Chromium)
+pdf: $(ALL)/.installed     ## print the whole book into build/ftbook.pdf (needs Chromium)
 	@$(PY) -m tools.pdf
 
-epub: book $(ALL)/.installed     ## write the whole book into build/ftbook.epub
+epub: $(ALL)/.installed    ## write the whole book into build/ftbook.epub
 	@$(PY) -m tools.epub
 
 serve: book     ## build the site and serve it on http://localhost:8000 (PORT=8000)

@@ -23,6 +23,7 @@ __all__ = [
     "encodable",
     "unpadded",
     "encode_texts",
+    "masked_mean",
     "sentence_vectors",
     "TextClassifier",
 ]
@@ -112,6 +113,20 @@ def encode_texts(
     return {k: out[k] for k in ("input_ids", "attention_mask")}
 
 # %% ../nbs/08_finetune.ipynb #33a33c93
+def masked_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean over the visible positions: (B, T, C) and a mask (B, T) of 0 and
+    1 to (B, C).
+
+    Examples
+    --------
+    >>> hidden = torch.tensor([[[1.0], [3.0], [9.0]]])
+    >>> masked_mean(hidden, torch.tensor([[1, 1, 0]]))
+    tensor([[2.]])
+    """
+    seen = mask[..., None].to(hidden.dtype)
+    return (hidden * seen).sum(1) / seen.sum(1)
+
+
 @torch.inference_mode()
 def sentence_vectors(
     texts: Sequence[str], model: Any, tokenizer, max_length: int = 128
@@ -139,8 +154,8 @@ def sentence_vectors(
         batch = encode_texts([texts[i] for i in part], tokenizer, max_length)
         batch = {k: v.to(body.device) for k, v in batch.items()}
         hidden = body(**batch).last_hidden_state
-        seen = batch["attention_mask"][..., None]
-        found[part] = ((hidden * seen).sum(1) / seen.sum(1)).float().cpu()
+        mean = masked_mean(hidden, batch["attention_mask"])
+        found[part] = mean.float().cpu()
     return found
 
 # %% ../nbs/08_finetune.ipynb #65463d11
@@ -173,12 +188,10 @@ class TextClassifier(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         longest = int(attention_mask.sum(1).max())
-        given = (input_ids, attention_mask, inputs_embeds)
-        ids, mask, vectors = (
-            None if v is None else v[:, :longest] for v in given
-        )
+        mask = attention_mask[:, :longest]
+        given = input_ids, inputs_embeds
+        ids, vectors = (None if v is None else v[:, :longest] for v in given)
         h = self.body(
             input_ids=ids, attention_mask=mask, inputs_embeds=vectors
         ).last_hidden_state
-        weight = mask[..., None].to(h.dtype)
-        return self.head(self.dropout((h * weight).sum(1) / weight.sum(1)))
+        return self.head(self.dropout(masked_mean(h, mask)))

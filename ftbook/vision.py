@@ -835,16 +835,17 @@ def features(
     if getattr(images, "dtype", None) != torch.uint8 or images.ndim != 4:
         images = as_images(images, None)  # predict scales the others
     two = as_images(images[:2], None)
-    name, head = find_head(model)
+    (name, head), moved = find_head(model), False
     model.set_submodule(name, nn.Identity())
     try:
-        if wants_channels_last("auto", model, (two, None)):
+        if moved := wants_channels_last("auto", model, (two, None)):
             model.to(memory_format=torch.channels_last)
         return predict(
             model, images, batch_size=batch_size, precision=precision
         )
     finally:
-        model.to(memory_format=torch.contiguous_format)
+        if moved:
+            model.to(memory_format=torch.contiguous_format)
         model.set_submodule(name, head)
 
 # %% ../nbs/09_vision.ipynb #20808d5e

@@ -754,8 +754,8 @@ def test_every_way_of_the_study_tunes_and_a_probe_first_begins_where_the_probe_i
 
 def test_the_mean_of_states_is_a_state_and_its_ends_are_the_given_ones():
     states = [{"w": torch.tensor([0.0, 2.0])}, {"w": torch.tensor([4.0, 2.0])}]
-    assert study.mixed(states, [1.0, 0.0])["w"].tolist() == [0.0, 2.0]
-    assert study.mixed(states, [0.75, 0.25])["w"].tolist() == [1.0, 2.0]
+    assert study._mixed(states, [1.0, 0.0])["w"].tolist() == [0.0, 2.0]
+    assert study._mixed(states, [0.75, 0.25])["w"].tolist() == [1.0, 2.0]
     assert all(sum(weights) == pytest.approx(1) for weights in study.MIXES.values())
 
 
@@ -765,7 +765,7 @@ def test_adam_without_bias_correction_is_adam_with_another_schedule():
     gradients = torch.randn(steps, 5, generator=generator)
     w = nn.Parameter(torch.zeros(5))
     optimizer = torch.optim.AdamW([w], lr=lr, weight_decay=0.0)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: study.uncorrected(step, steps))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: study._uncorrected(step, steps))
     plain, m, v = torch.zeros(5), torch.zeros(5), torch.zeros(5)
     for t, g in enumerate(gradients):
         w.grad = g.clone()
@@ -778,14 +778,14 @@ def test_adam_without_bias_correction_is_adam_with_another_schedule():
 
 def test_a_repeated_run_follows_its_seed():
     plan = {"epochs": 1, "care": "none", "lr": 1e-3}
-    first, again = (study.run_short(1, "valid", **plan)["accuracy"] for _ in range(2))
+    first, again = (study._run_short(1, "valid", **plan)["accuracy"] for _ in range(2))
     assert (first == again).all() and first.shape == (len(study.reviews()["valid"]) // 2,)
 
 
 def test_the_tail_continues_what_the_frozen_blocks_give():
-    found = study.run_photo(0, "valid", "probe", C=1.0)
+    found = study._run_photo(0, "valid", "probe", C=1.0)
     assert list(found) == ["accuracy"] and len(found["accuracy"]) == 100
-    assert list(study.run_photo(0, "test", "last block", lr=1e-3)) == ["accuracy", "noisy", "blurred"]
+    assert list(study._run_photo(0, "test", "last block", lr=1e-3)) == ["accuracy", "noisy", "blurred"]
 
 
 def test_a_text_classifier_sees_no_padding():

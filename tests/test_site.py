@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
+from tools.pdf import NAMES
+
 CHROMIUM = os.environ.get("CHROMIUM") or next((p for p in map(shutil.which, NAMES) if p), "")
 FLAGS = [
     "--no-sandbox",

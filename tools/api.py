@@ -121,7 +121,7 @@ def methods(node) -> list:
 def page(name: str, file: Path) -> str:
     """The page of a module."""
     source = file.read_text(encoding="utf-8")
-    tree, cfg = ast.parse(source), settings()
+    tree, cfg = parsed(file), settings()
     known = {f.stem for f in chapters()}
     made = {n.name: n for n in tree.body if isinstance(n, DEFINITION)}
     out = [f"# ftbook.{name}", markdown(ast.get_docstring(tree) or "")]

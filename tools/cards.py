@@ -4,7 +4,7 @@ import html
 import json
 import re
 
-from .settings import NBS, RESULTS, ROOT, settings
+from .settings import NBS, RESULTS, ROOT, colab
 
 ROW = re.compile(r"^\| (\w+) \| \[([^\]]+)\]\((nbs/(\w+)\.ipynb)\) \| (.*?) \| .*\|$", re.M)
 LEVELS = {1: "first steps", 2: "some PyTorch", 3: "for those who tune often"}
@@ -61,13 +61,6 @@ def cards(readme: str) -> str:
     return '<ul class="cards">' + "".join(_card(n, title, stem, builds) for n, title, _, stem, builds in rows) + "</ul>"
 
 
-def colab(stem: str) -> str:
-    """Where Colab opens a chapter."""
-    cfg = settings()
-    path = cfg["repository"].removeprefix("https://github.com/")
-    return f"https://colab.research.google.com/github/{path}/blob/{cfg['branch']}/nbs/{stem}.ipynb"
-
-
 def with_cards(readme: str, raw) -> str:
     """README.md as a home page; `raw(html)` is a block of HTML in the builder's Markdown."""
     lines = readme.split("\n")
@@ -77,7 +70,7 @@ def with_cards(readme: str, raw) -> str:
     text = "\n".join(lines)
     buttons = (
         '<p class="buttons"><a class="button first" href="nbs/01_background.html">Start reading</a> '
-        f'<a class="button" href="{colab("01_background")}">Open chapter 1 in Colab</a></p>'
+        f'<a class="button" href="{colab("01_background.ipynb")}">Open chapter 1 in Colab</a></p>'
     )
     return re.sub(r"^\[Start reading\]\(.*$", lambda _: raw(buttons), text, count=1, flags=re.M)
 

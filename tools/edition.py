@@ -99,8 +99,10 @@ def pages(docs: Path = DOCS) -> list:
             if name != "index" and file.stem == "index":
                 continue
             tree = _cleaned(file)
-            title = tree.find("h1")
-            found.append(Chapter(file.stem, part or "", " ".join(title.get_text().split()), tree, file))
+            heading = tree.find("h1")
+            if name == "index":
+                heading.string = "About this book"
+            found.append(Chapter(file.stem, part or "", " ".join(heading.get_text().split()), tree, file))
     return found
 
 
@@ -136,6 +138,16 @@ def solutions(chapter: Chapter) -> list:
             continue
         title = " ".join(summary.extract().get_text().split())
         found.append((title, details))
+    return found
+
+
+def headings(chapter: Chapter) -> list:
+    """[(anchor, text)] of a chapter's sections."""
+    found = []
+    for heading in chapter.tree.find_all("h2"):
+        section = heading.find_parent("section")
+        if section is not None and section.get("id"):
+            found.append((section["id"], " ".join(heading.get_text().split())))
     return found
 
 

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from bs4 import NavigableString, Tag
 
-from .edition import DOCS, built, colors, front, linked, pages
+from .edition import DOCS, built, colors, front, headings, linked, pages
 from .settings import ROOT, settings
 
 VOID = {"img", "br", "hr", "col", "wbr", "source", "area", "embed", "track"}
@@ -104,16 +104,6 @@ def drawing(file: Path) -> bytes:
     return data
 
 
-def headings(chapter) -> list:
-    """[(anchor, text)] of a chapter's sections."""
-    found = []
-    for heading in chapter.tree.find_all("h2"):
-        section = heading.find_parent("section")
-        if section is not None and section.get("id"):
-            found.append((section["id"], " ".join(heading.get_text().split())))
-    return found
-
-
 def navigation(chapters: list, about: dict) -> tuple:
     """(nav.xhtml, toc.ncx of older readers): parts, chapters, sections."""
 
@@ -158,8 +148,6 @@ def contents(docs: Path) -> dict:
         return name
 
     linked(chapters, lambda name, anchor: f"{name}.xhtml" + (f"#{anchor}" if anchor else ""), picture)
-    chapters = [c._replace(title="About this book") if c.name == "index" else c for c in chapters]
-    chapters[0].tree.find("h1").string = chapters[0].title
     files = {"book.css": STYLE + colors(docs)}
     cover = (
         f"<section><h1>{html.escape(about['title'])}</h1><p>{html.escape(about['subtitle'])}</p>"

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from .edition import DOCS, built, colors, front, linked, pages, solutions
+from .edition import DOCS, built, colors, front, headings, linked, pages, solutions
 from .settings import ROOT
 
 NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
@@ -87,10 +87,7 @@ def assembled(docs: Path, chapters: list) -> str:
             node["id"] = _anchor(chapter.name, node["id"])
         for details in tree.find_all("details"):
             details["open"] = ""
-        if chapter.name == "index":
-            title = "About this book"
-            tree.find("h1").string = title
-        elif chapter.part != part:
+        if chapter.part != part and chapter.name != "index":
             part = chapter.part
             here = [c for c in chapters if c.part == part]
             name = "part-" + re.sub(r"\W+", "-", part.lower())
@@ -98,10 +95,9 @@ def assembled(docs: Path, chapters: list) -> str:
             bodies.append(f'<section class="part" id="{name}"><h1>{html.escape(part)}</h1><ul>{items}</ul></section>')
             contents("part", name, part)
         contents("part" if chapter.name == "index" else "chapter", chapter.name, title)
-        for heading in tree.find_all("h2"):
-            section = heading.find_parent("section")
-            if section is not None and section.get("id") and len(heading.get_text()) > 1:  # not the glossary's letters
-                contents("section", section["id"], " ".join(heading.get_text().split()))
+        for anchor, text in headings(chapter):
+            if len(text) > 1:  # not the glossary's letters
+                contents("section", anchor, text)
         taken = []
         for i, (label, solution) in enumerate(solutions(chapter), 1):
             name = f"{chapter.name}--solution-{i}"

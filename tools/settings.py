@@ -45,6 +45,13 @@ def _file(entry) -> str:
     return entry["file"] if isinstance(entry, dict) else entry
 
 
+def colab(notebook: str) -> str:
+    """Where Colab opens a notebook of nbs/."""
+    cfg = settings()
+    path = cfg["repository"].removeprefix("https://github.com/")
+    return f"https://colab.research.google.com/github/{path}/blob/{cfg['branch']}/nbs/{notebook}"
+
+
 def chapters() -> list:
     """The notebooks of the book in reading order."""
     return [ROOT / file for _, files in parts() for file in files]

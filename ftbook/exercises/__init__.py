@@ -3,8 +3,9 @@
 import contextlib
 import doctest
 import io
+import math
 
-__all__ = ["say", "numbers", "examples"]
+__all__ = ["say", "numbers", "close_to", "examples"]
 
 
 def say(right, hint="") -> bool:
@@ -20,6 +21,14 @@ def numbers(answer, n=1):
     except (TypeError, ValueError):
         return None
     return found if len(found) == n else None
+
+
+def close_to(answer, right, hint, asks="put one number into `answer`", rel_tol=1e-9) -> bool:
+    """Say whether an answer is these numbers, each up to a relative tolerance; `asks` for them where it is something else."""
+    given = numbers(answer, len(right))
+    if given is None:
+        return say(False, asks)
+    return say(all(math.isclose(g, r, rel_tol=rel_tol) for g, r in zip(given, right, strict=True)), hint)
 
 
 def examples(function) -> bool:

@@ -8,13 +8,9 @@ import math
 import torch
 
 from .. import causal
+from . import say
 
 __all__ = ["bits", "cache_bytes", "top_p", "merge", "prefix"]
-
-
-def _say(right, hint=""):
-    print("correct" if right else f"not yet: {hint}")
-    return bool(right)
 
 
 def _number(answer):
@@ -28,30 +24,30 @@ def bits(answer):
     """Exercise 1."""
     given = _number(answer)
     if given is None:
-        return _say(False, "put one number into `answer`")
+        return say(False, "put one number into `answer`")
     if math.isclose(given, 0.9 / 4.1, rel_tol=0.01):
-        return _say(False, "those are nats")
+        return say(False, "those are nats")
     right = 0.9 / 4.1 / math.log(2)
-    return _say(math.isclose(given, right, rel_tol=0.01), "see (7.2)")
+    return say(math.isclose(given, right, rel_tol=0.01), "see (7.2)")
 
 
 def cache_bytes(answer):
     """Exercise 2."""
     given = _number(answer)
     if given is None:
-        return _say(False, "put one number into `answer`")
+        return say(False, "put one number into `answer`")
     right = 30 * 2 * 3 * 64 * 1000 * 2
     if given == right // 2:
-        return _say(False, "keys and values are both kept, in 2 bytes each")
+        return say(False, "keys and values are both kept, in 2 bytes each")
     if given == 3 * right:
-        return _say(False, "which heads are kept?")
-    return _say(given == right, "blocks, heads, dimensions, pieces, bytes")
+        return say(False, "which heads are kept?")
+    return say(given == right, "blocks, heads, dimensions, pieces, bytes")
 
 # %% ../../nbs/07_causal.ipynb #1316b33e
 def merge(function):
     """Exercise 3."""
     if function is None:
-        return _say(False, "write the function `merge`")
+        return say(False, "write the function `merge`")
     cases = (
         (["a", "b", "a", "b"], ("a", "b"), ["ab", "ab"]),
         (["a", "a", "a"], ("a", "a"), ["aa", "a"]),
@@ -61,35 +57,35 @@ def merge(function):
     for parts, pair, wanted in cases:
         given = function(list(parts), pair)
         if list(given) != wanted:
-            return _say(False, f"{parts} with {pair} gave {given}")
-    return _say(True)
+            return say(False, f"{parts} with {pair} gave {given}")
+    return say(True)
 
 
 def top_p(function):
     """Exercise 4."""
     if function is None:
-        return _say(False, "write the function `typical`")
+        return say(False, "write the function `typical`")
     draws = torch.Generator().manual_seed(0)
     for _ in range(10):
         logits = 2 * torch.randn(3, 12, generator=draws)
         given = function(logits, 0.7)
         if given.shape != logits.shape:
-            return _say(False, "one row of probabilities for each row given")
+            return say(False, "one row of probabilities for each row given")
         if not torch.allclose(given.sum(-1), torch.ones(3), atol=1e-5):
-            return _say(False, "rows must sum to 1 again")
+            return say(False, "rows must sum to 1 again")
         kept = (given > 0).sum(-1)
         wanted = causal.next_probabilities(logits, top_p=0.7)
         if (kept < (wanted > 0).sum(-1)).any():
-            return _say(False, "what you keep holds less than the share")
+            return say(False, "what you keep holds less than the share")
         if not torch.allclose(given, wanted, atol=1e-5):
-            return _say(False, "too many, or not the most probable, are kept")
-    return _say(True)
+            return say(False, "too many, or not the most probable, are kept")
+    return say(True)
 
 
 def prefix(function):
     """Exercise 5."""
     if function is None:
-        return _say(False, "write the function `scores`")
+        return say(False, "write the function `scores`")
     sizes = causal.Sizes(vocab=40, width=16, layers=2, hidden=32)
     model = causal.Decoder(sizes, seed=3).eval()
     prompt, options = [0, 5, 9, 2], [[7], [1, 2, 3], [8, 8]]
@@ -100,9 +96,9 @@ def prefix(function):
             logp = model(ids)[0, :-1].log_softmax(-1)
             each = logp[range(len(ids[0]) - 1), ids[0, 1:]]
             if abs(mine - float(each[len(prompt) - 1 :].sum())) > 1e-4:
-                return _say(
+                return say(
                     False,
                     f"the score of {option} is off: the sum over the pieces "
                     "of the option, and only those",
                 )
-    return _say(True)
+    return say(True)

@@ -7,15 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from .. import losses
+from . import say
 
 __all__ = [
     "factor", "by_hand", "smoothed", "per_class", "two_sided", "temperature",
 ]  # fmt: skip
-
-
-def _say(right, hint=""):
-    print("correct" if right else f"not yet: {hint}")
-    return bool(right)
 
 
 def _numbers(answer, n):
@@ -31,22 +27,22 @@ def factor(answer):
     """Exercise 1."""
     given = _numbers(answer, 1)
     if given is None:
-        return _say(False, "put one number into `answer`")
-    return _say(given.item() == 32, "how do the two gradients differ in size?")
+        return say(False, "put one number into `answer`")
+    return say(given.item() == 32, "how do the two gradients differ in size?")
 
 
 def by_hand(answer):
     """Exercise 2."""
     given = _numbers(answer, 3)
     if given is None:
-        return _say(False, "three numbers: the loss and the two slopes")
+        return say(False, "three numbers: the loss and the two slopes")
     z = torch.tensor([[1.0, 3.0]], dtype=torch.float64).log().requires_grad_()
     loss = losses.cross_entropy(z, torch.tensor([0]))
     loss.backward()
     if abs(given[1] + given[2]) > 2e-3:
-        return _say(False, "the slopes of a softmax loss add up to 0")
+        return say(False, "the slopes of a softmax loss add up to 0")
     slopes = torch.allclose(given[1:], z.grad[0], atol=2e-3)
-    return _say(
+    return say(
         slopes and abs(given[0] - loss) < 2e-3,
         "the loss is off" if slopes else "the slopes are off",
     )
@@ -56,11 +52,11 @@ def smoothed(answer):
     """Exercise 3."""
     given = _numbers(answer, 3)
     if given is None:
-        return _say(False, "three numbers, one per class")
+        return say(False, "three numbers, one per class")
     if abs(given.sum() - 1) > 1e-6:
-        return _say(False, "a distribution sums to 1")
+        return say(False, "a distribution sums to 1")
     target = 0.7 * F.one_hot(torch.tensor(1), 3).double() + 0.1
-    return _say(
+    return say(
         torch.allclose(given, target, atol=1e-6),
         "which classes get a part of the share, the true one too?",
     )
@@ -69,13 +65,13 @@ def smoothed(answer):
 def _tried(function, name, inputs, expected):
     """Compare a reader's function with the expected value."""
     if function is None:
-        return _say(False, f"write the function `{name}`")
+        return say(False, f"write the function `{name}`")
     given = function(*inputs)
     if not torch.is_tensor(given) or given.shape != expected.shape:
-        return _say(False, "it must return one number, a tensor without shape")
+        return say(False, "it must return one number, a tensor without shape")
     if given.grad_fn is None:
-        return _say(False, "no gradient flows through it")
-    return _say(
+        return say(False, "no gradient flows through it")
+    return say(
         torch.allclose(given, expected, atol=1e-6),
         "the value is off: sum or mean, over what?",
     )
@@ -106,12 +102,12 @@ def two_sided(function):
 def temperature(function):
     """Exercise 6."""
     if function is None:
-        return _say(False, "write the function `best_temperature`")
+        return say(False, "write the function `best_temperature`")
     g = torch.Generator().manual_seed(0)
     z = torch.randn(4_000, 3, generator=g)
     y = torch.multinomial(z.softmax(1), 1, generator=g)[:, 0]
     for factor_ in (0.4, 1.0, 3.0):  # logits that are wrong by this factor
         found = float(function(factor_ * z, y))
         if not 0.85 < found / factor_ < 1.15:
-            return _say(False, f"{found:.2f} where it is about {factor_:g}")
-    return _say(True)
+            return say(False, f"{found:.2f} where it is about {factor_:g}")
+    return say(True)

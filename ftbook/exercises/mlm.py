@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from . import numbers, say
+from . import close_to, say
 
 __all__ = ["reason", "count", "units", "spans"]
 
@@ -25,31 +25,23 @@ def reason(answer):
 
 def count(answer):
     """Exercise 2."""
-    given = numbers(answer, 2)
-    if given is None:
-        return say(False, "two numbers: masks, scored")
-    right = [15, 18.75]
-    return say(
-        all(
-            math.isclose(g, r, rel_tol=1e-6)
-            for g, r in zip(given, right, strict=True)
-        ),
+    return close_to(
+        answer,
+        [15, 18.75],
         "which pieces can be chosen, and what happens to a chosen one?",
+        asks="two numbers: masks, scored",
+        rel_tol=1e-6,
     )
 
 
 def units(answer):
     """Exercise 5."""
-    given = numbers(answer, 2)
-    if given is None:
-        return say(False, "two numbers: perplexity, bits")
-    right = [math.exp(3), 3 / math.log(2)]
-    return say(
-        all(
-            math.isclose(g, r, rel_tol=1e-2)
-            for g, r in zip(given, right, strict=True)
-        ),
+    return close_to(
+        answer,
+        [math.exp(3), 3 / math.log(2)],
         "which bases do the two have?",
+        asks="two numbers: perplexity, bits",
+        rel_tol=1e-2,
     )
 
 # %% ../../nbs/06_mlm.ipynb #54ceaf8a

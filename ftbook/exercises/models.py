@@ -6,24 +6,20 @@
 import torch
 
 from .. import models
+from . import say
 
 __all__ = ["sizes", "same", "nearest"]
-
-
-def _say(right, hint=""):
-    print("correct" if right else f"not yet: {hint}")
-    return right
 
 
 def sizes(answer):
     """Exercise 2."""
     if not isinstance(answer, tuple) or len(answer) != 2:
-        return _say(False, "put your two numbers into `answer`")
+        return say(False, "put your two numbers into `answer`")
     card = models.card("minilm")
     whole = card.files[1].size
     if sum(answer) != whole:
-        return _say(False, "together they are the size of the file")
-    return _say(
+        return say(False, "together they are the size of the file")
+    return say(
         answer[0] == card.parameters * torch.float32.itemsize,
         "the card states the number of parameters",
     )
@@ -32,7 +28,7 @@ def sizes(answer):
 def same(function):
     """Exercise 3."""
     if function is None:
-        return _say(False, "write the function `same`")
+        return say(False, "write the function `same`")
     for n in range(1, 40):
         for k in (1, 3, 5):
             for s in (1, 2, 3):
@@ -42,19 +38,19 @@ def same(function):
                     torch.zeros(1, 1, n), (before, after)
                 )
                 if x.shape[-1] < k or conv(x).shape[-1] != -(-n // s):
-                    return _say(False, f"wrong length for {n}, {k}, {s}")
+                    return say(False, f"wrong length for {n}, {k}, {s}")
                 if not 0 <= after - before <= 1:
-                    return _say(False, "an odd place belongs to the end")
+                    return say(False, "an odd place belongs to the end")
                 less = (n + before + after - 1 - k) // s + 1
                 if before + after and less >= -(-n // s):
-                    return _say(False, f"fewer would do for {n}, {k}, {s}")
-    return _say(True)
+                    return say(False, f"fewer would do for {n}, {k}, {s}")
+    return say(True)
 
 
 def nearest(function):
     """Exercise 4."""
     if function is None:
-        return _say(False, "write the function `nearest`")
+        return say(False, "write the function `nearest`")
     draws = torch.Generator().manual_seed(0)
     for _ in range(20):
         vectors = torch.randn(30, 8, generator=draws)
@@ -62,5 +58,5 @@ def nearest(function):
         query = 5 * torch.randn(8, generator=draws)
         want = torch.cosine_similarity(vectors, query[None]).argmax()
         if int(function(vectors, query)) != int(want):
-            return _say(False, "long rows should not win by their length")
-    return _say(True)
+            return say(False, "long rows should not win by their length")
+    return say(True)

@@ -8,7 +8,7 @@ import math
 import torch
 
 from .. import optim
-from . import numbers, say
+from . import close_to, numbers, say
 
 __all__ = ["scale", "rate", "cosine", "signum", "search"]
 
@@ -37,16 +37,12 @@ def rate(answer):
 
 def cosine(answer):
     """Exercise 3."""
-    given = numbers(answer, 2)
-    if given is None:
-        return say(False, "two numbers: halfway, at step 85")
-    right = [0.5, 0.5 * (1 + math.cos(0.75 * math.pi))]
-    return say(
-        all(
-            math.isclose(g, r, rel_tol=1e-2)
-            for g, r in zip(given, right, strict=True)
-        ),
+    return close_to(
+        answer,
+        [0.5, 0.5 * (1 + math.cos(0.75 * math.pi))],
         "how many steps does the cosine have, and how many have passed?",
+        asks="two numbers: halfway, at step 85",
+        rel_tol=1e-2,
     )
 
 # %% ../../nbs/03_optim.ipynb #45a70df9

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from .. import data, images, models, results, runtime
 from ..finetune import STRATEGIES, replace_head, tune
 from . import run_named
-from ..texts import TextClassifier, encode_texts
+from ..texts import TextClassifier, encode_texts, masked_mean
 from ..train import Settings, predict
 
 __all__ = [
     "reviews", "draw", "classifier", "fresh_head", "ByLength", "outputs",
     "Upper", "lower", "coded", "below", "features", "put_probe", "run", "rows",
-    "mixed", "run_mix", "uncorrected", "run_short", "Tail", "run_photo", "main",
+    "main",
 ]  # fmt: skip
 
 CHAPTER = "08_finetune"
@@ -154,8 +154,7 @@ class Upper(nn.Module):
         hide = (1 - seen)[:, None, None] * torch.finfo(h.dtype).min
         for layer in self.layers:
             h = layer(h, hide)
-        mean = (h * seen[..., None]).sum(1) / seen.sum(1, keepdim=True)
-        return self.head(mean)
+        return self.head(masked_mean(h, mask))
 
 
 @torch.no_grad()
@@ -358,7 +357,7 @@ def _more(executor) -> None:
     _study(run, made, "more", executor, sizes, seeds=seeds, budget=budget)
 
 # %% ../../nbs/08_finetune.ipynb #bca75280
-def mixed(states: list[dict], weights: list[float]) -> dict[str, Tensor]:
+def _mixed(states: list[dict], weights: list[float]) -> dict[str, Tensor]:
     """The weighted mean of several states of one network."""
     pairs = list(zip(weights, states, strict=True))
     return {name: sum(w * s[name] for w, s in pairs) for name in states[0]}
@@ -401,11 +400,11 @@ def _logits(seed: int, mix: str, name: str) -> Tensor:
     if mix == "ensemble":
         return sum(_logits(seed, m, name).softmax(1) for m in THREE)
     states, net = _ingredients(seed)
-    net.load_state_dict(mixed(states, MIXES[mix]))
+    net.load_state_dict(_mixed(states, MIXES[mix]))
     return outputs(net, _half(name))
 
 
-def run_mix(seed: int, split: str, mix: str) -> dict[str, np.ndarray]:
+def _run_mix(seed: int, split: str, mix: str) -> dict[str, np.ndarray]:
     """Which sentences one mixture of the seed's four states gets right."""
     parts = {"accuracy": split, "shifted": "shifted"}
     return {
@@ -417,10 +416,10 @@ def run_mix(seed: int, split: str, mix: str) -> dict[str, np.ndarray]:
 def _mixes(executor) -> None:
     made = [{"mix": m} for m in (*MIXES, "ensemble")]
     sizes = {"test": len(_half("test")["labels"])}
-    _study(run_mix, made, "mixes", executor, sizes)
+    _study(_run_mix, made, "mixes", executor, sizes)
 
 # %% ../../nbs/08_finetune.ipynb #d6154691
-def uncorrected(step: int, total: int) -> float:
+def _uncorrected(step: int, total: int) -> float:
     """Rate that falls linearly, for Adam without its bias correction: that
     makes step t larger by (1 - 0.9 ** t) / sqrt(1 - 0.999 ** t).
     """
@@ -429,12 +428,12 @@ def uncorrected(step: int, total: int) -> float:
 
 
 CARE = {
-    "none": Settings(schedule=uncorrected, precision="fp32", progress=False),
+    "none": Settings(schedule=_uncorrected, precision="fp32", progress=False),
     "correction, warm-up": PLAN,
 }
 
 
-def run_short(
+def _run_short(
     seed: int, split: str, epochs: int, care: str, lr: float
 ) -> dict[str, np.ndarray]:
     """The same 32 sentences; another head and another order with each seed."""
@@ -453,7 +452,7 @@ def _seeds(executor) -> None:
     made = [{"epochs": e, "care": c, "lr": lr} for e in lengths for c in CARE]
     sizes = {"test": len(_half("test")["labels"])}
     some: Any = {"seeds": MANY, "budget": "32 labels, batches of 16"}
-    _study(run_short, made, "seeds", executor, sizes, **some)
+    _study(_run_short, made, "seeds", executor, sizes, **some)
 
 # %% ../../nbs/08_finetune.ipynb #f114a05d
 SHOTS = runtime.pick(quick=4, cpu=10)  # of each class
@@ -489,7 +488,7 @@ def _photos_of(name: str) -> images.ImageSet:
     return file
 
 # %% ../../nbs/08_finetune.ipynb #8fa71273
-class Tail(nn.Module):
+class _Tail(nn.Module):
     """A copy of the last block of EfficientNet-Lite0, the convolution after it
     and a fresh head.
     """
@@ -515,18 +514,20 @@ class Tail(nn.Module):
 @torch.no_grad()
 def _stem(name: str) -> Tensor:
     """What the frozen blocks give for the photos of a part."""
-    (net, prepare), made = _network(), []
-    for x in _photos_of(name).x.split(32):
-        h = nn.functional.relu6(net._bn0(net._conv_stem(prepare(x))))
-        made.append(net._blocks[:BEGIN](h))
-    return torch.cat(made)
+    net, prepare = _network()
+    first, norm, blocks = map(
+        net.get_submodule, ("_conv_stem", "_bn0", "_blocks")
+    )
+    frozen = nn.Sequential(first, norm, nn.ReLU6(), blocks[:BEGIN])
+    photos = _photos_of(name).x.split(32)
+    return torch.cat([frozen(prepare(x)) for x in photos])
 
 
 @functools.cache
 @torch.no_grad()
 def _photo_features(name: str, method: str) -> np.ndarray:
     if method == "probe":
-        return Tail(_network()[0]).eval().features(_stem(name)).numpy()
+        return _Tail(_network()[0]).eval().features(_stem(name)).numpy()
     x = nn.functional.interpolate(_photos_of(name).x.float(), 32, mode="area")
     return x.flatten(1).numpy() / 255
 
@@ -549,14 +550,14 @@ def _photo_guess(
         top = int(pool.y.float().mean() > 0.5)
         return lambda name: np.full(len(_photos_of(name)), top)
     runtime.seed_everything(seed)
-    tail, epochs = Tail(_network()[0]), runtime.pick(quick=2, cpu=20)
+    tail, epochs = _Tail(_network()[0]), runtime.pick(quick=2, cpu=20)
     some: Any = {"lr": lr, "epochs": epochs, "batch_size": 10, "seed": seed}
     labeled = _stem("pool")[few], pool.y[few]
     tune(tail, labeled, how=method, settings=PLAN, **some)
     return lambda name: predict(tail, _stem(name)).argmax(1).numpy()
 
 
-def run_photo(
+def _run_photo(
     seed: int,
     split: str,
     method: str,
@@ -594,7 +595,7 @@ def _photos(executor) -> None:
     budget = f"{2 * SHOTS} labels, 20 epochs of 2 batches"
     made = _photo_rows(MANY)
     some: Any = {"seeds": MANY, "budget": budget}
-    _study(run_photo, made, "photos", executor, sizes, **some)
+    _study(_run_photo, made, "photos", executor, sizes, **some)
 
 # %% ../../nbs/08_finetune.ipynb #ec898631
 def main(*names: str, executor=None) -> None:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from .. import data, models, optim, results, runtime
 from . import run_named
+from ..texts import masked_mean
 from ..train import Settings, fit
 
 __all__ = [
@@ -58,7 +59,7 @@ def _through(layers, hidden, mask):
     return hidden
 
 
-class Sentences(NamedTuple):
+class _Sentences(NamedTuple):
     """Vectors after the frozen layers (N, T, C), mask (N, T), labels (N,)."""
 
     hidden: Tensor
@@ -86,7 +87,7 @@ def _frozen(split):
         for ids, mask in zip(*parts, strict=True)
     ]
     mask, y = rows["attention_mask"], found.y[short]
-    return Sentences(torch.cat(lower), mask, y, texts)
+    return _Sentences(torch.cat(lower), mask, y, texts)
 
 
 @cache
@@ -112,11 +113,6 @@ def batches(hidden, mask, y, order, size=BATCH, pool=64):
     return cut
 
 
-def _mean(hidden, mask):
-    """The mean vector of each sentence."""
-    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-
-
 class Classifier(nn.Module):
     """The top layer of the encoder, the mean, and a fresh head."""
 
@@ -128,7 +124,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(model.config.hidden_size, 2)
 
     def forward(self, hidden, mask):
-        return self.head(_mean(_through(self.body, hidden, mask), mask))
+        return self.head(masked_mean(_through(self.body, hidden, mask), mask))
 
 # %% ../../nbs/03_optim.ipynb #637c74e1
 def _scores(logits, y, split):
@@ -159,7 +155,8 @@ def _tuned(seed, optimizer, lr, head, decay):
         params.append({"params": model.head.parameters(), "lr": lr * head})
     rule = optim.optimizer(optimizer, params, **options)
     how = Settings(schedule=SCHEDULE, precision="fp32", progress=False)
-    cut = batches(*task()["train"][:3], _drawn(seed))  # type: ignore[call-arg]
+    hidden, mask, y, _ = task()["train"]
+    cut = batches(hidden, mask, y, _drawn(seed))
     fit(model, cut, optimizer=rule, seed=seed, settings=how)
     return model.eval()
 
@@ -205,7 +202,7 @@ def _vectors():
     body, found = Classifier(0).eval().body, {}
     for split, (hidden, mask, y, _) in task().items():
         parts = zip(hidden.split(64), mask.split(64), strict=True)
-        vectors = [_mean(_through(body, *p), p[1]) for p in parts]
+        vectors = [masked_mean(_through(body, *p), p[1]) for p in parts]
         found[split] = torch.cat(vectors), y
     return found
 
@@ -253,7 +250,7 @@ HEAD_RATES = [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]
 BUDGET = f"{SIZE} sentences, 1 epoch in batches of {BATCH}"
 
 
-def _compare(name, rows, tried, executor, run=None, **how):
+def _compare(name, rows, tried, executor, runs=run, **how):
     """A study whose rows have tried `tried` settings each."""
     about = {"chapter": CHAPTER, "name": name, "seeds": SEEDS}
     about |= {"choose": "valid_loss", "executor": executor}
@@ -262,7 +259,7 @@ def _compare(name, rows, tried, executor, run=None, **how):
     mode = {"valid_loss": "min", "test_loss": "min"}
     budget = f"{BUDGET}, {tried} settings tried"
     return results.study(
-        run or globals()["run"],
+        runs,
         rows,
         budget=budget,
         mode=mode,

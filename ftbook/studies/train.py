@@ -23,8 +23,8 @@ from . import run_named
 from ..train import Settings, evaluate, fit, predict
 
 __all__ = [
-    "images", "network", "run", "run_pixels", "rows", "long_run", "stop",
-    "run_rule", "main",
+    "images", "network", "run", "run_pixels", "rows", "main", "long_run",
+    "stop", "run_rule",
 ]  # fmt: skip
 
 # %% ../../nbs/04_train.ipynb #ad0ce500
@@ -133,7 +133,7 @@ RULES: list[dict[str, Any]] = [
 ]
 
 
-class Watch:
+class _Watch:
     """Adds the loss and accuracy on another set to every epoch's row."""
 
     def __init__(self, data):
@@ -157,7 +157,7 @@ def long_run(seed):
         lr=chosen.row("loss", setup="batch 128")["lr"],
         batch_size=64,
         seed=seed,
-        callbacks=[Watch(images()["test"])],
+        callbacks=[_Watch(images()["test"])],
         settings=Settings(progress=False),
     )
 
