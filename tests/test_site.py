@@ -94,71 +94,129 @@ def pages(site) -> list:
     ]
 
 
-def test_every_page_loads_quietly_from_its_own_host(pages, address, page):
-    complaints, hosts = [], set()
+# One element of every look is enough for the rules of color: those of the thousand same ones are the same.
+LOOKS = """() => {
+  const looks = new Set();
+  for (const e of document.body.querySelectorAll('*')) {
+    e.removeAttribute('data-look');
+    if (![...e.childNodes].some(c => c.nodeType === Node.TEXT_NODE && c.data.trim())) continue;
+    const s = getComputedStyle(e), look = [e.tagName, e.closest('pre') ? e.className : '', s.color, s.fontSize, s.fontWeight, s.opacity];
+    for (let a = e; a; a = a.parentElement) look.push(getComputedStyle(a).backgroundColor);
+    const key = look.join('|');
+    if (!looks.has(key)) { looks.add(key); e.setAttribute('data-look', ''); }
+  }
+  for (const e of document.querySelectorAll('pre span:not([data-look])')) e.replaceWith(...e.childNodes);
+}"""
+COLOR = ["color-contrast", "link-in-text-block"]
+# The theme and the rules of axe-core at each width: all once, and again what depends on the room and on the theme.
+WIDTHS: dict = {
+    1280: ("light", {"rules": {rule: {"enabled": False} for rule in COLOR}}),
+    390: (
+        "dark",
+        {"runOnly": {"type": "rule", "values": ["target-size", "scrollable-region-focusable", "meta-viewport"]}},
+    ),
+}
+SEEN = """width => {
+  const boxes = s => [...document.querySelectorAll(s)].map(e => e.getBoundingClientRect());
+  return {
+    formulas: document.querySelectorAll('.math').length,
+    rendered: document.querySelectorAll('math').length,
+    numbers: boxes('.eqno').length,
+    lost: boxes('.eqno').filter(r => r.left < 0 || r.right > width).length,
+    overhang: document.documentElement.scrollWidth - window.innerWidth,
+    hidden: [...document.querySelectorAll('div.math')].filter(d => d.firstElementChild
+      && d.firstElementChild.getBoundingClientRect().left < d.getBoundingClientRect().left - 2).length,
+    images: document.images.length,
+    broken: [...document.images].filter(i => i.complete && i.naturalWidth === 0 && i.loading !== 'lazy').map(i => i.src.slice(0, 80)),
+  };
+}"""
 
-    def on_request(request):
-        hosts.update({urlsplit(request.url).netloc} if urlsplit(request.url).scheme not in ("data", "blob") else ())
 
-    def on_error(error):
-        complaints.append(str(error))
+def violations(page, theme: str, rules: dict) -> dict:
+    """What axe-core finds on the page, rule -> the first places: by these rules, and by those of the theme's colors."""
+    from axe_playwright_python.sync_playwright import Axe
 
-    def on_console(message):
-        complaints.extend([message.text] if message.type == "error" else [])
-
-    listeners = {"request": on_request, "pageerror": on_error, "console": on_console}
-    for event, listener in listeners.items():
-        page.on(event, listener)
-    for name in pages:
-        page.goto(f"/{name}")
-        assert complaints == [], name
-    assert hosts == {urlsplit(address).netloc}
-    for event, listener in listeners.items():
-        page.remove_listener(event, listener)
+    page.evaluate(f"document.querySelector('.theme-change-button[data-mode={theme}]').click()")
+    page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    page.evaluate("dispatchEvent(new Event('resize'))")
+    page.evaluate(LOOKS)
+    colors = {"runOnly": {"type": "rule", "values": COLOR}}, {"include": [["[data-look]"]]}
+    found = []
+    for options, context in ((rules, None), colors):
+        found += Axe().run(page, context, {"resultTypes": ["violations"], **options}).response["violations"]
+    page.evaluate("document.querySelector('.theme-change-button[data-mode=auto]').click()")
+    return {v["id"]: [n["html"][:160] for n in v["nodes"][:3]] + [len(v["nodes"])] for v in found}
 
 
-def test_mathematics_is_rendered(pages, page):
-    formulas = 0
-    for name in pages:
-        page.goto(f"/{name}")
-        wanted, made = page.evaluate("['.math', 'math'].map(s => document.querySelectorAll(s).length)")
-        assert made == wanted, name
-        formulas += made
-    assert formulas > 500
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_wide_equation_keeps_its_number(pages, page, width):
-    page.set_viewport_size({"width": width, "height": 900})
-    numbers = 0
-    for name in pages:
-        page.goto(f"/{name}")
-        places = page.evaluate(
-            "[...document.querySelectorAll('.eqno')].map(e => e.getBoundingClientRect()).map(r => [r.left, r.right])"
-        )
-        assert [p for p in places if p[0] < 0 or p[1] > width] == [], name
-        numbers += len(places)
+@pytest.fixture(scope="module")
+def tour(pages, page) -> dict:
+    """Every page, looked at once in each width: {(page, width): what it loads, says, shows and hides}."""
+    seen, packed = {}, {}
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        for name in [*pages, "search.html", "404.html"]:
+            responses, complaints = [], []
+            listeners = {
+                "response": lambda r, all_=responses: all_.append(r),
+                "pageerror": lambda error, said=complaints: said.append(str(error)),
+                "console": lambda m, said=complaints: said.extend([m.text] if m.type == "error" else []),
+            }
+            for event, listener in listeners.items():
+                page.on(event, listener)
+            page.goto(f"/{name}")
+            for event, listener in listeners.items():
+                page.remove_listener(event, listener)
+            for response in responses:
+                if response.url not in packed:
+                    packed[response.url] = len(gzip.compress(response.body()))
+            one = seen[name, width] = page.evaluate(SEEN, width)
+            one["complaints"], one["bytes"] = complaints, sum(packed[r.url] for r in responses)
+            one["hosts"] = {urlsplit(r.url).netloc for r in responses if not r.url.startswith(("data:", "blob:"))}
+            one["axe"] = violations(page, *WIDTHS[width])
     page.set_viewport_size({"width": 1280, "height": 900})
-    assert numbers > 50
+    return seen
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_no_page_scrolls_sideways(pages, page, width):
-    page.set_viewport_size({"width": width, "height": 900})
-    wide = {}
-    for name in pages:
-        page.goto(f"/{name}")
-        overhang = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-        if overhang > 0:
-            wide[name] = overhang
-        hidden = page.evaluate(
-            "[...document.querySelectorAll('div.math')].filter(d => d.firstElementChild && "
-            "d.firstElementChild.getBoundingClientRect().left < d.getBoundingClientRect().left - 2).length"
-        )
-        if hidden:  # what lies left of its box cannot be scrolled to
-            wide[name] = f"{hidden} equations begin left of their box"
-    page.set_viewport_size({"width": 1280, "height": 900})
-    assert wide == {}
+def unlike(tour: dict, key: str, wanted=0) -> dict:
+    return {place: one[key] for place, one in tour.items() if one[key] != wanted}
+
+
+def test_every_page_loads_quietly_from_its_own_host(tour, address):
+    assert unlike(tour, "complaints", []) == {}
+    assert unlike(tour, "hosts", {urlsplit(address).netloc}) == {}
+
+
+def test_mathematics_is_rendered(tour):
+    assert {p: one["rendered"] for p, one in tour.items() if one["rendered"] != one["formulas"]} == {}
+    assert sum(one["formulas"] for one in tour.values()) > 500 * len(WIDTHS)
+
+
+def test_a_wide_equation_keeps_its_number(tour):
+    assert unlike(tour, "lost") == {}
+    assert sum(one["numbers"] for one in tour.values()) > 50 * len(WIDTHS)
+
+
+def test_no_page_scrolls_sideways(tour):
+    assert {p: one["overhang"] for p, one in tour.items() if one["overhang"] > 0} == {}
+    assert unlike(tour, "hidden") == {}, "what lies left of its box cannot be scrolled to"
+
+
+def test_pages_are_light(tour):
+    """Bytes as a server compresses them."""
+    heavy = {
+        p: one["bytes"] for p, one in tour.items() if one["bytes"] > (300_000 if p[0] == "index.html" else 1_500_000)
+    }
+    assert heavy == {}
+
+
+def test_pictures_are_drawn(tour):
+    assert unlike(tour, "broken", []) == {}
+    assert sum(one["images"] for one in tour.values()) > 10 * len(WIDTHS)
+
+
+def test_axe_finds_nothing_on_any_page_in_either_theme(tour):
+    assert unlike(tour, "axe", {}) == {}
 
 
 def test_the_theme_switches_to_dark_and_back(page):
@@ -220,21 +278,6 @@ def test_every_page_says_what_it_may_load_and_what_it_is(pages, site):
             assert text.count('<meta name="description"') == 1, name
 
 
-def test_pages_are_light(pages, address, page):
-    """Bytes as a server compresses them."""
-    heavy = {}
-    for name in pages:
-        sizes = []
-        listener = lambda r, sizes=sizes: sizes.append(len(gzip.compress(r.body())))  # noqa: E731
-        page.on("response", listener)
-        page.goto(f"/{name}")
-        page.remove_listener("response", listener)
-        limit = 300_000 if name == "index.html" else 1_500_000
-        if sum(sizes) > limit:
-            heavy[name] = sum(sizes)
-    assert heavy == {}
-
-
 def test_every_public_name_has_an_entry_that_the_text_links_to(site):
     from tools.api import listed, modules
 
@@ -249,18 +292,6 @@ def test_the_book_can_be_read_by_programs(site):
     short, full = ((site / f).read_text(encoding="utf-8") for f in ("llms.txt", "llms-full.txt"))
     assert short.startswith("# ") and "nbs/10_ner.html" in short
     assert "def viterbi" in full
-
-
-def test_pictures_are_drawn(pages, page):
-    drawn = 0
-    for name in pages:
-        page.goto(f"/{name}")
-        broken = page.evaluate(
-            "[...document.images].filter(i => i.complete && i.naturalWidth === 0 && i.loading !== 'lazy').map(i => i.src.slice(0, 80))"
-        )
-        assert broken == [], name
-        drawn += page.evaluate("document.images.length")
-    assert drawn > 10
 
 
 @pytest.fixture(scope="module")
@@ -380,34 +411,6 @@ def test_the_home_page_says_in_its_first_screen_what_the_book_is(page):
         assert box["y"] + box["height"] <= 800, place
     assert page.locator(".cards li").count() == page.locator(".cards li svg").count() > 10
     page.set_viewport_size({"width": 1280, "height": 900})
-
-
-def violations(page, rules: tuple = ()) -> dict:
-    """What axe-core finds on the page: rule -> the first places."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    only = {"runOnly": {"type": "rule", "values": list(rules)}} if rules else {}
-    found = Axe().run(page, options={"resultTypes": ["violations"], **only}).response["violations"]
-    return {v["id"]: [n["html"][:160] for n in v["nodes"][:3]] + [len(v["nodes"])] for v in found}
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-def test_axe_finds_nothing_on_any_page_in_either_theme(pages, page, width):
-    """All rules in the light theme; in the dark one, where the same elements have other colors, those of color."""
-    page.set_viewport_size({"width": width, "height": 900})
-    found = {}
-    for name in [*pages, "search.html", "404.html"]:
-        for theme, rules in (("light", ()), ("dark", ("color-contrast", "link-in-text-block"))):
-            page.goto(f"/{name}")
-            page.evaluate(f"document.querySelector('.theme-change-button[data-mode={theme}]').click()")
-            page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
-            page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-            page.evaluate("dispatchEvent(new Event('resize'))")
-            if bad := violations(page, rules):
-                found[f"{name} {theme}"] = bad
-    page.evaluate("document.querySelector('.theme-change-button[data-mode=auto]').click()")
-    page.set_viewport_size({"width": 1280, "height": 900})
-    assert found == {}
 
 
 def test_no_directive_of_the_notebooks_reaches_a_page(site):

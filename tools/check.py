@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from .settings import NBS, ROOT
+from .settings import KEEP_MEMORY, NBS, ROOT
 
 ELSEWHERE = (
     "test_notebooks",
@@ -20,7 +20,8 @@ ELSEWHERE = (
 
 def environment() -> dict:
     """One thread a worker, and threads that wait without spinning: the workers share the cores."""
-    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "OMP_WAIT_POLICY": "PASSIVE"}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**KEEP_MEMORY, **os.environ, **threads}
 
 
 def pytest(*arguments: str) -> int:

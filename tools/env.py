@@ -45,7 +45,7 @@ def main(folder, lock, editable):
         run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv")
     print("environment: installing %s into %s/ (first time: minutes)" % (lock, folder), flush=True)
     os.environ.setdefault("UV_LINK_MODE", "copy" if os.name == "nt" else "hardlink")
-    install = (python, "-m", "uv", "pip", "install", "--quiet", "--python", python)
+    install = (python, "-m", "uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", python)
     if uv(*install, "--requirements", lock):
         stop("the packages of %s could not be installed: see the lines above" % lock)
     if editable and uv(*install, "--no-deps", "--editable", "."):

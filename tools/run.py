@@ -19,8 +19,9 @@ from pathlib import Path
 from .fingerprint import fingerprint
 from .generate import is_generated
 from .generate import main as generate
-from .settings import NBS, RESULTS, ROOT, find
+from .settings import KEEP_MEMORY, NBS, RESULTS, ROOT, find
 
+os.environ.update({**KEEP_MEMORY, **os.environ})  # for the kernels
 os.environ.setdefault("FTBOOK_PROFILE", "cpu")
 PROFILE = os.environ["FTBOOK_PROFILE"]
 if PROFILE != "quick":

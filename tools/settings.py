@@ -9,6 +9,14 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS, RESULTS = ROOT / "nbs", ROOT / "results"
 EXTRAS = "notebook", "book", "dev", "bench"
 
+# glibc keeps what a training step frees, instead of asking the system for the same pages at every step (half the time
+# of a convolutional network); other systems do not read these
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "16000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
 
 def settings() -> dict:
     """The [DEFAULT] section of settings.ini."""

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from .settings import ROOT, chapters, find
+from .settings import KEEP_MEMORY, ROOT, chapters, find
 
 STUDIES = ROOT / "ftbook" / "studies"
 
@@ -26,6 +26,7 @@ def main(arguments: list) -> int:
         if chapter not in known:
             raise SystemExit(f"results: {chapter} has no study; chapters with studies: {', '.join(known)}")
         wanted = {chapter: known[chapter]}
+    os.environ.update({**KEEP_MEMORY, **os.environ})
     os.environ.setdefault("FTBOOK_PROFILE", "cpu")
     for chapter, command in wanted.items():
         profile = os.environ["FTBOOK_PROFILE"]

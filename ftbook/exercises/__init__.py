@@ -3,7 +3,7 @@
 import contextlib
 import doctest
 import io
-import math
+from math import isclose
 
 __all__ = ["say", "numbers", "close_to", "examples"]
 
@@ -28,7 +28,7 @@ def close_to(answer, right, hint, asks="put one number into `answer`", rel_tol=1
     given = numbers(answer, len(right))
     if given is None:
         return say(False, asks)
-    return say(all(math.isclose(g, r, rel_tol=rel_tol) for g, r in zip(given, right, strict=True)), hint)
+    return say(all(isclose(g, r, rel_tol=rel_tol) for g, r in zip(given, right, strict=True)), hint)
 
 
 def examples(function) -> bool:
