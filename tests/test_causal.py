@@ -478,7 +478,7 @@ def test_exercises_accept_the_solutions_of_the_page_and_say_what_is_off(root, ca
 
     nb = json.loads((root / "nbs" / "07_causal.ipynb").read_text(encoding="utf-8"))
     page = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
-    names: dict = {"torch": torch}
+    names: dict = {"torch": torch, "math": math}
     for code in re.findall(r"<details><summary>Solution \d</summary>\n\n```python\n(.*?)```", page, flags=re.S):
         exec(code, names)
     assert check.bits(0.9 / (4.1 * math.log(2))) and check.cache_bytes(names["answer"])

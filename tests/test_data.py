@@ -169,9 +169,12 @@ def drip(handler, before_headers=False):
 
 
 def test_interrupt_leaves_nothing(cache, server, toy):
+    def interrupted(handler):
+        threading.Timer(0.1, _thread.interrupt_main).start()
+        drip(handler)
+
     toy(server.base + "/toy.bin")
-    server.answers["/toy.bin"] = [drip]
-    threading.Timer(0.3, _thread.interrupt_main).start()
+    server.answers["/toy.bin"] = [interrupted]
     with pytest.raises(KeyboardInterrupt):
         data._fetch("toy", progress=False)
     assert files_under(cache) == []
