@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -306,20 +307,29 @@ def test_one_run_of_every_study_scores_the_images_of_its_split(split):
         assert set(scores) == {f"{split}_accuracy"} and 0.2 < scores[f"{split}_accuracy"] < 1
 
 
+@pytest.mark.parametrize("features", ["pixels", "untrained", "masked autoencoder", "SimCLR", "DINO"])
+def test_a_probe_scores_every_image_of_its_split(features):
+    right = study.probe_run(0, "valid", features=features, labels=2, C=0.1)["valid_accuracy"]
+    assert right.shape == (200,) and 0.1 < right.mean() < 1
+
+
 def test_the_studies_fill_their_rows(monkeypatch, tmp_path):
     def run(seed, split, architecture, method, pool, labels, lr, corruption=None):
         return {"valid_accuracy": 0.5 + lr, f"{split}_accuracy": 0.5 + lr}
 
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     monkeypatch.setattr(study, "label_run", run)
+    monkeypatch.setattr(
+        study, "probe_run", lambda seed, split, features, labels, C: {f"{split}_accuracy": np.full(4, 0.5 - 0.1 * C)}
+    )
     monkeypatch.setattr(study, "baseline_run", lambda seed, split, features, labels, C: {f"{split}_accuracy": 0.5 - C})
     with pytest.warns(UserWarning, match="at the edge"):
         study.main()
     rows = results.load_study(study.CHAPTER, "label_efficiency").rows("test_accuracy")
     assert len(rows) == 2 * 5 * len(study.LABELS) and all(r["lr"] == 0.01 and r["tried"] == 3 for r in rows)
-    best = results.load_study(study.CHAPTER, "ablation").rows("test_accuracy")
-    assert len(best) == 6 and all(r["lr"] == 0.1 and len(r["values"]) == 5 for r in best)
+    probes = results.load_study(study.CHAPTER, "views").rows("test_accuracy")
+    assert [r["features"] for r in probes] == [*study.FEATURES, "pixels"] and {len(r["values"]) for r in probes} == {3}
     linear = results.load_study(study.CHAPTER, "baselines").rows("test_accuracy")
     assert [r["C"] for r in linear] == [0.1] * 2 * len(study.LABELS)
-    with pytest.raises(ValueError, match="no study 'label'; use label_efficiency, ablation, base"):
+    with pytest.raises(ValueError, match="no study 'label'; use label_efficiency, baselines, views"):
         study.main("label")

@@ -37,7 +37,7 @@ FLOORS = [
     ["checkpoint"],
     ["train"],
     ["finetune"],
-    ["autoencoder", "mlm", "causal", "vision", "ner", "peft", "regularize", "augment", "search"],
+    ["autoencoder", "contrastive", "mlm", "causal", "vision", "ner", "peft", "regularize", "augment", "search"],
     ["studies"],
 ]
 STUDIES = [f.stem.split("_", 1)[1] for f in chapters()]  # in the order of the book
