@@ -153,6 +153,7 @@ _BACKBONES = {
     "mobilenet_v2": "MobileNet_V2_Weights.IMAGENET1K_V1",
     "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
     "resnet50": "ResNet50_Weights.IMAGENET1K_V2",
+    "vit_b_16": "ViT_B_16_Weights.IMAGENET1K_V1",
 }
 _CONVERTED = {  # the file behind this chapter's rows on photos
     "mobilenet_v2": (
@@ -236,8 +237,8 @@ def backbone(
     Parameters
     ----------
     name : str
-        "efficientnet_lite0"; torchvision's "mobilenet_v2", "resnet18" or
-        "resnet50".
+        "efficientnet_lite0"; torchvision's "mobilenet_v2", "resnet18",
+        "resnet50" or "vit_b_16".
     weights : "imagenet" or None
         The pinned ImageNet weights, from the cache folder or downloaded into
         it; None draws them at random.

@@ -468,23 +468,67 @@ def test_the_probe_is_scikit_learns(classes):
 # the chapter's study
 
 
-MOVES = dict.fromkeys(study.WAYS, {"body.0", "body.1", "body.2"})
-MOVES |= {"linear probe": set(), "head": set(), "last block": {"body.2"}}
+@pytest.fixture(scope="module")
+def twelve():
+    """A few photos and a small untrained EfficientNet in the place of the study's."""
+    torch.manual_seed(0)
+    part = images(12, size=32)
+    seen = v.backbone("efficientnet_lite0", weights=None).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "_photos", lambda: part)
+        patch.setattr(study, "_untouched", lambda: seen)
+        study._seen.cache_clear()
+        yield part, seen
+    study._seen.cache_clear()
+
+
+def test_halves_cover_every_photo_once_class_by_class_and_change_with_the_seed():
+    y = torch.tensor([0] * 11 + [1] * 8)
+    (a, b), (c, d) = study.halves(y, seed=3)
+    assert list(a) == list(d) and list(b) == list(c) and sorted([*a, *b]) == list(range(19))
+    assert abs(int((y[a] == 0).sum()) - int((y[b] == 0).sum())) <= 1 and abs(len(a) - len(b)) <= 1
+    assert set(study.halves(y, seed=4)[0][0]) != set(a) and list(study.halves(y, seed=3)[0][0]) == list(a)
+
+
+@pytest.mark.parametrize("block", [0, 3, 11])
+def test_a_cut_network_is_the_network(block):
+    torch.manual_seed(0)
+    model = v.backbone("efficientnet_lite0", weights=None, n_classes=2).eval()
+    front, rear = study.cut(model, block)
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(rear.eval()(front.eval()(x)), model(x), rtol=1e-4, atol=1e-5)
+    whole = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for m in (front, rear) for p in m.parameters()) == whole
+    assert (sum(p.numel() for p in front.parameters()) == 0) == (block == 0)
+
+
+def test_what_is_no_efficientnet_is_not_cut():
+    model = v.Normalized(small(2))
+    front, rear = study.cut(model, 3)
+    assert isinstance(front, nn.Identity) and rear is model
 
 
 @pytest.mark.parametrize("way", list(study.WAYS))
-def test_every_way_moves_what_it_says(way):
-    original, part = small(5), images(16)
-    before = copy.deepcopy(original.state_dict())
-    strength = 0.1 if way == "linear probe" else None
-    model, spent = study.tuned_by(way, original, part, seed=3, lr=0.01, strength=strength, epochs=4, batch_size=8)
-    assert all(torch.equal(t, before[k]) for k, t in original.state_dict().items()), "the original was changed"
-    changed = [k for k, t in model.state_dict().items() if k.startswith("body") and not torch.equal(t, before[k])]
-    if way == "head, moving statistics":
-        assert changed and all(k.endswith(("running_mean", "running_var", "num_batches_tracked")) for k in changed)
-    else:
-        assert {k[:6] for k in changed} == MOVES[way]
-    assert spent["trained"] > 0 and ("train_loss_4" in spent) == (way != "linear probe")
+def test_every_way_tunes_a_copy_and_says_what_it_took(way, twelve):
+    part, untouched = twelve
+    before = copy.deepcopy(untouched.state_dict())
+    chosen = {"strength": 1.0} if way in (*study.SOLVED, "LP-FT") else {}
+    chosen |= {} if way in study.SOLVED else {"lr": 1e-3}
+    model, spent = study.tuned_by(way, np.arange(8), seed=1, **chosen)
+    assert all(torch.equal(t, before[k]) for k, t in untouched.state_dict().items()), "the original was changed"
+    assert model.eval()(study._seen(study.WAYS[way]).float()).shape == (12, 2)
+    assert spent["trained"] == sum(p.numel() for p in model.parameters())
+    assert ("train_loss" in spent) == (way not in study.SOLVED)
+
+
+def test_lp_ft_starts_where_the_linear_probe_ends(twelve):
+    part, _ = twelve
+    probe, _ = study.tuned_by("linear probe", np.arange(8), seed=1, strength=1.0)
+    started, _ = study.tuned_by("LP-FT", np.arange(8), seed=1, lr=1e-30, strength=1.0)
+    torch.testing.assert_close(started.head.weight, probe.weight, rtol=1e-3, atol=1e-4)
+    reference = LogisticRegression(C=1.0, max_iter=2000).fit(study._seen("features")[:8], part.y[:8])
+    ours = probe(study._seen("features")).softmax(1).detach()
+    np.testing.assert_allclose(ours, reference.predict_proba(study._seen("features")), rtol=1e-3, atol=1e-4)
 
 
 def test_the_old_task_sees_forgetting():
@@ -495,60 +539,58 @@ def test_the_old_task_sees_forgetting():
     assert 0 <= old.measure(other)["agreement"] <= 1 and 0 <= old.measure(other)["old_probe"] <= 1
 
 
-def test_folds_cover_every_image_once():
-    part = images(26)
-    part = ImageSet(torch.arange(26, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2), part.y, part.classes)
-    seen = [study.hold_out(part, i, folds=4) for i in range(4)]
-    assert sorted(int(i) for _, valid in seen for i in valid.x[:, 0, 0, 0]) == list(range(26))
-    assert all(len(train) + len(valid) == 26 for train, valid in seen)
-    assert all(not set(t.x[:, 0, 0, 0].tolist()) & set(w.x[:, 0, 0, 0].tolist()) for t, w in seen)
-    with pytest.raises(ValueError, match="fold 4 of 4"):
-        study.hold_out(part, 4)
+def test_one_run_of_the_plain_network_scores_the_images_of_its_split():
+    for split in ("valid", "test"):
+        scores = study.source_run(0, split, lr=0.01)
+        assert f"{split}_accuracy" in scores and (split == "test") == any("test" in k for k in scores)
 
 
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_one_run_of_every_study_scores_the_images_of_its_split(split):
-    runs = {
-        "source": study.source_run(0, split, lr=0.01),
-        "classes": study.classes_run(1, split, way="head", lr=1e-3, labels=2),
-        "photos": study.photo_run(0, split, way="head", lr=0.01),
-        "probe": study.photo_run(0, split, way="linear probe", strength=0.1),
-    }
-    for name, scores in runs.items():
-        assert f"{split}_accuracy" in scores and all(0 <= s <= 1 for k, s in scores.items() if "accuracy" in k), name
-        assert split == "test" or not any("test" in k for k in scores), "validation runs touch no test image"
-    assert ("old_accuracy" in runs["classes"]) == ("blurred_accuracy" in runs["photos"]) == (split == "test")
-    assert ("agreement" in runs["probe"]) == (split == "test") and "blurred_accuracy" not in runs["probe"]
+def test_a_run_scores_every_photo_by_the_network_that_did_not_see_it(twelve, monkeypatch):
+    part, _ = twelve
+    trained = []
+    tuned_by = study.tuned_by
+
+    def told(way, train, **options):
+        trained.append(set(train))
+        return tuned_by(way, train, **options)
+
+    monkeypatch.setattr(study, "tuned_by", told)
+    monkeypatch.setattr(study, "_forgotten", lambda way, model: {"agreement": 0.5})
+    found = study.photo_run(1, "test", way="linear probe", strength=1.0)
+    assert len(trained) == 2 and not trained[0] & trained[1] and len(trained[0] | trained[1]) == 12
+    assert {len(v) for v in found.values() if np.ndim(v)} == {12} and "agreement" not in found
+    assert {f"{c}_accuracy" for c in study.CHANGES} < set(found) and set(found["accuracy"]) <= {0.0, 1.0}
+    moved = study.photo_run(1, "test", way="last stage", lr=1e-3)
+    assert moved["agreement"] == 0.5 and "noisy_accuracy" not in moved
+    trained.clear()
+    found = study.photo_run(1, "valid", way="linear probe", strength=1.0)
+    assert len(trained) == 1 and len(trained[0]) == 4 and len(found["loss"]) == 2 and "noisy_accuracy" not in found
 
 
-def test_the_study_of_photos_takes_rates_of_others_and_knows_its_names(monkeypatch, tmp_path):
+def test_the_study_of_photos_takes_the_probes_strength_for_lp_ft(monkeypatch, tmp_path):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     asked = []
 
     def run(seed, split, way, lr=None, strength=None):
-        asked.append((split, way, lr or strength))
-        return {f"{split}_loss": abs((lr or strength) - 0.01), f"{split}_accuracy": 0.5}
+        asked.append((split, way))
+        n = 6 if split == "valid" else 9
+        return {"loss": np.full(n, abs((lr or strength) - 0.001)), "accuracy": np.ones(n)}
 
     monkeypatch.setattr(study, "photo_run", run)
-    study.main("photos")
+    study.main("photos", "whole")
     found = results.load_study(study.CHAPTER, "photos")
-    rows = {r["way"]: r for r in found.rows("test_accuracy")}
-    assert list(rows) == [r["way"] for r in study.PHOTO_ROWS] and set(rows) == set(study.WAYS)
-    assert rows["full, augmented"]["lr"] == rows["full"]["lr"] == 0.01 == rows["linear probe"]["strength"]
-    assert len(asked) == 7 * 3 + 9 * 3 and not any(s == "valid" and "augmented" in w for s, w, _ in asked)
-    with pytest.raises(ValueError, match="no study 'photo'; use source, classes, photos"):
+    rows = {r["way"]: r for r in found.rows("accuracy")}
+    assert list(rows) == [way for way in study.WAYS if way != "every weight"]
+    assert rows["LP-FT"]["strength"] == rows["linear probe"]["strength"]
+    assert len(asked) == 6 * 4 + 6 * 3 + 1 and asked[-1] == ("test", "every weight")
+    alone = results.load_study(study.CHAPTER, "whole").row("accuracy")
+    assert alone["lr"] == rows["whole network"]["lr"] and alone["seeds"] == [1]
+    with pytest.raises(ValueError, match="no study 'photo'; use source, photos, whole"):
         study.main("photo")
 
 
-def test_the_other_studies_fill_their_rows(monkeypatch, tmp_path):
+def test_the_plain_networks_study_shows_both_rates(monkeypatch, tmp_path):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     monkeypatch.setattr(study, "source_run", lambda seed, split, lr: {f"{split}_accuracy": lr})
-    monkeypatch.setattr(study, "_untuned", lambda seed: {"old_accuracy": 0.6})
-    monkeypatch.setattr(study, "_memory_run", lambda seed, way: {"peak_mb": 1.0})
-    monkeypatch.setattr(
-        study, "classes_run", lambda seed, split, way, lr, labels: {f"{split}_loss": lr, f"{split}_accuracy": 1 - lr}
-    )
-    study.main("source", "classes", "memory")
+    study.main("source")
     assert results.load_study(study.CHAPTER, "source").row("test_accuracy", lr=0.03).mean == 0.03
-    assert [r["lr"] for r in results.load_study(study.CHAPTER, "classes").rows("test_accuracy")] == [3e-4] * 3
-    assert len(results.load_sweep(study.CHAPTER, "memory").rows) == 7
