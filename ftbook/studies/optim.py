@@ -250,7 +250,7 @@ HEAD_RATES = [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0]
 BUDGET = f"{SIZE} sentences, 1 epoch in batches of {BATCH}"
 
 
-def _compare(name, rows, tried, executor, runs=run, **how):
+def _compare(name, rows, tried, executor, runs=None, **how):
     """A study whose rows have tried `tried` settings each."""
     about = {"chapter": CHAPTER, "name": name, "seeds": SEEDS}
     about |= {"choose": "valid_loss", "executor": executor}
@@ -259,7 +259,7 @@ def _compare(name, rows, tried, executor, runs=run, **how):
     mode = {"valid_loss": "min", "test_loss": "min"}
     budget = f"{BUDGET}, {tried} settings tried"
     return results.study(
-        runs,
+        runs or run,
         rows,
         budget=budget,
         mode=mode,
