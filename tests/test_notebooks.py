@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from tools.generate import NEEDS, is_generated
-from tools.settings import NBS, RESULTS
+from tools.settings import NBS, RESULTS, kernel_environment
 
 NOTEBOOKS = sorted(NBS.glob("[!.]*.ipynb"))
 
@@ -39,7 +39,7 @@ def test_notebook_runs_in_the_quick_profile(path):
             extra_arguments=["--IPKernelApp.log_level=40", "--HistoryManager.hist_file=:memory:"],
         )
         try:
-            client.execute()
+            client.execute(env=kernel_environment(path))
             break
         except (CellTimeoutError, DeadKernelError):
             if attempt == 2:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from .settings import KEEP_MEMORY, NBS, ROOT
+from .settings import NBS, ROOT
 
 ELSEWHERE = (
     "test_notebooks",
@@ -21,7 +21,7 @@ ELSEWHERE = (
 def environment() -> dict:
     """One thread a worker, and threads that wait without spinning: the workers share the cores."""
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "OMP_WAIT_POLICY": "PASSIVE"}
-    return {**KEEP_MEMORY, **os.environ, **threads}
+    return {**os.environ, **threads}
 
 
 def pytest(*arguments: str) -> int:

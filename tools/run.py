@@ -19,9 +19,8 @@ from pathlib import Path
 from .fingerprint import fingerprint
 from .generate import is_generated
 from .generate import main as generate
-from .settings import KEEP_MEMORY, NBS, RESULTS, ROOT, find
+from .settings import NBS, RESULTS, ROOT, find, kernel_environment
 
-os.environ.update({**KEEP_MEMORY, **os.environ})  # for the kernels
 os.environ.setdefault("FTBOOK_PROFILE", "cpu")
 PROFILE = os.environ["FTBOOK_PROFILE"]
 if PROFILE != "quick":
@@ -131,7 +130,7 @@ def execute(path: Path) -> dict:
         extra_arguments=["--IPKernelApp.log_level=40"],
     )
     start = time.perf_counter()
-    with client.setup_kernel():
+    with client.setup_kernel(env=kernel_environment(path)):
         for index, cell in enumerate(nb.cells):
             client.execute_cell(cell, index)
         seconds = time.perf_counter() - start

@@ -1,5 +1,6 @@
 """settings.ini and _quarto.yml, read once for all commands of this folder and for site/."""
 
+import os
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -73,3 +74,8 @@ def find(chapter: str) -> Path:
         known = ", ".join(f.stem for f in sorted(NBS.glob("*.ipynb"))) or "none yet"
         raise SystemExit(f"no single notebook {chapter!r} in nbs/: use a number or a name of {known}")
     return found[0]
+
+
+def kernel_environment(notebook: Path) -> dict:
+    """The variables of a notebook's kernel: memory is kept, except where the chapter measures memory."""
+    return dict(os.environ) if notebook.stem == "A3_runtime" else {**KEEP_MEMORY, **os.environ}
