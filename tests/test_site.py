@@ -394,6 +394,34 @@ def test_the_glossary_filters_in_both_languages(page):
     assert len(page.evaluate(shown)) > 100
 
 
+def test_a_choice_opens_by_keyboard_and_what_was_answered_is_kept(site, page):
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    for address in ("/nbs/11_peft.html", (site / "nbs" / "11_peft.html").as_uri()):
+        page.goto(address)
+        page.evaluate("localStorage.clear()")
+        page.reload()
+        count = page.locator(".quiz-count")
+        total = page.locator("details.choice.right").count()
+        assert count.inner_text() == f"0 of {total} answered" and count.get_attribute("role") == "status"
+        for kind, opened in (("wrong", 0), ("right", 1)):
+            choice = page.locator(f"details.choice.{kind}").first
+            choice.locator("summary").focus()
+            page.keyboard.press("Enter")
+            assert choice.locator("p").is_visible()
+            assert holds(
+                page, f"document.querySelector('.quiz-count').textContent === '{opened} of {total} answered'", 5
+            )
+        assert page.locator("p.question.answered").count() == 1
+        page.reload()
+        assert page.locator("details.choice[open]").count() == 0
+        assert count.inner_text() == f"1 of {total} answered"
+        assert "answered" in page.locator("p.question").first.get_attribute("class")
+        page.goto(address.replace("11_peft", "10_ner"))
+        assert count.inner_text().startswith("0 of "), "each page counts its own"
+    assert errors == []
+
+
 def test_no_letter_of_another_script_stands_without_its_language(pages, page):
     for name in ("nbs/A7_glossary.html", "index.html"):
         page.goto(f"/{name}")

@@ -1,4 +1,5 @@
-// "Show all code": one switch for every folded cell, remembered; boxes that scroll are for the keyboard too; tables sort; the glossary filters.
+// "Show all code": one switch for every folded cell, remembered; boxes that scroll are for the keyboard too; tables sort; the glossary filters;
+// questions are counted.
 // Works from file://.
 (() => {
   const KEY = "ftbook-code";
@@ -97,7 +98,40 @@
     });
   };
 
-  const enrich = () => { document.querySelectorAll("article table, main table").forEach(sortable); filter(); };
+  // a question is answered when its right choice was opened; the count stands above the first one and stays in this browser
+  const quiz = () => {
+    const key = `ftbook-quiz ${location.pathname.split("/").pop()}`;
+    const asked = new Map(); // right choice -> the paragraph that asks
+    for (const right of document.querySelectorAll("details.choice.right")) {
+      let question = right;
+      while (question?.matches("details.choice")) question = question.previousElementSibling;
+      if (question) asked.set(right, question);
+    }
+    if (!asked.size) return;
+    let done = [];
+    try { done = JSON.parse(localStorage.getItem(key)) || []; } catch { /* private window */ }
+    const answered = new Set([...asked.values()].map((q) => q.textContent).filter((text) => done.includes?.(text)));
+    const count = document.createElement("p");
+    count.className = "quiz-count";
+    count.setAttribute("role", "status");
+    const say = () => {
+      for (const question of asked.values()) question.classList.toggle("answered", answered.has(question.textContent));
+      count.textContent = `${answered.size} of ${asked.size} answered`;
+    };
+    for (const [right, question] of asked) {
+      question.classList.add("question");
+      right.addEventListener("toggle", () => {
+        if (!right.open || answered.has(question.textContent)) return;
+        answered.add(question.textContent);
+        say();
+        try { localStorage.setItem(key, JSON.stringify([...answered])); } catch { /* private window */ }
+      });
+    }
+    say();
+    [...asked.values()][0].before(count);
+  };
+
+  const enrich = () => { document.querySelectorAll("article table, main table").forEach(sortable); filter(); quiz(); };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", enrich); else enrich();
   addEventListener("load", reach);
   addEventListener("resize", reach);
