@@ -127,7 +127,10 @@ def fields(template: str) -> list:
 
 
 def values(template: str, said: str) -> dict:
-    """What stands in the fields of a template in the sentence made from it: field -> text."""
+    """What stands in the fields of a template in the sentence made from it: field -> text.
+
+    A comma between the bounds of an interval ends no field. A sentence that could be read in two ways is an error.
+    """
     pattern, named = "", {}
     for literal, field in fields(template):
         pattern += re.escape(literal).replace("<", "(?:<|&lt;)")
@@ -135,11 +138,13 @@ def values(template: str, said: str) -> dict:
             pattern += f"(?P={named[field]})"
         elif field:
             named[field] = f"f{len(named)}"
-            pattern += f"(?P<{named[field]}>.*?)"
-    match = re.fullmatch(pattern, said, re.S)
-    if not match:
-        raise ValueError(f"the stored sentence {said[:60]!r} was not made from {template[:60]!r}: run its notebook again")
-    return {field: match[name] for field, name in named.items()}
+            pattern += rf"(?P<{named[field]}>(?:[^\[\]]|\[[^\[\]]*\])*?)"
+    first, other = (re.fullmatch(p, said) for p in (pattern, pattern.replace(")*?)", ")*)")))
+    if not first or not other:
+        raise ValueError(f"{said[:60]!r} was not made from {template[:60]!r}: run its notebook again")
+    if first.groups() != other.groups():
+        raise ValueError(f"{said[:60]!r} does not tell where its fields end: put other words between two of them")
+    return {field: first[name] for field, name in named.items()}
 
 
 def wrong(key: str, english: str, chinese: str, template: bool) -> list:
@@ -255,8 +260,18 @@ class Edition:
         for end, chinese in self.known.items():
             if end.startswith(",") and text.endswith(end):
                 return self.word(text.removesuffix(end)) + chinese
-        parts = [self.known.get(p, self.known.get(p.strip("*"), p)) for p in text.split("; ")]
+        parts = [self.known.get(p) or self.known.get(p.strip("*")) or self.phrase(p) or p for p in text.split("; ")]
         return self.known.get(text, "；".join(parts))
+
+    def phrase(self, said: str) -> str:
+        """A text by its pattern in words.md, "" where none fits."""
+        for pattern, chinese in self.known.items():
+            if "{" in pattern:
+                try:
+                    return chinese.format(**values(pattern, said))
+                except ValueError:
+                    continue
+        return ""
 
     def sentence(self, key: str, template: str, said: str) -> str:
         """A sentence in Chinese, its numbers taken from the stored English one."""
@@ -269,9 +284,8 @@ class Edition:
 
     def table(self, key: str, caption: str, said: str) -> str:
         """A table: words of words.md, the caption in Chinese."""
-        rows = said.removesuffix(f"*{caption}*").rstrip() if caption else said
         lines = []
-        for row in rows.split("\n"):
+        for row in said.partition("\n\n")[0].split("\n"):
             cells = [c.strip() for c in re.split(r"(?<!\\)\|", row)[1:-1]]
             lines.append("| " + " | ".join(map(self.word, cells)) + " |")
         if not caption:
@@ -279,16 +293,6 @@ class Edition:
         note = self.state(key, caption)
         below = f'<em lang="en">{html.escape(caption, quote=False)}</em>{note}' if note else f"*{self.found[key][1]}*"
         return "\n".join([*lines, "", below])
-
-    def line(self, said: str) -> str:
-        """A line that a function wrote: words.md has its pattern, with fields; else it stays English."""
-        for pattern, chinese in self.known.items():
-            if "{" in pattern:
-                try:
-                    return chinese.format(**values(pattern, said))
-                except ValueError:
-                    continue
-        return f'<span lang="en">{said}</span>'
 
     def output(self, output: dict, key: str) -> dict:
         """An output in Chinese; `key` is that of its text."""
@@ -299,7 +303,7 @@ class Edition:
         elif "table" in about:
             data["text/markdown"] = self.table(key, text, said)
         elif "call" in about:
-            data["text/markdown"] = self.line(said)
+            data["text/markdown"] = self.phrase(said) or f'<span lang="en">{said}</span>'
         elif "alt" in about:
             note = self.state(key, text)
             about["alt"] = text if note else self.found[key][1]
