@@ -16,7 +16,11 @@ def markdown(key: str, source: str) -> dict:
 
 def sentence(key: str, template: str, said: str) -> dict:
     data = {"text/markdown": said, "text/plain": said}
-    output = {"output_type": "execute_result", "data": data, "metadata": {"ftbook": {"template": template, "values": {}}}}
+    output = {
+        "output_type": "execute_result",
+        "data": data,
+        "metadata": {"ftbook": {"template": template, "values": {}}},
+    }
     return {"cell_type": "code", "id": key, "metadata": {}, "source": "say()", "outputs": [output]}
 
 
@@ -77,7 +81,11 @@ def test_a_sentence_is_filled_from_the_stored_output():
 
 @pytest.mark.parametrize(
     ("chinese", "words"),
-    [("只有 {n}。", "{a:.1%} is missing"), ("{n}、{a:.1%}、{b}。", "{b} is not in the English"), ("{n} {a:.2%}", "{a:.1%} is missing")],
+    [
+        ("只有 {n}。", "{a:.1%} is missing"),
+        ("{n}、{a:.1%}、{b}。", "{b} is not in the English"),
+        ("{n} {a:.2%}", "{a:.1%} is missing"),
+    ],
 )
 def test_a_field_too_few_or_too_many_is_named_with_its_block(chinese, words):
     one = made(t="# 标题", s=chinese)

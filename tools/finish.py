@@ -185,7 +185,9 @@ def counterpart(address: str, out: Path) -> str:
 def switched(page: str, address: str, out: Path) -> str:
     """A link to the page in the other language in the header, and what a Chinese page needs: its language, the theme's words."""
     chinese = address.startswith("zh/")
-    links = r'(<a )([^<>]*href="(?:\.\./)?zh/[^"]*")' if not chinese else r'(<a )([^<>]*href="(?!\.\./|https?:|\#)[^"]*")'
+    links = (
+        r'(<a )([^<>]*href="(?:\.\./)?zh/[^"]*")' if not chinese else r'(<a )([^<>]*href="(?!\.\./|https?:|\#)[^"]*")'
+    )
     tag = rf'\1lang="{LANGUAGE}" hreflang="{LANGUAGE}" \2'
     start, end = page.find("<article"), page.find("</article>")
     above, said, below = page[:start], page[start:end], page[end:]
@@ -200,7 +202,9 @@ def switched(page: str, address: str, out: Path) -> str:
     shelf = re.sub(links, tag, above[side:main])
     shelf = shelf.replace('<span class="caption-text">中文', f'<span class="caption-text" lang="{LANGUAGE}">中文')
     if chinese:
-        shelf = shelf.replace('<a class="current reference internal"', f'<a lang="{LANGUAGE}" class="current reference internal"')
+        shelf = shelf.replace(
+            '<a class="current reference internal"', f'<a lang="{LANGUAGE}" class="current reference internal"'
+        )
     else:
         below = re.sub(links, tag, below)
     above = above[:side] + shelf + above[main:]
@@ -208,9 +212,13 @@ def switched(page: str, address: str, out: Path) -> str:
         up = "../" * address.count("/")
         lang, name = ("en", "English") if chinese else (LANGUAGE, "中文")
         link = f'<a class="language" href="{up}{other}" lang="{lang}" hreflang="{lang}" rel="alternate">{name}</a>'
-        above = above.replace('<div class="article-header-buttons">', f'<div class="article-header-buttons">\n{link}', 1)
+        above = above.replace(
+            '<div class="article-header-buttons">', f'<div class="article-header-buttons">\n{link}', 1
+        )
         for code, target in ((lang, up + other), (LANGUAGE if chinese else "en", address.rpartition("/")[2])):
-            above = above.replace("</head>", f'  <link rel="alternate" hreflang="{code}" href="{target}" />\n  </head>', 1)
+            above = above.replace(
+                "</head>", f'  <link rel="alternate" hreflang="{code}" href="{target}" />\n  </head>', 1
+            )
     return above + said + below
 
 

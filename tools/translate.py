@@ -30,6 +30,7 @@ HEADING = re.compile(r"^(#{1,6}) (.*)$")
 SUMMARY = re.compile(r"^## Summary\s*$", re.M)
 LINK = re.compile(r"\]\(([^()\s]*(?:\([^()\s]*\)[^()\s]*)*)\)")
 FORMULA = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$", re.S)
+ENGLISH = re.compile(r"(“|(?<!\*)\*)([A-Z][ -)+-~]*)(”|\*(?!\*))")  # a name of a section of an English page
 CAPTION = re.compile(r"\*[^*].*\*", re.S)
 
 
@@ -156,7 +157,10 @@ def wrong(key: str, english: str, chinese: str, template: bool) -> list:
         except ValueError as error:
             return [f"{key}: {error}; a brace that is no field is written twice"]
         want = {f for _, f in fields(english) if f}
-        told += [f"{key}: the field {{{f}}} is missing; a translation has the fields of its English" for f in sorted(want - have)]
+        told += [
+            f"{key}: the field {{{f}}} is missing; a translation has the fields of its English"
+            for f in sorted(want - have)
+        ]
         told += [f"{key}: the field {{{f}}} is not in the English; it has {sorted(want)}" for f in sorted(have - want)]
     for pattern, what in ((LINK, "link"), (FORMULA, "formula")):
         a, b = (sorted(pattern.findall(t)) for t in (english, chinese))
@@ -335,7 +339,8 @@ class Edition:
 
     def notebook(self) -> dict:
         """The notebook of the Chinese page."""
-        return {**self.nb, "cells": [self.cell(c) for c in self.nb["cells"]]}
+        cells = [self.cell(c) for c in self.nb["cells"]]
+        return {**self.nb, "cells": [cells[0], scope(), *cells[1:]] if self.name == "index" else cells}
 
 
 def edition(file: Path) -> Edition:
@@ -399,9 +404,25 @@ def summaries() -> str:
                     body += [line for line in one.text(k, text).split("\n") if not line.startswith("## ")]
             if cell["cell_type"] == "code":
                 told = zip(cell["outputs"], one.cell(cell)["outputs"], strict=True)
-                body += ["", *("".join(new["data"]["text/markdown"]) for old, new in told if text_of(old).startswith("1. "))]
-        out += [f"## [{key} · {named.get(file.stem, file.stem)}]({file.name})", "", relinked("\n".join(body), file.stem), ""]
-    return relinked("\n".join(out))
+                body += [
+                    "",
+                    *("".join(new["data"]["text/markdown"]) for old, new in told if text_of(old).startswith("1. ")),
+                ]
+        out += [
+            f"## [{key} · {named.get(file.stem, file.stem)}]({file.name})",
+            "",
+            relinked("\n".join(body), file.stem),
+            "",
+        ]
+    return ENGLISH.sub(r'\1<span lang="en">\2</span>\3', relinked("\n".join(out)))
+
+
+def scope() -> dict:
+    """A cell that says which pages are in Chinese, for the home page."""
+    named = titles()
+    there = "、".join(f"[{named[n]}](./{n}.ipynb)" for n in sorted(whole() - {"index"}))
+    text = f"已有中文版的：本页、{there}和[各章小结](summaries.md)；其余链接指向英文页面。"
+    return {"cell_type": "markdown", "id": "scope", "metadata": {}, "source": text}
 
 
 def problems() -> list:
@@ -427,7 +448,9 @@ def renew(key: str) -> list:
             file_of(file.stem).write_text(text, encoding="utf-8")
             done += keys
     if not done:
-        raise SystemExit(f"translate: no block {key!r} in nbs/zh/; a cell's id or `id:n` as `python -m tools.translate` names it")
+        raise SystemExit(
+            f"translate: no block {key!r} in nbs/zh/; a cell's id or `id:n` as `python -m tools.translate` names it"
+        )
     return done
 
 
@@ -444,7 +467,9 @@ def main() -> int:
         print("\n\n".join(f"<!-- {k} {stamp(t)} -->\n{t}" for k, t in every.items() if k not in one.found))
         return 0
     told = problems()
-    print("\n".join(told) or f"translate: {len(whole())} pages and the summaries in {FOLDER.relative_to(ROOT)}/ are whole")
+    print(
+        "\n".join(told) or f"translate: {len(whole())} pages and the summaries in {FOLDER.relative_to(ROOT)}/ are whole"
+    )
     return bool(told)
 
 
