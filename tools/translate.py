@@ -24,6 +24,7 @@ from .settings import NBS, ROOT, chapters, find
 
 FOLDER = NBS / "zh"
 LANGUAGE, NAME = "zh-Hans", "中文"
+GENERATED = "ftbook0"  # how the ids of such cells begin
 MISSING, CHANGED = "（尚未翻译）", "（原文已更改）"
 MARK = re.compile(r"^<!-- ([\w-]+:\d+)(?: ([0-9a-f]{8}))? -->$", re.M)
 HEADING = re.compile(r"^(#{1,6}) (.*)$")
@@ -108,7 +109,9 @@ def is_played(cell: dict) -> bool:
 
 
 def texts(cell: dict) -> dict:
-    """The English texts of a cell: key -> text."""
+    """The English texts of a cell: key -> text; none of the cells that tools/generate.py writes."""
+    if cell["id"].startswith(GENERATED):
+        return {}
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
         found = sections(source)
@@ -197,8 +200,7 @@ def english(text: str, note: str) -> str:
         else:
             body.append(line)
         if told:
-            where = out if match or not line.startswith("#") else body
-            where += ["", told, ""]
+            out += ["", told, ""]
             told = ""
     flush()
     return "\n".join(out).strip()
@@ -240,18 +242,20 @@ class Edition:
 
     def problems(self) -> list:
         """Everything that a translator has to look at, a line each."""
-        every = {k: (t, c) for c in self.nb["cells"] for k, t in texts(c).items()}
+        every = {k: t for c in self.nb["cells"] for k, t in texts(c).items()}
+        outputs = [o for c in self.nb["cells"] for o in c.get("outputs", [])]
+        said = {o.get("metadata", {}).get("ftbook", {}).get("template") for o in outputs}
         place = f"nbs/zh/{self.name}.md"
         told = [f"{place}: {k} is not translated: {t[:60]!r}" for k, t in self.wanted().items() if k not in self.found]
         for key, (_, chinese) in self.found.items():
             if key not in every:
                 told.append(f"{place}: {key} is no text of nbs/{self.name}.ipynb any more: delete the block")
                 continue
-            text, cell = every[key]
+            text = every[key]
             if self.state(key, text):
                 told.append(f"{place}: {key} changed in English since: {text[:60]!r}; look, then --stamp {key}")
             else:
-                told += [f"{place}: {line}" for line in wrong(key, text, chinese, cell["cell_type"] == "code")]
+                told += [f"{place}: {line}" for line in wrong(key, text, chinese, text in said)]
         return told
 
     def text(self, key: str, text: str) -> str:
@@ -326,6 +330,9 @@ class Edition:
         cell, found = copy.deepcopy(cell), texts(cell)
         if cell["cell_type"] == "markdown":
             title = next((line for line in "".join(cell["source"]).split("\n") if line.startswith(("# ", "## "))), "")
+            if not found:
+                cell["source"] = re.sub(r"\[([^\[\]]+)\]", lambda m: f"[{self.word(m[1])}]", "".join(cell["source"]))
+                return cell
             cell["source"] = relinked("\n\n".join(self.text(k, t) for k, t in found.items()))
             cell["metadata"] = {"title": title}  # tools/filter.py asks for the English one
         elif found or not is_played(cell):
