@@ -398,7 +398,7 @@ def titles() -> dict:
 
 def summaries() -> str:
     """The summaries of all chapters as one page."""
-    out = ["# 各章小结", "", "每一章的结论，附实测数字；数字由存档的运行结果填入。各节的名称指向英文章节。", ""]
+    out = ["# 各章小结", "", "每一章的结论，附实测数字；数字由存档的运行结果填入。未译各章的节名保留英文。", ""]
     named = titles()
     for file in chapters():
         one = edition(file)
