@@ -90,7 +90,7 @@ def holds(page, script: str, seconds: float = 20) -> bool:
 def pages(site) -> list:
     return [
         "index.html",
-        *sorted(f"{f.parent.name}/{f.name}" for g in ("nbs", "api") for f in (site / g).glob("*.html")),
+        *sorted(f"{f.parent.name}/{f.name}" for g in ("nbs", "api", "zh") for f in (site / g).glob("*.html")),
     ]
 
 
@@ -429,6 +429,34 @@ def test_no_letter_of_another_script_stands_without_its_language(pages, page):
         while (walk.nextNode()) if (/[\u4e00-\u9fff]/.test(walk.currentNode.data) && !walk.currentNode.parentElement.closest('[lang=zh]')) out.push(walk.currentNode.data);
         return out; }"""
         assert page.evaluate(bare) == [], name
+
+
+def test_a_page_in_two_languages_leads_from_one_to_the_other(site, page):
+    for start in ("/nbs/01_background.html", (site / "nbs" / "01_background.html").as_uri(), "/index.html"):
+        page.goto(start)
+        english = page.url
+        assert page.evaluate("document.documentElement.lang") == "en"
+        page.locator("a.language[hreflang=zh-Hans]").click()
+        page.wait_for_url("**/zh/*.html")
+        assert page.evaluate("document.documentElement.lang") == "zh-Hans"
+        assert page.evaluate("/[\u4e00-\u9fff]/.test(document.querySelector('article h1').textContent)")
+        page.locator("a.language[hreflang=en]").click()
+        page.wait_for_url(english)
+    page.goto("/nbs/02_math.html")
+    assert page.locator("a.language").count() == 0
+
+
+def test_a_chinese_page_has_the_figures_and_the_code_of_the_english_one(site):
+    one, other = ((site / g / "01_background.html").read_text(encoding="utf-8") for g in ("nbs", "zh"))
+    for mark in ("<img ", 'class="cell_input', "<math", "<table"):
+        assert one.count(mark) == other.count(mark) > 0, mark
+    assert "尚未翻译" not in other and "原文已更改" not in other
+
+
+def test_chinese_words_are_found(page):
+    page.goto("/search.html?q=灾难性遗忘")
+    assert holds(page, "document.querySelectorAll('#search-results li a').length > 0", 30)
+    assert "/zh/" in f"/{page.evaluate('findSections(`线性探测`)[0][0]')}"
 
 
 def test_the_home_page_says_in_its_first_screen_what_the_book_is(page):

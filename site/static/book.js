@@ -3,6 +3,8 @@
 // Works from file://.
 (() => {
   const KEY = "ftbook-code";
+  const chinese = document.documentElement.lang.startsWith("zh");
+  const said = (english, other) => (chinese ? other : english);
   const folds = () => document.querySelectorAll("div.cell details, details.code-fold");
   const remembered = () => { try { return localStorage.getItem(KEY) === "all"; } catch { return false; } };
   const keep = (all) => { try { localStorage.setItem(KEY, all ? "all" : "some"); } catch { /* private window */ } };
@@ -16,7 +18,7 @@
     button.className = "code-switch";
     const apply = () => {
       for (const fold of folds()) fold.open = all;
-      button.textContent = all ? "Hide folded code" : "Show all code";
+      button.textContent = all ? said("Hide folded code", "收起折叠的代码") : said("Show all code", "显示全部代码");
       button.setAttribute("aria-pressed", String(all));
     };
     button.addEventListener("click", () => { all = !all; keep(all); apply(); });
@@ -25,10 +27,10 @@
     if (exported) {
       const legend = document.createElement("p");
       legend.className = "code-legend";
-      legend.textContent = "A blue edge marks code that is exported: it is the library ftbook, word for word.";
+      legend.textContent = said("A blue edge marks code that is exported: it is the library ftbook, word for word.", "蓝边标出会被导出的代码：它们就是 ftbook 库本身，一字不差。");
       button.insertAdjacentElement("afterend", legend);
     }
-    if (all) apply(); else { button.textContent = "Show all code"; button.setAttribute("aria-pressed", "false"); }
+    if (all) apply(); else { button.textContent = said("Show all code", "显示全部代码"); button.setAttribute("aria-pressed", "false"); }
   };
   // what scrolls inside its box can be reached and scrolled with the keyboard
   const reach = () => {
