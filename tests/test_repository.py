@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version as installed
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -385,6 +386,30 @@ def test_form_of_a_notebook(path):
         )
         if "<img" in "".join(output.get("data", {}).get("text/html", "")):
             assert re.search(r'<img[^>]* alt="[^"]{10,}"', "".join(output["data"]["text/html"]))
+
+
+ASKED = re.compile(r"^\*\*Question (\d+)\.\*\* .+\?$", re.M)
+CHOICE = re.compile(
+    r'^<details class="choice (right|wrong)"><summary>(.+)</summary>\n<p>(✓ Right|✗ Wrong)\. (.+)</p></details>$', re.M
+)
+
+
+@pytest.mark.parametrize("path", sorted(NBS.glob("[0-9]*.ipynb")), ids=lambda p: p.stem)
+def test_a_chapter_asks_three_questions_and_explains_every_choice(path):
+    texts = ["".join(c["source"]) for c in load(path)["cells"] if c["cell_type"] == "markdown"]
+    (at,) = [i for i, text in enumerate(texts) if text.startswith("## Check your understanding\n")]
+    assert texts[at + 1].startswith("## Exercises\n")
+    starts = [*ASKED.finditer(texts[at]), None]
+    assert [int(m[1]) for m in starts[:-1]] == list(range(1, len(starts))) and len(starts) > 3
+    for start, end in pairwise(starts):
+        text = texts[at][start.end() : end.start() if end else None]
+        choices = CHOICE.findall(text)
+        assert len(choices) == text.count("<details") >= 3 and text.count("choice right") == 1, start[0]
+        assert "\n\n" not in text.strip(), "a blank line ends the HTML of a choice"
+        for kind, choice, mark, why in choices:
+            assert mark == ("✓ Right" if kind == "right" else "✗ Wrong"), choice
+            assert len(why.split()) >= 6, choice
+            assert not re.search(r"[$`]|\*\*", choice + why), f"no Markdown within HTML: {choice}"
 
 
 def test_the_book_lists_every_notebook_once():

@@ -90,7 +90,7 @@ def holds(page, script: str, seconds: float = 20) -> bool:
 def pages(site) -> list:
     return [
         "index.html",
-        *sorted(f"{f.parent.name}/{f.name}" for g in ("nbs", "api") for f in (site / g).glob("*.html")),
+        *sorted(f"{f.parent.name}/{f.name}" for g in ("nbs", "api", "zh") for f in (site / g).glob("*.html")),
     ]
 
 
@@ -394,6 +394,34 @@ def test_the_glossary_filters_in_both_languages(page):
     assert len(page.evaluate(shown)) > 100
 
 
+def test_a_choice_opens_by_keyboard_and_what_was_answered_is_kept(site, page):
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    for address in ("/nbs/11_peft.html", (site / "nbs" / "11_peft.html").as_uri()):
+        page.goto(address)
+        page.evaluate("localStorage.clear()")
+        page.reload()
+        count = page.locator(".quiz-count")
+        total = page.locator("details.choice.right").count()
+        assert count.inner_text() == f"0 of {total} answered" and count.get_attribute("role") == "status"
+        for kind, opened in (("wrong", 0), ("right", 1)):
+            choice = page.locator(f"details.choice.{kind}").first
+            choice.locator("summary").focus()
+            page.keyboard.press("Enter")
+            assert choice.locator("p").is_visible()
+            assert holds(
+                page, f"document.querySelector('.quiz-count').textContent === '{opened} of {total} answered'", 5
+            )
+        assert page.locator("p.question.answered").count() == 1
+        page.reload()
+        assert page.locator("details.choice[open]").count() == 0
+        assert count.inner_text() == f"1 of {total} answered"
+        assert "answered" in page.locator("p.question").first.get_attribute("class")
+        page.goto(address.replace("11_peft", "10_ner"))
+        assert count.inner_text().startswith("0 of "), "each page counts its own"
+    assert errors == []
+
+
 def test_no_letter_of_another_script_stands_without_its_language(pages, page):
     for name in ("nbs/A7_glossary.html", "index.html"):
         page.goto(f"/{name}")
@@ -401,6 +429,34 @@ def test_no_letter_of_another_script_stands_without_its_language(pages, page):
         while (walk.nextNode()) if (/[\u4e00-\u9fff]/.test(walk.currentNode.data) && !walk.currentNode.parentElement.closest('[lang=zh]')) out.push(walk.currentNode.data);
         return out; }"""
         assert page.evaluate(bare) == [], name
+
+
+def test_a_page_in_two_languages_leads_from_one_to_the_other(site, page):
+    for start in ("/nbs/01_background.html", (site / "nbs" / "01_background.html").as_uri(), "/index.html"):
+        page.goto(start)
+        english = page.url
+        assert page.evaluate("document.documentElement.lang") == "en"
+        page.locator("a.language[hreflang=zh-Hans]").click()
+        page.wait_for_url("**/zh/*.html")
+        assert page.evaluate("document.documentElement.lang") == "zh-Hans"
+        assert page.evaluate("/[\u4e00-\u9fff]/.test(document.querySelector('article h1').textContent)")
+        page.locator("a.language[hreflang=en]").click()
+        page.wait_for_url(english)
+    page.goto("/nbs/02_math.html")
+    assert page.locator("a.language").count() == 0
+
+
+def test_a_chinese_page_has_the_figures_and_the_code_of_the_english_one(site):
+    one, other = ((site / g / "01_background.html").read_text(encoding="utf-8") for g in ("nbs", "zh"))
+    for mark in ("<img ", 'class="cell_input', "<math", "<table"):
+        assert one.count(mark) == other.count(mark) > 0, mark
+    assert "尚未翻译" not in other and "原文已更改" not in other
+
+
+def test_chinese_words_are_found(page):
+    page.goto("/search.html?q=灾难性遗忘")
+    assert holds(page, "document.querySelectorAll('#search-results li a').length > 0", 30)
+    assert "/zh/" in f"/{page.evaluate('findSections(`线性探测`)[0][0]')}"
 
 
 def test_the_home_page_says_in_its_first_screen_what_the_book_is(page):

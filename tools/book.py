@@ -17,6 +17,7 @@ INPUTS = (
     "README.md",
     "settings.ini",
     "nbs/*.ipynb",
+    "nbs/zh/*.md",
     "ftbook/*.py",
     "site/**/*",
     "tools/*.py",
@@ -112,7 +113,7 @@ def main() -> int:
         raise SystemExit("\n".join([*lines, f"book: {len(lines)} problem(s) on the built pages"]))
     (out / ".builder").write_text(builder)
     stamp.write_text(now)
-    pages = len(list(out.glob("nbs/*.html"))) + 1
+    pages = len([*out.glob("nbs/*.html"), *out.glob("zh/*.html")]) + 1
     print(
         f"book: {pages} pages in {shown}/ after {time.perf_counter() - start:.0f} s; "
         f"serve them: python3 -m http.server --bind 127.0.0.1 -d {shown} 8000"

@@ -403,7 +403,8 @@ def transform(nb: dict, target: str = "quarto", name: str = "", save=None) -> di
             continue
         if cell["cell_type"] == "markdown":
             lines = prose(lines_of(cell["source"]), target)
-            if title := next((line for line in lines if line.startswith(("# ", "## "))), ""):
+            title = cell.get("metadata", {}).get("title")  # the English one of a translated cell
+            if title := title or next((line for line in lines if line.startswith(("# ", "## "))), ""):
                 rest = "rest of the module" in title.lower()
             if first:
                 lines = numbered(lines, name)

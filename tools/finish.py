@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .api import names as api_names
 from .settings import ROOT, book, parts, settings
+from .translate import LANGUAGE
 
 DONE = "<!-- finished -->"
 UNUSED = re.compile(
@@ -23,6 +24,26 @@ INLINE = re.compile(r"<script(?![^>]*(?:\bsrc=|application/json))[^>]*>(.*?)</sc
 SECTION = "h1", "h2", "h3"
 DEFINED = 1000  # added to the count of a name where it is defined
 WORDS = 90  # of a section that the index keeps: what a result shows is cut from them
+LETTERS = 900  # of these at most: Chinese has few spaces
+WORD = re.compile(r"[\u4e00-\u9fff]+|[^\W_\u4e00-\u9fff]+")
+CHROME = {  # what the theme says beside a Chinese page
+    "In this chapter": "本章内容",
+    ">previous<": ">上一页<",
+    ">next<": ">下一页<",
+    'title="previous page"': 'title="上一页"',
+    'title="next page"': 'title="下一页"',
+    '="Chapters"': '="目录"',
+    '="Source repository"': '="源代码仓库"',
+    '="Search"': '="搜索"',
+    '="Color mode"': '="配色"',
+    '="Color mode: light, dark, or as the system"': '="配色：浅色、深色或跟随系统"',
+    "System Settings": "跟随系统",
+    "></i>Light<": "></i>浅色<",
+    "></i>Dark<": "></i>深色<",
+    "Show the whole code": "显示完整代码",
+    ">Show code<": ">显示代码<",
+    "Toggle hidden content": "展开或收起",
+}
 
 
 def policy(page: str) -> str:
@@ -153,6 +174,54 @@ def repair(page: str) -> str:
     return page
 
 
+def counterpart(address: str, out: Path) -> str:
+    """The same page in the other language, "" where there is none."""
+    folder, _, name = address.rpartition("/")
+    other = {"": "zh/index.html" * (name == "index.html"), "nbs": f"zh/{name}", "zh": f"nbs/{name}"}.get(folder, "")
+    other = "index.html" if other == "nbs/index.html" else other
+    return other if other and (out / other).is_file() else ""
+
+
+def switched(page: str, address: str, out: Path) -> str:
+    """A link to the page in the other language in the header, and what a Chinese page needs: its language, the theme's words."""
+    chinese = address.startswith("zh/")
+    links = (
+        r'(<a )([^<>]*href="(?:\.\./)?zh/[^"]*")' if not chinese else r'(<a )([^<>]*href="(?!\.\./|https?:|\#)[^"]*")'
+    )
+    tag = rf'\1lang="{LANGUAGE}" hreflang="{LANGUAGE}" \2'
+    start, end = page.find("<article"), page.find("</article>")
+    above, said, below = page[:start], page[start:end], page[end:]
+    if chinese:
+        above = above.replace('<html lang="en"', f'<html lang="{LANGUAGE}"', 1)
+        above = above.replace(' class="bd-sidebar-primary', ' lang="en" class="bd-sidebar-primary', 1)
+        for english, other in CHROME.items():
+            above, said, below = (part.replace(english, other) for part in (above, said, below))
+        said = said.replace('<div class="play" ', '<div class="play" lang="en" ')
+    side = above.find("bd-sidebar-primary bd-sidebar")
+    main = above.find("<main", side)
+    shelf = re.sub(links, tag, above[side:main])
+    shelf = shelf.replace('<span class="caption-text">中文', f'<span class="caption-text" lang="{LANGUAGE}">中文')
+    if chinese:
+        shelf = shelf.replace(
+            '<a class="current reference internal"', f'<a lang="{LANGUAGE}" class="current reference internal"'
+        )
+    else:
+        below = re.sub(links, tag, below)
+    above = above[:side] + shelf + above[main:]
+    if other := counterpart(address, out):
+        up = "../" * address.count("/")
+        lang, name = ("en", "English") if chinese else (LANGUAGE, "中文")
+        link = f'<a class="language" href="{up}{other}" lang="{lang}" hreflang="{lang}" rel="alternate">{name}</a>'
+        above = above.replace(
+            '<div class="article-header-buttons">', f'<div class="article-header-buttons">\n{link}', 1
+        )
+        for code, target in ((lang, up + other), (LANGUAGE if chinese else "en", address.rpartition("/")[2])):
+            above = above.replace(
+                "</head>", f'  <link rel="alternate" hreflang="{code}" href="{target}" />\n  </head>', 1
+            )
+    return above + said + below
+
+
 ICONS = re.compile(r"@font-face\{[^}]*\}|(?:\.fa-[\w-]+(?::before)?,?)+\{--fa:[^}]*\}")
 
 
@@ -191,10 +260,11 @@ def finish_page(file: Path, out: Path) -> Reader:
     if DONE in page:
         return said
     page = repair(page)
-    if file.parent.name == "nbs":
+    if file.parent.name in ("nbs", "zh"):
         page = linked(page, api_names(file.stem))
     if file == out / "search.html":
         page = searching(page)
+    page = switched(page, file.relative_to(out).as_posix(), out)
     at = page.index("<head>") + len("<head>")
     charset = page.find("/>", page.index("charset", at)) + 2 if "charset" in page[at : at + 300] else at
     added = head(page, said, file.relative_to(out).as_posix())
@@ -220,18 +290,27 @@ def sections(said: Reader, address: str) -> list:
     ]
 
 
+def pieces(text: str) -> list:
+    """The words of a text; of Chinese, which has no spaces, each two signs that stand together."""
+    found = []
+    for word in WORD.findall(text.lower()):
+        chinese = len(word) > 1 and "\u4e00" <= word[0] <= "\u9fff"
+        found += [word[i : i + 2] for i in range(len(word) - 1)] if chinese else [word]
+    return found
+
+
 def index(out: Path, pages: dict) -> None:
     """sections.js: what the search knows. Every word of a section counts, its first WORDS can be shown."""
     rows, words = [], {}
     for name, said in pages.items():
         for address, page, title, text, names in sections(said, name):
-            for word in re.findall(r"[^\W_]+", " ".join(text).lower()):
+            for word in pieces(" ".join(text)):
                 at = words.setdefault(word, {})
                 at[len(rows)] = at.get(len(rows), 0) + 1
             for name in names:  # where a name is made, it is explained
                 at = words.setdefault(name.lower(), {})
                 at[len(rows)] = at.get(len(rows), 0) + DEFINED
-            rows.append([address, page, title, " ".join(text[:WORDS])])
+            rows.append([address, page, title, " ".join(text[:WORDS])[:LETTERS]])
     counts = {w: [x for pair in at.items() for x in pair] for w, at in sorted(words.items()) if len(w) < 40}
     data = json.dumps({"sections": rows, "words": counts}, ensure_ascii=False, separators=(",", ":"))
     (out / "sections.js").write_text(f"window.SECTIONS={data};\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from .api import pages as api_pages
 from .cards import figure, with_cards
 from .filter import prose, transform
 from .settings import ROOT, parts, settings
+from .translate import NAME, editions, summaries
 
 STAGE = ROOT / "build" / "book" / "source"
 EXTRA = ROOT / "build" / "book" / "extra"
@@ -41,6 +42,8 @@ def toctrees() -> str:
         names = [str(Path(file).with_suffix("")) for file in files]
         blocks.append("\n".join(["```{toctree}", ":hidden:", ":maxdepth: 1", *head, "", *names, "```"]))
     blocks.append("\n".join(["```{toctree}", ":hidden:", ":maxdepth: 1", "", "api/index", "```"]))
+    names = [f"zh/{name}" for name in [*editions(), "summaries"]]
+    blocks.append("\n".join(["```{toctree}", f":caption: {NAME}", ":hidden:", ":maxdepth: 1", "", *names, "```"]))
     return "\n\n".join(blocks)
 
 
@@ -71,20 +74,24 @@ def stage() -> list:
     """Fill STAGE and EXTRA; returns the staged documents."""
     kept: set = set()
     EXTRA.mkdir(parents=True, exist_ok=True)
+
+    def write(nb: dict, stem: str, file: Path) -> None:
+        def save(data: bytes, mime: str) -> str:
+            name = f"{stem}-{hashlib.sha256(data).hexdigest()[:10]}.{SUFFIX[mime]}"
+            put(EXTRA / "figures" / name, data, kept)
+            return f"../figures/{name}"
+
+        put(file, json.dumps(transform(nb, "sphinx", stem, save), ensure_ascii=False, indent=1).encode(), kept)
+
     for _, files in parts():
         for file in files:
             path = ROOT / file
             if not path.exists():
                 raise SystemExit(f"book: _quarto.yml lists {file}, which does not exist")
-            stem = path.stem
-
-            def save(data: bytes, mime: str, stem=stem) -> str:
-                name = f"{stem}-{hashlib.sha256(data).hexdigest()[:10]}.{SUFFIX[mime]}"
-                put(EXTRA / "figures" / name, data, kept)
-                return f"../figures/{name}"
-
-            nb = transform(json.loads(path.read_text(encoding="utf-8")), "sphinx", path.stem, save)
-            put(STAGE / file, json.dumps(nb, ensure_ascii=False, indent=1).encode(), kept)
+            write(json.loads(path.read_text(encoding="utf-8")), path.stem, STAGE / file)
+    for name, one in editions().items():
+        write(one.notebook(), name, STAGE / "zh" / f"{name}.ipynb")
+    put(STAGE / "zh" / "summaries.md", summaries().encode(), kept)
     put(STAGE / "index.md", home().encode(), kept)
     put(STAGE / "404.md", LOST.encode(), kept)
     for name, text in api_pages().items():

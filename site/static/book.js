@@ -1,7 +1,10 @@
-// "Show all code": one switch for every folded cell, remembered; boxes that scroll are for the keyboard too; tables sort; the glossary filters.
+// "Show all code": one switch for every folded cell, remembered; boxes that scroll are for the keyboard too; tables sort; the glossary filters;
+// questions are counted.
 // Works from file://.
 (() => {
   const KEY = "ftbook-code";
+  const chinese = document.documentElement.lang.startsWith("zh");
+  const said = (english, other) => (chinese ? other : english);
   const folds = () => document.querySelectorAll("div.cell details, details.code-fold");
   const remembered = () => { try { return localStorage.getItem(KEY) === "all"; } catch { return false; } };
   const keep = (all) => { try { localStorage.setItem(KEY, all ? "all" : "some"); } catch { /* private window */ } };
@@ -15,7 +18,7 @@
     button.className = "code-switch";
     const apply = () => {
       for (const fold of folds()) fold.open = all;
-      button.textContent = all ? "Hide folded code" : "Show all code";
+      button.textContent = all ? said("Hide folded code", "收起折叠的代码") : said("Show all code", "显示全部代码");
       button.setAttribute("aria-pressed", String(all));
     };
     button.addEventListener("click", () => { all = !all; keep(all); apply(); });
@@ -24,10 +27,10 @@
     if (exported) {
       const legend = document.createElement("p");
       legend.className = "code-legend";
-      legend.textContent = "A blue edge marks code that is exported: it is the library ftbook, word for word.";
+      legend.textContent = said("A blue edge marks code that is exported: it is the library ftbook, word for word.", "蓝边标出会被导出的代码：它们就是 ftbook 库本身，一字不差。");
       button.insertAdjacentElement("afterend", legend);
     }
-    if (all) apply(); else { button.textContent = "Show all code"; button.setAttribute("aria-pressed", "false"); }
+    if (all) apply(); else { button.textContent = said("Show all code", "显示全部代码"); button.setAttribute("aria-pressed", "false"); }
   };
   // what scrolls inside its box can be reached and scrolled with the keyboard
   const reach = () => {
@@ -97,7 +100,40 @@
     });
   };
 
-  const enrich = () => { document.querySelectorAll("article table, main table").forEach(sortable); filter(); };
+  // a question is answered when its right choice was opened; the count stands above the first one and stays in this browser
+  const quiz = () => {
+    const key = `ftbook-quiz ${location.pathname.split("/").pop()}`;
+    const asked = new Map(); // right choice -> the paragraph that asks
+    for (const right of document.querySelectorAll("details.choice.right")) {
+      let question = right;
+      while (question?.matches("details.choice")) question = question.previousElementSibling;
+      if (question) asked.set(right, question);
+    }
+    if (!asked.size) return;
+    let done = [];
+    try { done = JSON.parse(localStorage.getItem(key)) || []; } catch { /* private window */ }
+    const answered = new Set([...asked.values()].map((q) => q.textContent).filter((text) => done.includes?.(text)));
+    const count = document.createElement("p");
+    count.className = "quiz-count";
+    count.setAttribute("role", "status");
+    const say = () => {
+      for (const question of asked.values()) question.classList.toggle("answered", answered.has(question.textContent));
+      count.textContent = `${answered.size} of ${asked.size} answered`;
+    };
+    for (const [right, question] of asked) {
+      question.classList.add("question");
+      right.addEventListener("toggle", () => {
+        if (!right.open || answered.has(question.textContent)) return;
+        answered.add(question.textContent);
+        say();
+        try { localStorage.setItem(key, JSON.stringify([...answered])); } catch { /* private window */ }
+      });
+    }
+    say();
+    [...asked.values()][0].before(count);
+  };
+
+  const enrich = () => { document.querySelectorAll("article table, main table").forEach(sortable); filter(); quiz(); };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", enrich); else enrich();
   addEventListener("load", reach);
   addEventListener("resize", reach);

@@ -3,11 +3,16 @@
   const { sections, words } = window.SECTIONS;
   const DEFINED = 1000;  // added to the count where a section defines the name
   const vocabulary = Object.keys(words);
-  const split = (text) => text.toLowerCase().match(/[\p{L}\p{N}]+/gu) || [];
+  const HAN = /[\u4e00-\u9fff]/;
+  // words; of Chinese, which has no spaces, each two signs that stand together (tools/finish.py does the same)
+  const split = (text) => (text.toLowerCase().match(/[\u4e00-\u9fff]+|(?:(?![\u4e00-\u9fff])[\p{L}\p{N}])+/gu) || [])
+    .flatMap((w) => (HAN.test(w) && w.length > 1 ? [...w].slice(1).map((c, i) => w[i] + c) : [w]));
   const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
   const titles = sections.map(([, page, title]) => [split(page), split(title)]);
   // chapters explain; the glossary, the reference and the other appendices are for looking up
   const place = sections.map(([address]) => (/A7_|api\//.test(address) ? 0.45 : /nbs\/A|^index/.test(address) ? 0.75 : 1));
+
+  const CHINESE = sections.map(([address]) => address.startsWith("zh/"));  // an English query is for the English pages
 
   // 0, 1 or 2: letters added, lost, changed or swapped between two words, at most 2
   const distance = (a, b) => {
@@ -59,7 +64,7 @@
           if (part || whole) best[i] = Math.max(best[i], weight * (5 + part + whole));
         });
       }
-      best.forEach((s, i) => { scores[i] += s * place[i]; hits[i] += s > 0; });
+      best.forEach((s, i) => { scores[i] += s * (CHINESE[i] && !HAN.test(query) ? 0.3 : place[i]); hits[i] += s > 0; });
     }
     const order = [...scores.keys()].filter((i) => hits[i] === Math.max(1, asked.length) || (hits[i] && hits[i] >= asked.length - 1 && asked.length > 2));
     order.sort((a, b) => hits[b] - hits[a] || scores[b] - scores[a] || a - b);
