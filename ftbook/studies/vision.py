@@ -14,7 +14,7 @@ bundled  trains the network that the package ships; only where it is named
 
 # %% ../../nbs/09_vision.ipynb #4ab2c962
 __all__ = [
-    "WAYS", "source_run", "halves", "cut", "tuned_by", "photo_run", "OldTask",
+    "source_run", "halves", "cut", "WAYS", "tuned_by", "photo_run", "OldTask",
     "bundled", "main",
 ]  # fmt: skip
 
