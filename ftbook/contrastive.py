@@ -86,7 +86,7 @@ class SimCLR(nn.Module):
         temperature: float = 0.2,
     ):
         super().__init__()
-        width = int(encoder.out_features)
+        width = int(encoder.out_features)  # type: ignore[arg-type]
         self.encoder, self.view, self.temperature = encoder, view, temperature
         self.head = nn.Sequential(
             nn.Linear(width, 2 * width),
@@ -117,7 +117,10 @@ def pretrain_views(
     **options
         Passed to `ftbook.train.fit`.
     """
-    x = as_images(getattr(images, "x", images), channels=None)
+    x = as_images(
+        getattr(images, "x", images),  # type: ignore[arg-type]
+        channels=None,
+    )
     return fit(
         method,
         (x, torch.zeros(len(x))),
@@ -180,7 +183,10 @@ class DINO(nn.Module):
         super().__init__()
         self.view, self.momentum, self.keep = view, momentum, keep
         self.sharpen, self.temperature = sharpen, temperature
-        head = _Prototypes(int(encoder.out_features), prototypes)
+        head = _Prototypes(
+            int(encoder.out_features),  # type: ignore[arg-type]
+            prototypes,
+        )
         self.student = nn.Sequential(encoder, head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(prototypes))
