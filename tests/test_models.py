@@ -426,11 +426,10 @@ def test_a_module_of_the_readers_folder_does_not_reach_pip(index, toy, tmp_path,
 def test_without_pip_uv_unpacks_the_wheel(index, toy, cache, tmp_path, monkeypatch):
     pytest.importorskip("uv")
     toy()
-    wheel = index()
+    index()
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "pip" else find(name, *a))
-    monkeypatch.setenv("UV_FIND_LINKS", str(wheel.parent))
-    monkeypatch.setenv("UV_NO_INDEX", "1")
+    monkeypatch.setenv("UV_DEFAULT_INDEX", os.environ["PIP_INDEX_URL"])
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
     monkeypatch.setenv("UV_NO_CONFIG", "1")
     folder = models.path("toy", progress=False)
