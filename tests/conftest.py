@@ -34,8 +34,8 @@ import sitecustomize  # noqa: E402,F401
 
 
 def pytest_collection_modifyitems(items):
-    """Long ones first, so that two workers end together."""
-    long = ("test_notebooks", "test_site", "test_package")
+    """Long files first, so that two workers end together."""
+    long = ("test_edition", "test_notebooks", "test_site", "test_package")
     items.sort(key=lambda item: not any(name in item.nodeid for name in long))
 
 

@@ -11,7 +11,6 @@ from tools.settings import ROOT
 
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = sorted(s.stem for s in FOLDER.glob("[!_]*.py"))
-pytestmark = pytest.mark.xdist_group("benchmarks")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -181,7 +181,6 @@ def site_of(root):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("site")
 def test_the_whole_book_is_a_sound_epub_of_less_than_25_mb(root, tmp_path):
     epub.write(site_of(root), tmp_path / "book.epub")
     files = sound(tmp_path / "book.epub")
@@ -190,7 +189,6 @@ def test_the_whole_book_is_a_sound_epub_of_less_than_25_mb(root, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("site")
 @needs_chromium
 def test_the_whole_book_is_a_pdf_of_less_than_25_mb_with_nothing_cut(root, tmp_path, monkeypatch):
     from pypdf import PdfReader

@@ -27,7 +27,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
+pytestmark = pytest.mark.slow
 if not CHROMIUM and not os.environ.get("CI"):
     pytest.skip(
         "no Chromium on the PATH: install it (Debian: apt-get install chromium) to test the pages in a browser",

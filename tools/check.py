@@ -67,7 +67,15 @@ def everything(arguments: list) -> int:
         flush=True,
     )
     lint()
-    return pytest("--dist", "loadgroup", "--durations=15", "--cov=ftbook", "--cov-report=term", *arguments)
+    return pytest(
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+        "--durations=15",
+        "--cov=ftbook",
+        "--cov-report=term",
+        *arguments,
+    )
 
 
 def main(arguments: list) -> int:

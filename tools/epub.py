@@ -20,7 +20,14 @@ from .edition import DOCS, built, colors, front, headings, linked, pages
 from .settings import ROOT, settings
 
 VOID = {"img", "br", "hr", "col", "wbr", "source", "area", "embed", "track"}
-TYPES = {".svg": "image/svg+xml", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif"}
+TYPES = {
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".gif": "image/gif",
+    ".webp": "image/webp",
+}
 NAME = re.compile(r"^[A-Za-z_][\w.-]*$")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 OLD = {"align", "valign", "border", "bgcolor", "width", "height"}  # of tables and cells: no longer HTML

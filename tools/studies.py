@@ -26,14 +26,13 @@ def main(arguments: list) -> int:
         if chapter not in known:
             raise SystemExit(f"results: {chapter} has no study; chapters with studies: {', '.join(known)}")
         wanted = {chapter: known[chapter]}
-    os.environ.update({**KEEP_MEMORY, **os.environ})
     os.environ.setdefault("FTBOOK_PROFILE", "cpu")
     for chapter, command in wanted.items():
         profile = os.environ["FTBOOK_PROFILE"]
         place = "a temporary folder" if profile == "quick" else f"results/{chapter}.json"
         print(f"results: studies of {chapter} in the {profile} profile, rows into {place}", flush=True)
         jobs = ["--jobs", os.environ["JOBS"]] if os.environ.get("JOBS") else []
-        code = subprocess.call([sys.executable, *command, *names, *jobs], cwd=ROOT)
+        code = subprocess.call([sys.executable, *command, *names, *jobs], cwd=ROOT, env={**KEEP_MEMORY, **os.environ})
         if code:
             return code
     return 0
