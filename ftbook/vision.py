@@ -155,12 +155,6 @@ _BACKBONES = {
     "resnet50": "ResNet50_Weights.IMAGENET1K_V2",
     "vit_b_16": "ViT_B_16_Weights.IMAGENET1K_V1",
 }
-_CONVERTED = {  # the file behind this chapter's rows on photos
-    "mobilenet_v2": (
-        "mobilenet_v2-imagenet-from-tf2-ptq.pth",
-        "59bdbad67db62d71bdaf869949eedbb291756eac29707dbbe52618d96b1e2375",
-    )
-}
 
 
 def _pinned(name: str) -> Any:
@@ -196,20 +190,17 @@ def _official(name: str) -> File:
 
 
 def _found(name: str, official: File) -> Path | None:
-    """A backbone's file in the cache folder, verified, or None.
+    """torchvision's file in the cache folder, verified, or None.
 
     Raises
     ------
     ftbook.data.ChecksumError
         If a file of the right name has the wrong content.
     """
-    known = {official.name: official.sha256}
-    known.update([_CONVERTED[name]] if name in _CONVERTED else [])
     for place in ("weights", "models", f"models/{name}"):
-        for own, digits in known.items():
-            file = cache_dir() / place / own
-            if file.is_file():
-                return verify(file, digits)
+        file = cache_dir() / place / official.name
+        if file.is_file():
+            return verify(file, official.sha256)
     return None
 
 
