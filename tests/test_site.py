@@ -108,14 +108,9 @@ LOOKS = """() => {
   for (const e of document.querySelectorAll('pre span:not([data-look])')) e.replaceWith(...e.childNodes);
 }"""
 COLOR = ["color-contrast", "link-in-text-block"]
-# The theme and the rules of axe-core at each width: all once, and again what depends on the room and on the theme.
-WIDTHS: dict = {
-    1280: ("light", {"rules": {rule: {"enabled": False} for rule in COLOR}}),
-    390: (
-        "dark",
-        {"runOnly": {"type": "rule", "values": ["target-size", "scrollable-region-focusable", "meta-viewport"]}},
-    ),
-}
+WIDTHS = (1280, 390)
+EVERYWHERE = {"rules": {rule: {"enabled": False} for rule in COLOR}}, None
+COLORS = {"runOnly": {"type": "rule", "values": COLOR}}, {"include": [["[data-look]"]]}
 SEEN = """width => {
   const boxes = s => [...document.querySelectorAll(s)].map(e => e.getBoundingClientRect());
   return {
@@ -132,21 +127,22 @@ SEEN = """width => {
 }"""
 
 
-def violations(page, theme: str, rules: dict) -> dict:
-    """What axe-core finds on the page, rule -> the first places: by these rules, and by those of the theme's colors."""
+def violations(page) -> dict:
+    """What axe-core finds on the page, rule and theme -> the first places: colors in both themes, the rest in the light one."""
     from axe_playwright_python.sync_playwright import Axe
 
-    page.evaluate(f"document.querySelector('.theme-change-button[data-mode={theme}]').click()")
-    page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     page.evaluate("dispatchEvent(new Event('resize'))")
-    page.evaluate(LOOKS)
-    colors = {"runOnly": {"type": "rule", "values": COLOR}}, {"include": [["[data-look]"]]}
-    found = []
-    for options, context in ((rules, None), colors):
-        found += Axe().run(page, context, {"resultTypes": ["violations"], **options}).response["violations"]
+    found = {}
+    for theme, asked in (("light", (EVERYWHERE, COLORS)), ("dark", (COLORS,))):
+        page.evaluate(f"document.querySelector('.theme-change-button[data-mode={theme}]').click()")
+        page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+        page.evaluate(LOOKS)
+        for options, context in asked:
+            for v in Axe().run(page, context, {"resultTypes": ["violations"], **options}).response["violations"]:
+                found[v["id"], theme] = [n["html"][:160] for n in v["nodes"][:3]] + [len(v["nodes"])]
     page.evaluate("document.querySelector('.theme-change-button[data-mode=auto]').click()")
-    return {v["id"]: [n["html"][:160] for n in v["nodes"][:3]] + [len(v["nodes"])] for v in found}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +169,7 @@ def tour(pages, page) -> dict:
             one = seen[name, width] = page.evaluate(SEEN, width)
             one["complaints"], one["bytes"] = complaints, sum(packed[r.url] for r in responses)
             one["hosts"] = {urlsplit(r.url).netloc for r in responses if not r.url.startswith(("data:", "blob:"))}
-            one["axe"] = violations(page, *WIDTHS[width])
+            one["axe"] = violations(page)
     page.set_viewport_size({"width": 1280, "height": 900})
     return seen
 

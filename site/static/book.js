@@ -16,10 +16,13 @@
     const button = document.createElement("button");
     button.type = "button";
     button.className = "code-switch";
-    const apply = () => {
-      for (const fold of folds()) fold.open = all;
+    const label = () => {
       button.textContent = all ? said("Hide folded code", "收起折叠的代码") : said("Show all code", "显示全部代码");
       button.setAttribute("aria-pressed", String(all));
+    };
+    const apply = () => {
+      for (const fold of folds()) fold.open = all;
+      label();
     };
     button.addEventListener("click", () => { all = !all; keep(all); apply(); });
     title.insertAdjacentElement("afterend", button);
@@ -30,7 +33,7 @@
       legend.textContent = said("A blue edge marks code that is exported: it is the library ftbook, word for word.", "蓝边标出会被导出的代码：它们就是 ftbook 库本身，一字不差。");
       button.insertAdjacentElement("afterend", legend);
     }
-    if (all) apply(); else { button.textContent = said("Show all code", "显示全部代码"); button.setAttribute("aria-pressed", "false"); }
+    if (all) apply(); else label();
   };
   // what scrolls inside its box can be reached and scrolled with the keyboard
   const reach = () => {
