@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 # %% ../nbs/A3_runtime.ipynb #367c4ff6
+import ctypes
 import functools
 import importlib.metadata
 import importlib.util
@@ -415,6 +416,12 @@ class _LinuxGauge(_Gauge):
         return _status_mb("VmHWM")
 
     def reset(self) -> None:
+        """Set the peak back, after glibc has given back what is free: memory
+        freed before the block would be used again unseen.
+        """
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
     def works(self) -> bool:
