@@ -44,7 +44,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import models, train
+from . import finetune, models, train
 from .corpus import Corpus, Entity, Sentence, split_words
 from .runtime import atomic_write, cache_dir, device, native_bf16
 from .tags import EntityScores, entity_f1, find_entities, spans
@@ -866,6 +866,7 @@ class NERTagger:
         batch_size: int = 32,
         weight_power: float = 0.0,
         label_pieces: str = "first",
+        how=None,
         seed: int = 0,
         callbacks=(),
         **kwargs,
@@ -879,6 +880,9 @@ class NERTagger:
             the epoch with the best F1 are kept.
         weight_power : float
             Exponent of :func:`class_weights`; 0 weighs all labels alike.
+        how : str, Strategy, or PEFT method, optional
+            As in ``finetune.tune``; an adapter's handle is then
+            ``peft.handle(tagger.model)``. None trains what requires_grad.
         **kwargs
             Passed to ``train.fit`` (``optimizer=``, ``settings=``, ...).
 
@@ -886,7 +890,7 @@ class NERTagger:
         -------
         History
             With ``valid`` its rows have valid_f1, and ``best`` is the row whose
-            weights were kept.
+            weights were kept. Of two stages, the second's.
         """
         encoded = self.encode(corpus, label_pieces=label_pieces)
         weight = class_weights(encoded.labels, len(self.labels), weight_power)
@@ -898,7 +902,7 @@ class NERTagger:
             watching = [best, *callbacks, EntityF1(self, valid)]
         options = {"epochs": epochs, "lr": lr, "seed": seed, **kwargs}
         options["callbacks"] = watching  # fit calls early stopping last
-        return train.fit(loss, batches, loss=None, **options)
+        return _tune(loss, batches, how, **options)
 
 # %% ../nbs/10_ner.ipynb #e9467b36
 def _folder_of(name) -> Path | None:
@@ -953,6 +957,24 @@ def _settings(folder: Path | None) -> dict:
             np.nan_to_num(a, nan=-np.inf) for a in tables
         )
     return kept
+
+
+class _Inside:
+    """A PEFT method for the classifier itself, not for the loss around it."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def apply(self, loss: TagLoss) -> None:
+        self.method.apply(loss.model)
+
+
+def _tune(loss: TagLoss, batches, how, **options) -> train.History:
+    if how is None:
+        return train.fit(loss, batches, loss=None, **options)
+    if callable(getattr(how, "apply", None)) and not hasattr(how, "tune"):
+        how = how if isinstance(how, type) else _Inside(how)
+    return finetune.tune(loss, batches, how=how, loss=None, **options)[-1]
 
 
 def _save(tagger: NERTagger, folder: Path) -> Path:

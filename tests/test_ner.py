@@ -19,8 +19,9 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from ftbook import Settings, data, ner, results
+from ftbook import Settings, data, finetune, ner, peft, results
 from ftbook.corpus import Corpus, Sentence, read_conll, word_shapes
+from ftbook.finetune import Strategy
 from ftbook.ner import (
     BucketBatches,
     NERTagger,
@@ -607,6 +608,63 @@ def test_the_tagger_keeps_its_best_f1_and_stops_early_on_it(tokenizer, town_corp
     assert all(torch.equal(v, seen[0][k]) for k, v in tagger.model.state_dict().items())
     history = tagger.fit(few, epochs=1, settings=Settings(progress=False))
     assert history.best is None and "valid_f1" not in history.names()
+
+
+def _small_tagger(tokenizer, corpus):
+    model = token_classifier(small_body(tokenizer), corpus.labels, 0.0)
+    return NERTagger(model, tokenizer, max_length=24, stride=6)
+
+
+def _weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("how", ["full", "head", "layer-wise", Strategy(trained=["classifier"])])
+def test_the_tagger_is_tuned_by_a_strategy_as_its_model_is(how, tokenizer, town_corpus):
+    few, options = Corpus(town_corpus[:16]), {"epochs": 2, "lr": 5e-3, "seed": 3, "settings": Settings(progress=False)}
+    ours, theirs = (_small_tagger(tokenizer, few) for _ in range(2))
+    before = _weights(ours.model)
+    history = ours.fit(few, how=how, batch_size=8, **options)
+    batches = ner.BucketBatches(theirs.encode(few), 8, seed=3)
+    (expected,) = finetune.tune(theirs.model, batches, how=how, loss=None, **options)
+    assert history["train_loss"] == expected["train_loss"] and len(history.rows) == 2
+    after, same = _weights(ours.model), _weights(theirs.model)
+    assert all(torch.equal(after[n], same[n]) for n in same)
+    moved = {n for n in after if not torch.equal(after[n], before[n])}
+    assert moved == ({"classifier.weight", "classifier.bias"} if how not in ("full", "layer-wise") else set(after))
+
+
+def test_the_tagger_is_tuned_by_an_adapter_that_its_model_knows(tokenizer, town_corpus, tmp_path):
+    few, tagger = Corpus(town_corpus[:16]), _small_tagger(tokenizer, town_corpus)
+    before = _weights(tagger.model.base_model)
+    history = tagger.fit(few, few, how=peft.LoRA(r=2), epochs=2, lr=5e-3, settings=Settings(progress=False))
+    handle = peft.handle(tagger.model)
+    assert history.best["valid_f1"] == max(history["valid_f1"])
+    assert handle.counts()["share"] < 0.5 and handle.save(tmp_path / "a").is_dir()
+    tagged = tagger.tag(few)
+    with handle.disable():
+        assert all(torch.equal(before[n], p) for n, p in _weights(tagger.model.base_model).items() if n in before)
+    assert handle.remove(keep_merged=True) is tagger.model and tagger.tag(few) == tagged
+    tagger.save(tmp_path / "t")
+    assert NERTagger.from_pretrained(tmp_path / "t").tag(few) == tagged
+
+
+def test_the_tagger_gives_the_history_of_the_last_stage(tokenizer, town_corpus):
+    few = Corpus(town_corpus[:8])
+    history = _small_tagger(tokenizer, few).fit(few, how="two-stage", epochs=4, settings=Settings(progress=False))
+    assert len(history.rows) == 2
+
+
+@pytest.mark.parametrize("how", ["fastest", peft.LoRA, 3])
+def test_the_tagger_refuses_an_unknown_way_in_the_tuners_words(how, tokenizer, town_corpus):
+    tagger = _small_tagger(tokenizer, town_corpus)
+    before = _weights(tagger.model)
+    with pytest.raises(ValueError) as ours:
+        tagger.fit(Corpus(town_corpus[:4]), how=how)
+    with pytest.raises(ValueError) as tuners:
+        finetune.tune(tagger.model, [], how=how, lr=1e-3)
+    assert str(ours.value) == str(tuners.value) and "'layer-wise'" in str(ours.value)
+    assert all(torch.equal(before[n], p) for n, p in _weights(tagger.model).items())
 
 
 def test_a_broken_off_run_equals_the_whole_one_with_its_best_f1(tokenizer, town_corpus, tmp_path):
