@@ -19,7 +19,6 @@ __all__ = [
     "Normalize",
     "channel_stats",
     "fit_square",
-    "SUFFIXES",
     "MAX_PIXELS",
     "decode_image",
     "load_images",
@@ -29,6 +28,7 @@ __all__ = [
     "as_images",
     "add_noise",
     "adjust_color",
+    "zoom_in",
 ]
 
 # %% ../nbs/A1_data.ipynb #1c6c151e
@@ -327,7 +327,7 @@ def fit_square(x: Tensor, size: int) -> Tensor:
     return x[..., top : top + size, left : left + size]
 
 # %% ../nbs/A1_data.ipynb #f5a1ccb2
-SUFFIXES = (
+_SUFFIXES = (
     ".jpg",
     ".jpeg",
     ".png",
@@ -586,7 +586,7 @@ def _pictures_below(folder: Path) -> list[PurePath]:
 
 
 def _is_picture(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
 
 
 def _image_set(
@@ -890,3 +890,44 @@ def adjust_color(
     if saturation is None:
         return x
     return torch.lerp(_gray(x), x, saturation.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def zoom_in(
+    x: Tensor,
+    side: Tensor,
+    center: Tensor,
+    mirror: Tensor | None = None,
+    edge: str = "border",
+) -> Tensor:
+    """A square part of each image, scaled to full size, bilinearly.
+
+    One affine map for each image, all of them in one call.
+
+    Parameters
+    ----------
+    x : Tensor (B, C, H, W), floating point
+    side : Tensor (B,)
+        Which share of the image's side is shown.
+    center : Tensor (2, B)
+        The part's middle, right of and below the image's, in half sides.
+    mirror : Tensor (B,), optional
+        -1 exchanges left and right, 1 does not.
+    edge : {"border", "reflection", "zeros"}
+        What is shown beyond the image.
+
+    Examples
+    --------
+    >>> x, half = torch.arange(4.0).expand(1, 1, 4, 4), torch.tensor([0.5])
+    >>> zoom_in(x, half, torch.tensor([[0.5], [0.0]]))[0, 0, 0].tolist()
+    [1.75, 2.25, 2.75, 3.0]
+    """
+    zero = torch.zeros_like(side)
+    across = side if mirror is None else side * mirror
+    rows = [across, zero, center[0], zero, side, center[1]]
+    maps = torch.stack(rows, 1).reshape(-1, 2, 3)
+    grid = torch.nn.functional.affine_grid(
+        maps, list(x.shape), align_corners=False
+    )
+    return torch.nn.functional.grid_sample(
+        x, grid.to(x.dtype), padding_mode=edge, align_corners=False
+    )

@@ -37,6 +37,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -959,21 +960,14 @@ def _settings(folder: Path | None) -> dict:
     return kept
 
 
-class _Inside:
-    """A PEFT method for the classifier itself, not for the loss around it."""
-
-    def __init__(self, method):
-        self.method = method
-
-    def apply(self, loss: TagLoss) -> None:
-        self.method.apply(loss.model)
-
-
 def _tune(loss: TagLoss, batches, how, **options) -> train.History:
+    """Train the tagger one way; an adapter goes into the classifier itself."""
     if how is None:
         return train.fit(loss, batches, loss=None, **options)
-    if callable(getattr(how, "apply", None)) and not hasattr(how, "tune"):
-        how = how if isinstance(how, type) else _Inside(how)
+    if hasattr(how, "apply") and not hasattr(how, "tune"):
+        if not isinstance(how, type):
+            into = how.apply
+            how = SimpleNamespace(apply=lambda around: into(around.model))
     return finetune.tune(loss, batches, how=how, loss=None, **options)[-1]
 
 
