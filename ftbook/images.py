@@ -891,7 +891,7 @@ def adjust_color(
         return x
     return torch.lerp(_gray(x), x, saturation.view(-1, 1, 1, 1)).clamp(0, 1)
 
-
+# %% ../nbs/A1_data.ipynb #7dccdc01
 def zoom_in(
     x: Tensor,
     side: Tensor,
