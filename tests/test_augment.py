@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from ftbook import augment as au
-from ftbook import data, images, mlm
+from ftbook import data, images, mlm, models
 from ftbook.finetune import SmallCNN
 from ftbook.scoring import accuracy
 from ftbook.studies import augment as study
@@ -197,7 +197,7 @@ class _Fixed(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def bert():
-    body, tokenizer = mlm.load_bundled()
+    body, tokenizer = models.load("bert_mini_en")
     return {"body": body, "tokenizer": tokenizer, "vocab": mlm.vocabulary(tokenizer)}
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftbook import Checkpoint, Settings, data, mlm, results
+from ftbook import Checkpoint, Settings, data, mlm, models, results
 from ftbook.studies import mlm as study
 from ftbook.texts import encodable, encode_texts, sentence_vectors, unpadded
 from ftbook.train import fit
@@ -548,7 +548,7 @@ def test_a_stored_checkpoint_gives_the_same_answers(model, tokenizer, ids, tmp_p
 def test_bundled_checkpoint_loads_everywhere_and_knows_some_english():
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    model, tokenizer = mlm.load_bundled()
+    model, tokenizer = models.load("bert_mini_en")
     folder = data.asset("bert-mini-en")
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 12e6 and (folder / "README.md").is_file()
     other = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()

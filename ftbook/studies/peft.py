@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import data, finetune, mlm, peft, results, runtime
+from .. import data, finetune, mlm, models, peft, results, runtime
 from ..corpus import Corpus
 from ..ner import BucketBatches, NERTagger, token_classifier
 from . import run_named
@@ -70,7 +70,7 @@ def rows():
     return [*made, {"method": "LoRA", "bits": 4, "lr": RATES["LoRA"]}]
 
 # %% ../../nbs/11_peft.ipynb #eba3fa81
-_bert = cache(mlm.load_bundled)
+_bert = cache(partial(models.load, "bert_mini_en"))
 
 
 @cache
