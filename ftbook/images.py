@@ -69,22 +69,7 @@ class Labeled:
 
         An int, a slice, a mask, or a sequence or tensor of positions.
         """
-        if isinstance(index, slice):
-            return self._take(torch.arange(len(self))[index])
-        index, n = torch.as_tensor(index), len(self)
-        if index.dtype == torch.bool:
-            if index.shape != (n,):
-                raise ValueError(
-                    f"a mask needs shape ({n},), got {tuple(index.shape)}"
-                )
-            return self._take(index.nonzero().flatten())
-        index = index.reshape(-1).long()
-        if len(index) and not (-n <= index.min() and index.max() < n):
-            raise IndexError(
-                f"positions go from 0 to {n - 1}, "
-                f"got {index.min()} to {index.max()}"
-            )
-        return self._take(index % max(n, 1))
+        return self._take(_positions(index, len(self)))
 
     def counts(self) -> dict[str, int]:
         """Number of examples per class name."""
@@ -114,19 +99,8 @@ class Labeled:
         ValueError
             If a part is empty or the parts exceed the whole.
         """
-        if len(parts) == 1 and isinstance(parts[0], (tuple, list)):
-            parts = tuple(parts[0])
-        n = len(self)
-        sizes = [round(p * n) if isinstance(p, float) else p for p in parts]
-        if not sizes or min(sizes) < 1 or sum(sizes) > n - (len(sizes) == 1):
-            raise ValueError(
-                f"cannot cut {n} examples into parts {parts}: "
-                "give counts or fractions, each at least one "
-                "example, together at most the whole"
-            )
-        if len(sizes) == 1:
-            sizes = [n - sizes[0], sizes[0]]
-        draws = torch.Generator().manual_seed(seed)
+        n, draws = len(self), torch.Generator().manual_seed(seed)
+        sizes = _part_sizes(parts, n)
         order = (
             _stratified_order(self.y, draws)
             if stratified
@@ -160,6 +134,40 @@ class Labeled:
         return self._take(chosen[torch.randperm(len(chosen), generator=draws)])
 
 # %% ../nbs/A1_data.ipynb #0eab8f4e
+def _positions(index: Any, n: int) -> Tensor:
+    """Positions 0 to n - 1 that an int, slice, mask or sequence selects."""
+    if isinstance(index, slice):
+        return torch.arange(n)[index]
+    index = torch.as_tensor(index)
+    if index.dtype == torch.bool:
+        if index.shape != (n,):
+            raise ValueError(
+                f"a mask needs shape ({n},), got {tuple(index.shape)}"
+            )
+        return index.nonzero().flatten()
+    index = index.reshape(-1).long()
+    if len(index) and not (-n <= index.min() and index.max() < n):
+        raise IndexError(
+            f"positions go from 0 to {n - 1}, "
+            f"got {index.min()} to {index.max()}"
+        )
+    return index % max(n, 1)
+
+
+def _part_sizes(parts: tuple, n: int) -> list[int]:
+    """Counts of the parts that n examples are cut into."""
+    if len(parts) == 1 and isinstance(parts[0], (tuple, list)):
+        parts = tuple(parts[0])
+    sizes = [round(p * n) if isinstance(p, float) else p for p in parts]
+    if not sizes or min(sizes) < 1 or sum(sizes) > n - (len(sizes) == 1):
+        raise ValueError(
+            f"cannot cut {n} examples into parts {parts}: "
+            "give counts or fractions, each at least one "
+            "example, together at most the whole"
+        )
+    return sizes if len(sizes) > 1 else [n - sizes[0], sizes[0]]
+
+
 def _stratified_order(y: Tensor, generator: torch.Generator) -> Tensor:
     """A random order of which every stretch has the classes in proportion.
 

@@ -806,10 +806,7 @@ class NERTagger:
         return cls(model, tokenizer, **{**_settings(folder), **kwargs})
 
     def save(self, folder) -> Path:
-        """Write a folder that from_pretrained reads.
-
-        Model (safetensors), tokenizer and decoder settings.
-        """
+        """Write a folder that from_pretrained reads; safetensors, no pickle."""
         return _save(self, Path(folder))
 
     def encode(self, sentences, **kwargs) -> Encoded:
@@ -823,12 +820,8 @@ class NERTagger:
     ) -> np.ndarray:
         """Log-probabilities (N, K) of every word of an encoded corpus.
 
-        Parameters
-        ----------
-        precision : {"fp32", "bf16", "auto"}
-            bf16 rounds the scores to about three digits: it changed the
-            entities of 6 of 2,996 texts, and on a CPU without it, it is six
-            times as slow. "auto" takes it where the hardware has it.
+        precision "bf16" rounds them to about three digits and is slow on a
+        CPU without it; "auto" takes it where the hardware has it.
         """
         return _word_scores(self.model, encoded, batch_size, precision)
 
@@ -844,16 +837,10 @@ class NERTagger:
         return entity_f1(corpus.tags, self.tag(corpus, **kwargs))
 
     def predict(self, text, **kwargs):
-        """Entities of a text, or of each text of a list.
+        """Entities of a text, or a list of them for each text of a list.
 
-        A text may have any length: long ones go through windows. Keyword
-        arguments go to :meth:`word_scores`, which computes in float32 unless
-        told otherwise.
-
-        Returns
-        -------
-        list of Entity for a str, list of lists for a list of str
-            ``text[e.start:e.end] == e.text``.
+        ``text[e.start:e.end] == e.text``. Long texts go through windows;
+        keyword arguments go to :meth:`word_scores`.
         """
         return _predict(self, text, **kwargs)
 
