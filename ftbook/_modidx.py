@@ -1137,6 +1137,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'ftbook.results._gap': ('a4_results.html#_gap', 'ftbook/results.py'),
                                 'ftbook.results._groups': ('a4_results.html#_groups', 'ftbook/results.py'),
                                 'ftbook.results._holm': ('a4_results.html#_holm', 'ftbook/results.py'),
+                                'ftbook.results._installed': ('a4_results.html#_installed', 'ftbook/results.py'),
                                 'ftbook.results._is_at': ('a4_results.html#_is_at', 'ftbook/results.py'),
                                 'ftbook.results._is_measured': ('a4_results.html#_is_measured', 'ftbook/results.py'),
                                 'ftbook.results._is_rough': ('a4_results.html#_is_rough', 'ftbook/results.py'),

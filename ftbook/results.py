@@ -729,6 +729,12 @@ def _wrap(value: Any, source: dict) -> Any:
     return value
 
 # %% ../nbs/A4_results.ipynb #363191be
+@functools.cache
+def _installed() -> dict[str, str]:
+    """The versions that a row names; read once, each run stores them."""
+    return runtime.versions("torch", "transformers")
+
+
 def _provenance(
     seconds: float | None = None, substitute: str | None = None
 ) -> dict:
@@ -740,7 +746,7 @@ def _provenance(
     import ftbook
 
     made = {"python": platform.python_version(), "ftbook": ftbook.__version__}
-    made |= runtime.versions("torch", "transformers")
+    made |= _installed()
     made |= {"device": runtime.device_name(), "profile": runtime.profile()}
     made["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
     if seconds is not None:

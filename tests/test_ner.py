@@ -107,7 +107,7 @@ def encodings(draw):
     return [[draw(word) for _ in s] for s in tags], tags, room + 2, draw(st.integers(0, room - 1))
 
 
-@settings(max_examples=150, deadline=None)
+@QUICK
 @given(encodings(), st.booleans())
 def test_alignment_loses_and_invents_nothing(tokenizer, case, all_pieces):
     words, tags, max_length, stride = case
