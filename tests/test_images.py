@@ -602,7 +602,7 @@ def test_image_set_checks_its_arguments():
     assert "2 images (1, 4, 4), 2 classes" in repr(images.ImageSet(x, y, "ab", "n"))
 
 
-def test_indexing():
+def test_parts_are_selected_by_position_slice_and_mask():
     part = image_set([0, 1, 2, 0, 1])
     assert part[1:3].x.flatten().tolist() == [1, 2] and part[-1].y.tolist() == [1] and len(part[:0]) == 0
     assert part[part.y == 0].x.flatten().tolist() == [0, 3] and part[[4, 0]].x.flatten().tolist() == [4, 0]
@@ -644,7 +644,7 @@ def test_split_into_several_parts():
             part.split(*parts)
 
 
-def test_per_class():
+def test_every_class_gives_as_many_examples():
     part = image_set([0] * 9 + [1] * 5 + [2] * 4)
     few = part.per_class(4, seed=3)
     assert few.counts() == {"a": 4, "b": 4, "c": 4} and few.x.unique().numel() == 12

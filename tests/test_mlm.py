@@ -582,7 +582,7 @@ def test_fill_mask_returns_sorted_probabilities_and_checks_its_input(model, toke
         mlm.fill_mask("[MASK]", model=model)
 
 
-def test_ngram_by_hand(tokenizer):
+def test_counting_equals_what_was_reckoned_by_hand(tokenizer):
     vocab = mlm._Vocabulary(4, torch.tensor([1, 1, 1, 1, 1, 0, 0, 0]).bool(), torch.zeros(8).bool(), torch.arange(5, 8))
     counts = mlm.NGram(torch.tensor([[2, 5, 6, 5, 6, 3]]), vocab)
     assert torch.allclose(counts.unigram[5:], torch.tensor([3.0, 3.0, 1.0]) / 7) and counts.unigram[:5].sum() == 0

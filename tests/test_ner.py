@@ -327,7 +327,7 @@ def test_encoding_refuses_nonsense(tokenizer):
         encode([["a", 7]], tokenizer)
 
 
-def test_bucket_batches(tokenizer):
+def test_bucket_batches_hold_every_row_once_with_little_padding(tokenizer):
     rng = random.Random(0)
     corpus = Corpus(
         [Sentence(["Paris"] * (n := min(60, 1 + int(rng.expovariate(0.06)))), ["O"] * n) for _ in range(999)]
@@ -410,7 +410,7 @@ def test_learnt_transitions_are_probabilities():
     assert np.isinf(step[0, LABELS.index("I-LOC")]) and step[1, 2] > step[1, 1]
 
 
-def test_class_weights():
+def test_class_weights_even_out_rare_labels():
     ids = np.array([0] * 90 + [1] * 9 + [2] + [-100] * 50)
     assert ner.class_weights(ids, 3, 0.0).tolist() == [1, 1, 1]
     w = ner.class_weights(ids, 3, 1.0).numpy()
@@ -698,7 +698,7 @@ def test_a_body_that_does_not_fit(tokenizer):
     assert random_one.config.id2label[1] == "B-LOC"
 
 
-def test_tagger_input_types(tagger):
+def test_the_tagger_says_which_method_takes_what(tagger):
     with pytest.raises(TypeError, match="use predict"):
         tagger.tag(["a text"])
     with pytest.raises(TypeError, match="use tag"):
@@ -845,7 +845,7 @@ def test_the_study_on_conll_2003_in_the_gpu_profile(fake, tokenizer, tmp_path, m
 # ---------------------------------------------------------------- mistakes
 
 
-def test_kinds_of_mistakes():
+def test_every_mistake_has_its_kind():
     true = [["B-PER", "I-PER", "O", "B-LOC", "O", "B-ORG", "I-ORG", "O", "B-LOC", "O", "O"]]
     pred = [["B-PER", "O", "O", "B-ORG", "O", "B-LOC", "O", "O", "O", "O", "B-PER"]]
     assert Counter(m.kind for m in mistakes(true, pred)) == Counter(
