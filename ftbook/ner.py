@@ -48,7 +48,13 @@ from torch.nn import functional as F
 from . import finetune, models, train
 from .corpus import Corpus, Entity, Sentence, split_words
 from .runtime import atomic_write, cache_dir, device, native_bf16
-from .tags import EntityScores, entity_f1, find_entities, spans
+from ftbook.tags import (
+    EntityScores,
+    Numbering,
+    entity_f1,
+    find_entities,
+    spans,
+)
 from .texts import encodable, unpadded
 
 # %% ../nbs/10_ner.ipynb #7a95c019
@@ -75,14 +81,6 @@ def align(
     return pieces + [tokenizer.sep_token_id], labels + [None]
 
 # %% ../nbs/10_ner.ipynb #9dd2f294
-class _Numbering(dict):
-    """A dictionary that numbers unseen keys in the order of arrival."""
-
-    def __missing__(self, key):
-        self[key] = len(self)
-        return self[key]
-
-
 class WordPieces:
     """Pieces of words, each different word tokenized once.
 
@@ -153,7 +151,7 @@ class WordPieces:
             flat = map(index.__getitem__, chain.from_iterable(sentences))
             return np.fromiter(flat, np.int64, total), lengths
         except KeyError:
-            index = _Numbering(self.index)  # a copy, until all is learned
+            index = Numbering(self.index)  # a copy, until all is learned
         flat = map(index.__getitem__, chain.from_iterable(sentences))
         numbers = np.fromiter(flat, np.int64, total)
         self.learn(list(index)[len(self.index) :])
