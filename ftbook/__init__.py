@@ -29,7 +29,7 @@ PUBLIC = {
     "finetune": "freeze unfreeze param_groups replace_head find_head GradualUnfreezing Strategy TwoStage tune report",
     "autoencoder": "Autoencoder ConvAutoencoder MaskedViT masked_patches classifier_from",
     "contrastive": "SimCLR DINO nt_xent",
-    "mlm": "load_bundled mask_tokens fill_mask",
+    "mlm": "mask_tokens fill_mask",
     "causal": "Decoder load_decoder generate",
     "vision": "TwoConvCNN backbone predict_topk saliency grad_cam",
     "ner": "NERTagger",

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .images import ImageSet, add_noise, adjust_color
+from .images import ImageSet, add_noise, adjust_color, zoom_in
 from .tags import spans
 from .train import predict
 
@@ -125,11 +125,7 @@ def random_resized_crop(
         )
     side = (low + (high - low) * torch.rand(len(x), device=x.device)).sqrt()
     center = (2 * torch.rand(2, len(x), device=x.device) - 1) * (1 - side)
-    theta = torch.zeros(len(x), 2, 3, device=x.device)
-    theta[:, 0, 0] = theta[:, 1, 1] = side
-    theta[:, :, 2] = center.T
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False).to(x.dtype)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    return zoom_in(x, side, center)
 
 # %% ../nbs/16_augment.ipynb #01f420a8
 def color_jitter(x: Tensor, strength: float = 0.4) -> Tensor:

@@ -19,7 +19,6 @@ __all__ = [
     "Normalize",
     "channel_stats",
     "fit_square",
-    "SUFFIXES",
     "MAX_PIXELS",
     "decode_image",
     "load_images",
@@ -29,6 +28,7 @@ __all__ = [
     "as_images",
     "add_noise",
     "adjust_color",
+    "zoom_in",
 ]
 
 # %% ../nbs/A1_data.ipynb #1c6c151e
@@ -69,22 +69,7 @@ class Labeled:
 
         An int, a slice, a mask, or a sequence or tensor of positions.
         """
-        if isinstance(index, slice):
-            return self._take(torch.arange(len(self))[index])
-        index, n = torch.as_tensor(index), len(self)
-        if index.dtype == torch.bool:
-            if index.shape != (n,):
-                raise ValueError(
-                    f"a mask needs shape ({n},), got {tuple(index.shape)}"
-                )
-            return self._take(index.nonzero().flatten())
-        index = index.reshape(-1).long()
-        if len(index) and not (-n <= index.min() and index.max() < n):
-            raise IndexError(
-                f"positions go from 0 to {n - 1}, "
-                f"got {index.min()} to {index.max()}"
-            )
-        return self._take(index % max(n, 1))
+        return self._take(_positions(index, len(self)))
 
     def counts(self) -> dict[str, int]:
         """Number of examples per class name."""
@@ -114,19 +99,8 @@ class Labeled:
         ValueError
             If a part is empty or the parts exceed the whole.
         """
-        if len(parts) == 1 and isinstance(parts[0], (tuple, list)):
-            parts = tuple(parts[0])
-        n = len(self)
-        sizes = [round(p * n) if isinstance(p, float) else p for p in parts]
-        if not sizes or min(sizes) < 1 or sum(sizes) > n - (len(sizes) == 1):
-            raise ValueError(
-                f"cannot cut {n} examples into parts {parts}: "
-                "give counts or fractions, each at least one "
-                "example, together at most the whole"
-            )
-        if len(sizes) == 1:
-            sizes = [n - sizes[0], sizes[0]]
-        draws = torch.Generator().manual_seed(seed)
+        n, draws = len(self), torch.Generator().manual_seed(seed)
+        sizes = _part_sizes(parts, n)
         order = (
             _stratified_order(self.y, draws)
             if stratified
@@ -160,6 +134,40 @@ class Labeled:
         return self._take(chosen[torch.randperm(len(chosen), generator=draws)])
 
 # %% ../nbs/A1_data.ipynb #0eab8f4e
+def _positions(index: Any, n: int) -> Tensor:
+    """Positions 0 to n - 1 that an int, slice, mask or sequence selects."""
+    if isinstance(index, slice):
+        return torch.arange(n)[index]
+    index = torch.as_tensor(index)
+    if index.dtype == torch.bool:
+        if index.shape != (n,):
+            raise ValueError(
+                f"a mask needs shape ({n},), got {tuple(index.shape)}"
+            )
+        return index.nonzero().flatten()
+    index = index.reshape(-1).long()
+    if len(index) and not (-n <= index.min() and index.max() < n):
+        raise IndexError(
+            f"positions go from 0 to {n - 1}, "
+            f"got {index.min()} to {index.max()}"
+        )
+    return index % max(n, 1)
+
+
+def _part_sizes(parts: tuple, n: int) -> list[int]:
+    """Counts of the parts that n examples are cut into."""
+    if len(parts) == 1 and isinstance(parts[0], (tuple, list)):
+        parts = tuple(parts[0])
+    sizes = [round(p * n) if isinstance(p, float) else p for p in parts]
+    if not sizes or min(sizes) < 1 or sum(sizes) > n - (len(sizes) == 1):
+        raise ValueError(
+            f"cannot cut {n} examples into parts {parts}: "
+            "give counts or fractions, each at least one "
+            "example, together at most the whole"
+        )
+    return sizes if len(sizes) > 1 else [n - sizes[0], sizes[0]]
+
+
 def _stratified_order(y: Tensor, generator: torch.Generator) -> Tensor:
     """A random order of which every stretch has the classes in proportion.
 
@@ -327,7 +335,7 @@ def fit_square(x: Tensor, size: int) -> Tensor:
     return x[..., top : top + size, left : left + size]
 
 # %% ../nbs/A1_data.ipynb #f5a1ccb2
-SUFFIXES = (
+_SUFFIXES = (
     ".jpg",
     ".jpeg",
     ".png",
@@ -586,7 +594,7 @@ def _pictures_below(folder: Path) -> list[PurePath]:
 
 
 def _is_picture(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
 
 
 def _image_set(
@@ -890,3 +898,44 @@ def adjust_color(
     if saturation is None:
         return x
     return torch.lerp(_gray(x), x, saturation.view(-1, 1, 1, 1)).clamp(0, 1)
+
+# %% ../nbs/A1_data.ipynb #7dccdc01
+def zoom_in(
+    x: Tensor,
+    side: Tensor,
+    center: Tensor,
+    mirror: Tensor | None = None,
+    edge: str = "border",
+) -> Tensor:
+    """A square part of each image, scaled to full size, bilinearly.
+
+    One affine map for each image, all of them in one call.
+
+    Parameters
+    ----------
+    x : Tensor (B, C, H, W), floating point
+    side : Tensor (B,)
+        Which share of the image's side is shown.
+    center : Tensor (2, B)
+        The part's middle, right of and below the image's, in half sides.
+    mirror : Tensor (B,), optional
+        -1 exchanges left and right, 1 does not.
+    edge : {"border", "reflection", "zeros"}
+        What is shown beyond the image.
+
+    Examples
+    --------
+    >>> x, half = torch.arange(4.0).expand(1, 1, 4, 4), torch.tensor([0.5])
+    >>> zoom_in(x, half, torch.tensor([[0.5], [0.0]]))[0, 0, 0].tolist()
+    [1.75, 2.25, 2.75, 3.0]
+    """
+    zero = torch.zeros_like(side)
+    across = side if mirror is None else side * mirror
+    rows = [across, zero, center[0], zero, side, center[1]]
+    maps = torch.stack(rows, 1).reshape(-1, 2, 3)
+    grid = torch.nn.functional.affine_grid(
+        maps, list(x.shape), align_corners=False
+    )
+    return torch.nn.functional.grid_sample(
+        x, grid.to(x.dtype), padding_mode=edge, align_corners=False
+    )

@@ -6,7 +6,7 @@ words.
 
 Examples
 --------
->>> model, tokenizer = load_bundled()
+>>> model, tokenizer = models.load("bert_mini_en")
 >>> fill_mask("They [MASK] not want to go.", 1, model, tokenizer)[0][0].piece
 'do'
 """
@@ -29,7 +29,6 @@ __all__ = [
     "read_documents",
     "split_documents",
     "Masked",
-    "load_bundled",
 ]
 
 # %% ../nbs/06_mlm.ipynb #5e736f09
@@ -762,7 +761,7 @@ def fill_mask(
             "checkpoint"
         )
     if model is None:
-        model, tokenizer = load_bundled()
+        model, tokenizer = models.load("bert_mini_en")
     with unpadded(tokenizer):
         pieces = tokenizer(encodable(text))["input_ids"]
     ids = torch.tensor([pieces], device=next(model.parameters()).device)
@@ -1107,17 +1106,3 @@ def _masked_accuracy(logits: Tensor, target: Tensor) -> float:
         if len(target)
         else 0.0
     )
-
-# %% ../nbs/06_mlm.ipynb #640ec5ab
-def load_bundled():
-    """Load the small English BERT that comes with this book (4 layers of width
-    256, 8192 cased pieces).
-
-    Returns
-    -------
-    model, tokenizer
-        `BertForMaskedLM` in eval mode, float32, and `BertTokenizer`: what
-        `models.load("bert_mini_en")` gives. Their card is
-        `ftbook/assets/bert-mini-en/README.md`.
-    """
-    return models.load("bert_mini_en")

@@ -37,6 +37,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -44,10 +45,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import models, train
+from . import finetune, models, train
 from .corpus import Corpus, Entity, Sentence, split_words
 from .runtime import atomic_write, cache_dir, device, native_bf16
-from .tags import EntityScores, entity_f1, find_entities, spans
+from ftbook.tags import (
+    EntityScores,
+    Numbering,
+    entity_f1,
+    find_entities,
+    spans,
+)
 from .texts import encodable, unpadded
 
 # %% ../nbs/10_ner.ipynb #7a95c019
@@ -74,14 +81,6 @@ def align(
     return pieces + [tokenizer.sep_token_id], labels + [None]
 
 # %% ../nbs/10_ner.ipynb #9dd2f294
-class _Numbering(dict):
-    """A dictionary that numbers unseen keys in the order of arrival."""
-
-    def __missing__(self, key):
-        self[key] = len(self)
-        return self[key]
-
-
 class WordPieces:
     """Pieces of words, each different word tokenized once.
 
@@ -152,7 +151,7 @@ class WordPieces:
             flat = map(index.__getitem__, chain.from_iterable(sentences))
             return np.fromiter(flat, np.int64, total), lengths
         except KeyError:
-            index = _Numbering(self.index)  # a copy, until all is learned
+            index = Numbering(self.index)  # a copy, until all is learned
         flat = map(index.__getitem__, chain.from_iterable(sentences))
         numbers = np.fromiter(flat, np.int64, total)
         self.learn(list(index)[len(self.index) :])
@@ -805,10 +804,7 @@ class NERTagger:
         return cls(model, tokenizer, **{**_settings(folder), **kwargs})
 
     def save(self, folder) -> Path:
-        """Write a folder that from_pretrained reads.
-
-        Model (safetensors), tokenizer and decoder settings.
-        """
+        """Write a folder that from_pretrained reads; safetensors, no pickle."""
         return _save(self, Path(folder))
 
     def encode(self, sentences, **kwargs) -> Encoded:
@@ -822,12 +818,8 @@ class NERTagger:
     ) -> np.ndarray:
         """Log-probabilities (N, K) of every word of an encoded corpus.
 
-        Parameters
-        ----------
-        precision : {"fp32", "bf16", "auto"}
-            bf16 rounds the scores to about three digits: it changed the
-            entities of 6 of 2,996 texts, and on a CPU without it, it is six
-            times as slow. "auto" takes it where the hardware has it.
+        precision "bf16" rounds them to about three digits and is slow on a
+        CPU without it; "auto" takes it where the hardware has it.
         """
         return _word_scores(self.model, encoded, batch_size, precision)
 
@@ -843,16 +835,10 @@ class NERTagger:
         return entity_f1(corpus.tags, self.tag(corpus, **kwargs))
 
     def predict(self, text, **kwargs):
-        """Entities of a text, or of each text of a list.
+        """Entities of a text, or a list of them for each text of a list.
 
-        A text may have any length: long ones go through windows. Keyword
-        arguments go to :meth:`word_scores`, which computes in float32 unless
-        told otherwise.
-
-        Returns
-        -------
-        list of Entity for a str, list of lists for a list of str
-            ``text[e.start:e.end] == e.text``.
+        ``text[e.start:e.end] == e.text``. Long texts go through windows;
+        keyword arguments go to :meth:`word_scores`.
         """
         return _predict(self, text, **kwargs)
 
@@ -866,6 +852,7 @@ class NERTagger:
         batch_size: int = 32,
         weight_power: float = 0.0,
         label_pieces: str = "first",
+        how=None,
         seed: int = 0,
         callbacks=(),
         **kwargs,
@@ -879,6 +866,9 @@ class NERTagger:
             the epoch with the best F1 are kept.
         weight_power : float
             Exponent of :func:`class_weights`; 0 weighs all labels alike.
+        how : str, Strategy, or PEFT method, optional
+            As in ``finetune.tune``; an adapter's handle is then
+            ``peft.handle(tagger.model)``. None trains what requires_grad.
         **kwargs
             Passed to ``train.fit`` (``optimizer=``, ``settings=``, ...).
 
@@ -886,7 +876,7 @@ class NERTagger:
         -------
         History
             With ``valid`` its rows have valid_f1, and ``best`` is the row whose
-            weights were kept.
+            weights were kept. Of two stages, the second's.
         """
         encoded = self.encode(corpus, label_pieces=label_pieces)
         weight = class_weights(encoded.labels, len(self.labels), weight_power)
@@ -898,7 +888,7 @@ class NERTagger:
             watching = [best, *callbacks, EntityF1(self, valid)]
         options = {"epochs": epochs, "lr": lr, "seed": seed, **kwargs}
         options["callbacks"] = watching  # fit calls early stopping last
-        return train.fit(loss, batches, loss=None, **options)
+        return _tune(loss, batches, how, **options)
 
 # %% ../nbs/10_ner.ipynb #e9467b36
 def _folder_of(name) -> Path | None:
@@ -953,6 +943,17 @@ def _settings(folder: Path | None) -> dict:
             np.nan_to_num(a, nan=-np.inf) for a in tables
         )
     return kept
+
+
+def _tune(loss: TagLoss, batches, how, **options) -> train.History:
+    """Train the tagger one way; an adapter goes into the classifier itself."""
+    if how is None:
+        return train.fit(loss, batches, loss=None, **options)
+    if hasattr(how, "apply") and not hasattr(how, "tune"):
+        if not isinstance(how, type):
+            into = how.apply
+            how = SimpleNamespace(apply=lambda around: into(around.model))
+    return finetune.tune(loss, batches, how=how, loss=None, **options)[-1]
 
 
 def _save(tagger: NERTagger, folder: Path) -> Path:

@@ -23,7 +23,6 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import string
 import tempfile
@@ -730,6 +729,12 @@ def _wrap(value: Any, source: dict) -> Any:
     return value
 
 # %% ../nbs/A4_results.ipynb #363191be
+@functools.cache
+def _installed() -> dict[str, str]:
+    """The versions that a row names; read once, each run stores them."""
+    return runtime.versions("torch", "transformers")
+
+
 def _provenance(
     seconds: float | None = None, substitute: str | None = None
 ) -> dict:
@@ -741,7 +746,7 @@ def _provenance(
     import ftbook
 
     made = {"python": platform.python_version(), "ftbook": ftbook.__version__}
-    made |= runtime.versions("torch", "transformers")
+    made |= _installed()
     made |= {"device": runtime.device_name(), "profile": runtime.profile()}
     made["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
     if seconds is not None:
@@ -1297,33 +1302,17 @@ def _is_rough(origin: Mapping) -> bool:
     return "ftbook" not in origin
 
 # %% ../nbs/A4_results.ipynb #e6a6f98f
-def _settings(
-    choices: Mapping[str, Sequence],
-    search: str = "grid",
-    trials: int | None = None,
-    search_seed: int = 0,
-) -> list[dict]:
-    """The combinations of named choices, or `trials` of them at random.
-
-    They are drawn without replacement; more trials keep the earlier ones.
+def _settings(choices: Mapping[str, Sequence]) -> list[dict]:
+    """The combinations of named choices.
 
     >>> _settings({"lr": [0.1, 0.01], "method": ["full"]})
     [{'lr': 0.1, 'method': 'full'}, {'lr': 0.01, 'method': 'full'}]
     """
     options = {name: _options(name, given) for name, given in choices.items()}
     # scikit-learn's ParameterGrid sorts the names, and the first of equally
-    # good settings wins; its ParameterSampler draws anew for more trials
+    # good settings wins
     combos = itertools.product(*options.values())
-    grid = [dict(zip(options, combo, strict=True)) for combo in combos]
-    if search == "grid":
-        return grid
-    if search != "random":
-        raise ValueError(f"search is {search!r}; it must be 'grid' or 'random'")
-    if not trials or trials < 1:
-        raise ValueError(
-            f"trials is {trials!r}; a random search needs a positive number"
-        )
-    return random.Random(search_seed).sample(grid, len(grid))[:trials]
+    return [dict(zip(options, combo, strict=True)) for combo in combos]
 
 
 def _options(name: str, given: Any) -> list:
@@ -1677,8 +1666,6 @@ def sweep(
     *,
     chapter: str,
     name: str,
-    search: str = "grid",
-    trials: int | None = None,
     n: int | None = None,
     budget: str | None = None,
     substitute: str | None = None,
@@ -1695,13 +1682,11 @@ def sweep(
     run : callable
         Returns a dict of metric name -> float.
     choices : dict name -> list
-        What is varied. After a change only what is missing is run.
+        What is varied. After a change only what is missing is run. A random
+        search draws its settings with `search.draw`.
     seeds : iterable of int
     chapter, name : str
         Where it is stored: results/CHAPTER.json, key NAME.
-    search, trials
-        "grid": all combinations; "random": `trials` of them, drawn without
-        replacement, where more trials keep the earlier ones.
     n, budget
         Stored with the rows: examples scored, what every setting was allowed.
     substitute : str, optional
@@ -1741,7 +1726,7 @@ def sweep(
     """
     seeds = list(dict.fromkeys(int(s) for s in seeds))
     store = _Store(chapter, name, n=n, budget=budget, substitute=substitute)
-    combos = _settings(choices, search, trials)
+    combos = _settings(choices)
     wanted, failed = [(c, s) for c in combos for s in seeds], []
     missing = store.missing(wanted)
     with closing(_results_of(run, missing, None, executor)) as results:

@@ -18,6 +18,7 @@ __all__ = [
     "spans",
     "plain_f1",
     "find_entities",
+    "Numbering",
     "prf",
     "EntityScores",
     "entity_f1",
@@ -251,8 +252,13 @@ def _spans_by_table(
     ]
 
 # %% ../nbs/10_ner.ipynb #5cf100ef
-class _Number(dict):
-    """A dictionary that numbers unseen keys in the order of their arrival."""
+class Numbering(dict):
+    """A dictionary that numbers unseen keys in the order of their arrival.
+
+    >>> number = Numbering()
+    >>> [number[word] for word in ("a", "b", "a")]
+    [0, 1, 0]
+    """
 
     def __missing__(self, key):
         self[key] = len(self)
@@ -260,7 +266,7 @@ class _Number(dict):
 
 
 def _flatten(
-    sequences: Sequence[Sequence[str]], table: _Number
+    sequences: Sequence[Sequence[str]], table: Numbering
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lists of tags -> (N,) label numbers and (S,) lengths."""
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
@@ -277,7 +283,7 @@ def _numbered(true, pred, labels, lengths) -> tuple:
     """Both sides as label numbers, after checking that they fit."""
     if labels is None:
         _check_lists(true, pred)
-        table = _Number()
+        table = Numbering()
         (t, n), (p, m) = _flatten(true, table), _flatten(pred, table)
         labels = list(table)
     else:

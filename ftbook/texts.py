@@ -142,8 +142,9 @@ def sentence_vectors(
 
     Examples
     --------
-    >>> from ftbook import mlm
-    >>> sentence_vectors(["a short one"], *mlm.load_bundled()).shape
+    >>> from ftbook import models
+    >>> encoder = models.load("bert_mini_en")
+    >>> sentence_vectors(["a short one"], *encoder).shape
     torch.Size([1, 256])
     """
     body = model.base_model

@@ -45,7 +45,13 @@ from ftbook.finetune import (
     replace_head,
     unfreeze,
 )
-from .images import ImageSet, add_noise, adjust_color, as_images
+from ftbook.images import (
+    ImageSet,
+    add_noise,
+    adjust_color,
+    as_images,
+    zoom_in,
+)
 from .runtime import atomic_write, cache_dir, profile
 from .train import History, Settings, fit, predict
 
@@ -518,20 +524,10 @@ class Augment:
             )
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = F.grid_sample(
-            x,
-            self.grid(x),
-            mode="bilinear",
-            padding_mode="reflection",
-            align_corners=False,
-        )
-        return self.color(self.blurred(x))
+        return self.color(self.blurred(self.moved(x)))
 
-    def grid(self, x: Tensor) -> Tensor:
-        """Sampling positions (B, H, W, 2), one affine map per image.
-
-        It zooms, shifts and mirrors.
-        """
+    def moved(self, x: Tensor) -> Tensor:
+        """Zoom, shift and mirror: one affine map per image."""
         zoom = _uniform(x, 1 - self.zoom, 1.0).flatten()
         mirrored = torch.rand(len(x), device=x.device) < self.flip
         mirror = 1 - 2 * mirrored.to(x.dtype)
@@ -539,10 +535,7 @@ class Augment:
             _uniform(x, -1, 1).flatten() * (1 - zoom + 2 * self.shift)
             for _ in range(2)
         ]
-        zero = torch.zeros_like(zoom)
-        rows = [zoom * mirror, zero, move[0], zero, zoom, move[1]]
-        theta = torch.stack(rows, 1).reshape(-1, 2, 3)
-        return F.affine_grid(theta, list(x.shape), align_corners=False)
+        return zoom_in(x, zoom, torch.stack(move), mirror, "reflection")
 
     def blurred(self, x: Tensor) -> Tensor:
         """Blur a share of the images, the strength drawn for the batch."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from ftbook import augment as au
-from ftbook import data, images, mlm
+from ftbook import data, images, mlm, models
 from ftbook.finetune import SmallCNN
 from ftbook.scoring import accuracy
 from ftbook.studies import augment as study
@@ -114,7 +114,7 @@ def test_soft_labels_and_accuracy():
     assert len(whole.max(1).values.round(decimals=4).unique()) <= 2
 
 
-def test_pipeline_and_groups():
+def test_a_policy_joins_changes_and_groups_get_their_own_draws():
     x, y = au.policy("flip + mixup", 5)(X, Y)
     assert y.shape == (16, 5) and torch.equal(au.policy("none")(X), X)
     calls = []
@@ -197,7 +197,7 @@ class _Fixed(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def bert():
-    body, tokenizer = mlm.load_bundled()
+    body, tokenizer = models.load("bert_mini_en")
     return {"body": body, "tokenizer": tokenizer, "vocab": mlm.vocabulary(tokenizer)}
 
 
@@ -212,7 +212,7 @@ def words(batch, tokenizer):
     return [" ".join(r[1:-1]).replace(" ##", "").split() for r in rows]
 
 
-def test_word_changes(bert):
+def test_words_are_swapped_dropped_and_hidden_whole(bert):
     batch = encode_texts(TEXTS, bert["tokenizer"])
     number = au._word_numbers(batch, bert["vocab"])
     assert (number.max(1).values + 1).tolist() == [len(t.split()) for t in TEXTS]

@@ -76,7 +76,7 @@ def test_masked_loss_ignores_visible_pixels():
     )
 
 
-def test_loss_refuses():
+def test_the_reconstruction_loss_refuses_shapes_reductions_and_empty_masks():
     with pytest.raises(ValueError, match="must be equal"):
         ae.reconstruction_loss(torch.rand(2, 3), torch.rand(2, 4))
     with pytest.raises(ValueError, match='"mean" and "sum"'):

@@ -272,7 +272,7 @@ def test_bytes_that_are_not_utf8(tmp_path):
     assert corpus[0].words[1] == "Z\ufffdrich" and corpus.repairs["bytes that are not UTF-8"] == 1
 
 
-def test_json_lines(tmp_path):
+def test_json_lines_are_read_and_wrong_ones_are_named(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text('{"tokens": ["Rome"], "ner_tags": ["B-LOC"], "doc": 3}\n\n{"words": [], "tags": []}\n')
     assert list(read_conll(path)) == [Sentence(["Rome"], ["B-LOC"], 3)]
@@ -341,7 +341,7 @@ def test_any_text_is_read_or_refused_with_file_and_line(tmp_path_factory, parts,
         assert re.search(r"f.conll, line \d+: |f.conll: no sentence", str(error))
 
 
-def test_bad_arguments(tmp_path):
+def test_reading_refuses_missing_files_and_unknown_schemes(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a file"):
         read_conll(tmp_path / "none")
     (tmp_path / "f").write_text("a E-PER\nb O\n")
@@ -457,7 +457,7 @@ def test_words_are_cut_in_linear_time(part):
     assert short < 1 and long < 6 * max(short, 0.01)  # three times as long; a quadratic cut takes nine times as long
 
 
-def test_words_of_english():
+def test_english_text_is_split_into_words():
     text = (
         "Prof. O'Hara can't mail kim@uni.edu at 10:30, it's U.S.-made; see https://a.org/b. Rock-and-roll! "
         "@nasa AT&T 'quoted'"
@@ -480,7 +480,7 @@ def test_words_of_english():
     assert words[-3:] == ["'", "quoted", "'"]
 
 
-def test_bracket_notation(tmp_path):
+def test_brackets_mark_entities_and_wrong_ones_are_refused(tmp_path):
     s = cp._parse_brackets("[PER Ada King] of [LOC Ockham] isn't [MISC English].", doc=4)
     assert s.tags == ["B-PER", "I-PER", "O", "B-LOC", "O", "O", "B-MISC", "O"] and s.doc == 4
     for bad in ("[CITY Rome] .", "[PER] x", "[PER Ada", "Ada] x", "[PER [LOC x]]", "[LOC Par]is"):

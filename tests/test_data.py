@@ -387,7 +387,7 @@ def idx(array):
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
 
 
-def test_fashion_mnist(fake):
+def test_fashion_mnist_is_read_from_its_own_files(fake):
     x, y = np.arange(3 * 28 * 28).reshape(3, 28, 28) % 256, np.array([1, 0, 9])
     fake(
         "fashion_mnist",
@@ -402,7 +402,7 @@ def test_fashion_mnist(fake):
         data.load("fashion_mnist", "train")
 
 
-def test_read_idx_errors():
+def test_an_idx_file_must_be_as_long_as_its_header_says():
     assert data._read_idx(idx(np.arange(6).reshape(2, 3))).tolist() == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(ValueError, match="f: the header says"):
         data._read_idx(idx(np.arange(6))[:-1], "f")
@@ -449,7 +449,7 @@ def jpeg(height, width, level):
     return buffer.getvalue()
 
 
-def test_hymenoptera(fake, capsys):
+def test_hymenoptera_is_read_from_its_archive(fake, capsys):
     def archive(**extra):
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as z:
@@ -481,7 +481,7 @@ def test_hymenoptera(fake, capsys):
         data.load("hymenoptera", "val", skip_corrupt=True)
 
 
-def test_sst2(fake):
+def test_sst2_is_read_and_wrong_lines_are_named(fake):
     fake("sst2", "sentences", {"train.tsv": b'a fine film\t1\nsaid "so" , dull\t0\n', "dev.tsv": b"ok\t1\n"})
     train = data.load("sst2")
     assert train.texts == ["a fine film", 'said "so" , dull'] and train.y.tolist() == [1, 0]
@@ -503,7 +503,7 @@ def test_customer_reviews_are_shuffled_once_and_cut_into_three_parts(fake):
         assert all((int(t.split()[1]) >= 1368) == y for t, y in zip(part.texts, part.y.tolist(), strict=True))
 
 
-def test_texts(fake):
+def test_wikitext_is_read_from_files_and_archives(fake):
     fake("wikitext2", "files", {"wiki.valid.tokens": "\n = Title = \n ünder \n".encode()})
     text = data.load("wikitext2", "valid")
     assert text == "\n = Title = \n ünder \n" and text.source == "files (cache)" and text.name == "wikitext2"
@@ -526,7 +526,7 @@ def test_tagged_text_is_a_corpus(fake):
     assert corpus.scheme == "IOB1" and corpus.tags == [["B-ORG"]] and corpus.source == "bio (cache)"
 
 
-def test_digits():
+def test_digits_come_as_bytes_in_two_parts():
     train, test = data.load("digits"), data.load("digits", "test")
     assert (len(train), len(test)) == (1297, 500) and train.x.dtype == torch.uint8 and train.x.max() == 255
     assert train.x.unique().numel() == 17 and sum(test.counts().values()) == 500
@@ -668,7 +668,7 @@ def test_place_keeps_large_tensors_in_pinned_memory(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_batches_on_cuda(monkeypatch):
+def test_batches_are_equal_whether_or_not_they_fit_on_the_gpu(monkeypatch):
     x, y = torch.randint(256, (1000, 1, 4, 4), dtype=torch.uint8), torch.arange(1000)
     expected = list(data.Batches(x, y, shuffle=True, transform=data.Normalize(0.5, 0.5)))
     for free in (10**9, 1):

@@ -7,7 +7,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from tools.filter import PLAY, is_folded, options_of, outline, transform
+from tools.filter import PLAY, collapsed, is_folded, options_of, outline, transform
+from tools.generate import with_cells
 from tools.mathml import equation, formula
 
 
@@ -246,3 +247,31 @@ def test_a_cell_of_a_table_breaks_before_its_interval_only(target):
     }
     shown = "".join(transform(nb, target)["cells"][0]["outputs"][0]["data"]["text/markdown"])
     assert shown == rows.replace("20.3 %", "20.3\u00a0%").replace("-19.4, +", "-19.4,\u00a0+")
+
+
+def test_jupyterlab_and_colab_close_what_the_page_folds():
+    sources = {
+        "imports": "#| export\nimport os",
+        "says": 'results.say("it", 1)',
+        "checks": "assert fit(1) == 1",
+        "opened": "#| code-fold: false\nimport os",
+        "hidden": "#| hide\nx = 1",
+        "named": "#| echo: false\nprint(1)",
+        "long": LONG,
+    }
+    cells = [{**code(source), "id": name} for name, source in sources.items()]
+    cells = [
+        text("# Title"),
+        *cells,
+        text("## The rest of the module"),
+        {**code("def f(x):\n    return x"), "id": "rest"},
+    ]
+    closed = ["imports", "says", "hidden", "named", "rest"]
+    assert collapsed({"cells": cells}) == closed
+    cells[3]["metadata"] = {
+        "jupyter": {"source_hidden": True},
+        "tags": ["slow"],
+    }  # closed by hand: it checks, so it opens
+    done = with_cells({"cells": cells, "metadata": {}}, "01_background.ipynb")["cells"]
+    hidden = [c["id"] for c in done if c["metadata"].get("jupyter", {}).get("source_hidden")]
+    assert hidden == ["ftbook01", *closed] and done[5]["metadata"] == {"tags": ["slow"]}

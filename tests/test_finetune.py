@@ -247,7 +247,7 @@ def test_freeze_by_depth_from_both_ends_and_its_errors():
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-tokens", "resnet18", "mobilenet", "small"])
-def test_replace_head(name):
+def test_a_new_head_stands_where_the_old_one_stood(name):
     model = MODELS[name]()
     new = ft.replace_head(model, 11)
     assert ft.find_head(model)[1] is new and new.out_features == 11
@@ -257,7 +257,7 @@ def test_replace_head(name):
         assert shape == ((2, 11) if name == "bert" else (2, 5, 11))
 
 
-def test_replace_head_errors():
+def test_no_head_is_put_on_a_bare_backbone():
     with pytest.raises(ValueError, match="at least 1"):
         ft.replace_head(Small(), 0)
     with pytest.raises(ValueError, match="backbone without a classifier"):

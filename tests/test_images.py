@@ -602,7 +602,7 @@ def test_image_set_checks_its_arguments():
     assert "2 images (1, 4, 4), 2 classes" in repr(images.ImageSet(x, y, "ab", "n"))
 
 
-def test_indexing():
+def test_parts_are_selected_by_position_slice_and_mask():
     part = image_set([0, 1, 2, 0, 1])
     assert part[1:3].x.flatten().tolist() == [1, 2] and part[-1].y.tolist() == [1] and len(part[:0]) == 0
     assert part[part.y == 0].x.flatten().tolist() == [0, 3] and part[[4, 0]].x.flatten().tolist() == [4, 0]
@@ -644,7 +644,7 @@ def test_split_into_several_parts():
             part.split(*parts)
 
 
-def test_per_class():
+def test_every_class_gives_as_many_examples():
     part = image_set([0] * 9 + [1] * 5 + [2] * 4)
     few = part.per_class(4, seed=3)
     assert few.counts() == {"a": 4, "b": 4, "c": 4} and few.x.unique().numel() == 12
@@ -672,3 +672,23 @@ def test_normalization_equals_torchvision():
         images.Normalize(0.5, [0.2, 0.0, 0.1])
     normalize = images.Normalize(mean, std)
     assert normalize(x.to("meta")).device.type == "meta" and normalize.scale.device.type == "meta"
+
+
+def test_zoom_in_shows_the_part_that_is_meant():
+    x = torch.arange(64.0).reshape(1, 1, 8, 8).repeat(3, 1, 1, 1)
+    side, center = torch.tensor([1.0, 0.5, 0.5]), torch.tensor([[0.0, -0.5, 0.5], [0.0, 0.5, -0.5]])
+    y = images.zoom_in(x, side, center)
+    large = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(y[0], x[0])
+    torch.testing.assert_close(y[1, :, 1:7, 1:7], large[1, :, 9:15, 1:7])
+    torch.testing.assert_close(y[2, :, 1:7, 1:7], large[2, :, 1:7, 9:15])
+    mirrored = images.zoom_in(x, side, torch.zeros(2, 3), -torch.ones(3))
+    torch.testing.assert_close(mirrored, images.zoom_in(x, side, torch.zeros(2, 3)).flip(-1))
+
+
+@pytest.mark.parametrize("edge", ["border", "reflection", "zeros"])
+def test_zoom_in_keeps_the_type_and_fills_what_lies_beyond(edge):
+    x, out = torch.ones(2, 3, 4, 4), torch.full((2,), 2.0)
+    assert images.zoom_in(x.double(), out, torch.zeros(2, 2), edge=edge).dtype == torch.float64
+    corner = images.zoom_in(x, out, torch.zeros(2, 2), edge=edge)[:, :, 0, 0]
+    assert torch.equal(corner, torch.zeros(2, 3) if edge == "zeros" else torch.ones(2, 3))

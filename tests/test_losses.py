@@ -228,7 +228,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradcheck(name):
+def test_gradients_equal_finite_differences(name):
     z = data(1, 4, 4, scale=1.0)[0].requires_grad_()
     assert torch.autograd.gradcheck(CASES[name], (z,))
 
@@ -286,7 +286,7 @@ def test_compiles_without_graph_break():
     torch.testing.assert_close(f(z, y), F.cross_entropy(z, y, label_smoothing=0.1))
 
 
-def test_calibration_error():
+def test_calibration_error_is_what_was_reckoned_by_hand():
     right = torch.tensor([0, 1, 0, 1])
     certain = torch.eye(2)[right]
     assert losses.calibration_error(certain, right) == 0

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftbook import Checkpoint, Settings, data, mlm, results
+from ftbook import Checkpoint, Settings, data, mlm, models, results
 from ftbook.studies import mlm as study
 from ftbook.texts import encodable, encode_texts, sentence_vectors, unpadded
 from ftbook.train import fit
@@ -548,7 +548,7 @@ def test_a_stored_checkpoint_gives_the_same_answers(model, tokenizer, ids, tmp_p
 def test_bundled_checkpoint_loads_everywhere_and_knows_some_english():
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    model, tokenizer = mlm.load_bundled()
+    model, tokenizer = models.load("bert_mini_en")
     folder = data.asset("bert-mini-en")
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 12e6 and (folder / "README.md").is_file()
     other = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -582,7 +582,7 @@ def test_fill_mask_returns_sorted_probabilities_and_checks_its_input(model, toke
         mlm.fill_mask("[MASK]", model=model)
 
 
-def test_ngram_by_hand(tokenizer):
+def test_counting_equals_what_was_reckoned_by_hand(tokenizer):
     vocab = mlm._Vocabulary(4, torch.tensor([1, 1, 1, 1, 1, 0, 0, 0]).bool(), torch.zeros(8).bool(), torch.arange(5, 8))
     counts = mlm.NGram(torch.tensor([[2, 5, 6, 5, 6, 3]]), vocab)
     assert torch.allclose(counts.unigram[5:], torch.tensor([3.0, 3.0, 1.0]) / 7) and counts.unigram[:5].sum() == 0

@@ -19,8 +19,9 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from ftbook import Settings, data, ner, results
+from ftbook import Settings, data, finetune, ner, peft, results
 from ftbook.corpus import Corpus, Sentence, read_conll, word_shapes
+from ftbook.finetune import Strategy
 from ftbook.ner import (
     BucketBatches,
     NERTagger,
@@ -106,7 +107,7 @@ def encodings(draw):
     return [[draw(word) for _ in s] for s in tags], tags, room + 2, draw(st.integers(0, room - 1))
 
 
-@settings(max_examples=150, deadline=None)
+@QUICK
 @given(encodings(), st.booleans())
 def test_alignment_loses_and_invents_nothing(tokenizer, case, all_pieces):
     words, tags, max_length, stride = case
@@ -326,7 +327,7 @@ def test_encoding_refuses_nonsense(tokenizer):
         encode([["a", 7]], tokenizer)
 
 
-def test_bucket_batches(tokenizer):
+def test_bucket_batches_hold_every_row_once_with_little_padding(tokenizer):
     rng = random.Random(0)
     corpus = Corpus(
         [Sentence(["Paris"] * (n := min(60, 1 + int(rng.expovariate(0.06)))), ["O"] * n) for _ in range(999)]
@@ -409,7 +410,7 @@ def test_learnt_transitions_are_probabilities():
     assert np.isinf(step[0, LABELS.index("I-LOC")]) and step[1, 2] > step[1, 1]
 
 
-def test_class_weights():
+def test_class_weights_even_out_rare_labels():
     ids = np.array([0] * 90 + [1] * 9 + [2] + [-100] * 50)
     assert ner.class_weights(ids, 3, 0.0).tolist() == [1, 1, 1]
     w = ner.class_weights(ids, 3, 1.0).numpy()
@@ -609,6 +610,63 @@ def test_the_tagger_keeps_its_best_f1_and_stops_early_on_it(tokenizer, town_corp
     assert history.best is None and "valid_f1" not in history.names()
 
 
+def _small_tagger(tokenizer, corpus):
+    model = token_classifier(small_body(tokenizer), corpus.labels, 0.0)
+    return NERTagger(model, tokenizer, max_length=24, stride=6)
+
+
+def _weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("how", ["full", "head", "layer-wise", Strategy(trained=["classifier"])])
+def test_the_tagger_is_tuned_by_a_strategy_as_its_model_is(how, tokenizer, town_corpus):
+    few, options = Corpus(town_corpus[:16]), {"epochs": 2, "lr": 5e-3, "seed": 3, "settings": Settings(progress=False)}
+    ours, theirs = (_small_tagger(tokenizer, few) for _ in range(2))
+    before = _weights(ours.model)
+    history = ours.fit(few, how=how, batch_size=8, **options)
+    batches = ner.BucketBatches(theirs.encode(few), 8, seed=3)
+    (expected,) = finetune.tune(theirs.model, batches, how=how, loss=None, **options)
+    assert history["train_loss"] == expected["train_loss"] and len(history.rows) == 2
+    after, same = _weights(ours.model), _weights(theirs.model)
+    assert all(torch.equal(after[n], same[n]) for n in same)
+    moved = {n for n in after if not torch.equal(after[n], before[n])}
+    assert moved == ({"classifier.weight", "classifier.bias"} if how not in ("full", "layer-wise") else set(after))
+
+
+def test_the_tagger_is_tuned_by_an_adapter_that_its_model_knows(tokenizer, town_corpus, tmp_path):
+    few, tagger = Corpus(town_corpus[:16]), _small_tagger(tokenizer, town_corpus)
+    before = _weights(tagger.model.base_model)
+    history = tagger.fit(few, few, how=peft.LoRA(r=2), epochs=2, lr=5e-3, settings=Settings(progress=False))
+    handle = peft.handle(tagger.model)
+    assert history.best["valid_f1"] == max(history["valid_f1"])
+    assert handle.counts()["share"] < 0.5 and handle.save(tmp_path / "a").is_dir()
+    tagged = tagger.tag(few)
+    with handle.disable():
+        assert all(torch.equal(before[n], p) for n, p in _weights(tagger.model.base_model).items() if n in before)
+    assert handle.remove(keep_merged=True) is tagger.model and tagger.tag(few) == tagged
+    tagger.save(tmp_path / "t")
+    assert NERTagger.from_pretrained(tmp_path / "t").tag(few) == tagged
+
+
+def test_the_tagger_gives_the_history_of_the_last_stage(tokenizer, town_corpus):
+    few = Corpus(town_corpus[:8])
+    history = _small_tagger(tokenizer, few).fit(few, how="two-stage", epochs=4, settings=Settings(progress=False))
+    assert len(history.rows) == 2
+
+
+@pytest.mark.parametrize("how", ["fastest", peft.LoRA, 3])
+def test_the_tagger_refuses_an_unknown_way_in_the_tuners_words(how, tokenizer, town_corpus):
+    tagger = _small_tagger(tokenizer, town_corpus)
+    before = _weights(tagger.model)
+    with pytest.raises(ValueError) as ours:
+        tagger.fit(Corpus(town_corpus[:4]), how=how)
+    with pytest.raises(ValueError) as tuners:
+        finetune.tune(tagger.model, [], how=how, lr=1e-3)
+    assert str(ours.value) == str(tuners.value) and "'layer-wise'" in str(ours.value)
+    assert all(torch.equal(before[n], p) for n, p in _weights(tagger.model).items())
+
+
 def test_a_broken_off_run_equals_the_whole_one_with_its_best_f1(tokenizer, town_corpus, tmp_path):
     few = Corpus(town_corpus[:24])
 
@@ -640,7 +698,7 @@ def test_a_body_that_does_not_fit(tokenizer):
     assert random_one.config.id2label[1] == "B-LOC"
 
 
-def test_tagger_input_types(tagger):
+def test_the_tagger_says_which_method_takes_what(tagger):
     with pytest.raises(TypeError, match="use predict"):
         tagger.tag(["a text"])
     with pytest.raises(TypeError, match="use tag"):
@@ -787,7 +845,7 @@ def test_the_study_on_conll_2003_in_the_gpu_profile(fake, tokenizer, tmp_path, m
 # ---------------------------------------------------------------- mistakes
 
 
-def test_kinds_of_mistakes():
+def test_every_mistake_has_its_kind():
     true = [["B-PER", "I-PER", "O", "B-LOC", "O", "B-ORG", "I-ORG", "O", "B-LOC", "O", "O"]]
     pred = [["B-PER", "O", "O", "B-ORG", "O", "B-LOC", "O", "O", "O", "O", "B-PER"]]
     assert Counter(m.kind for m in mistakes(true, pred)) == Counter(

@@ -315,7 +315,7 @@ COMPILED += [(m, "cnn") for m in ("lora_all", "dora", "ia3", "bitfit", "houlsby"
 
 
 @pytest.mark.parametrize(("method", "base"), COMPILED)
-def test_compiles(method, base):
+def test_an_adapted_model_compiles(method, base):
     model = make(base)
     if base == "bert":
         del model.bert.encoder.layer[1]
@@ -352,7 +352,7 @@ def _ddp(rank, size, port, queue):
     torch.distributed.destroy_process_group()
 
 
-def test_distributed_data_parallel():
+def test_an_adapter_trains_in_distributed_data_parallel():
     import socket
 
     with socket.socket() as s:
@@ -575,7 +575,7 @@ QUANTIZED = [(bits, block) for bits in (4, 8) for block in (16, 64)]
 
 
 @pytest.mark.parametrize(("bits", "block"), QUANTIZED)
-def test_quantized_base(bits, block, tmp_path):
+def test_an_adapter_sits_on_a_quantized_base(bits, block, tmp_path):
     model = make("bert")
     exact, size = run(model, "bert"), sum(p.numel() * 4 for p in model.bert.encoder.parameters())
     names = peft.quantize(model, bits, block)
@@ -623,7 +623,7 @@ def test_quantized_gradient_equals_that_of_the_decoded_layer():
     assert torch.allclose(again.weight, coded.weight, atol=1e-6)  # coding what was decoded changes nothing
 
 
-def test_normal_float_levels():
+def test_normal_float_levels_are_the_published_ones():
     published = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
     published += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
     assert torch.allclose(peft._normal_float(), torch.tensor(published), atol=2e-4)
@@ -657,7 +657,7 @@ def test_bad_method_leaves_the_model_as_it_was(method, message):
     assert not hasattr(model, "peft_before")
 
 
-def test_bad_values():
+def test_methods_refuse_values_outside_their_range():
     for wrong in (dict(r=0), dict(r=1.5), dict(alpha=0), dict(dropout=1), dict(dropout=-0.1)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             LoRA(**wrong)
@@ -1242,7 +1242,7 @@ def test_an_adapter_in_another_precision_keeps_that_of_the_output():
 
 
 @pytest.mark.parametrize(("method", "which"), FITTING)
-def test_an_empty_batch(method, which):
+def test_an_empty_batch_passes_through_every_method(method, which):
     layer, x, _ = strange(which, "none")
     model = nn.Sequential(layer)
     expected = model(x[:0])

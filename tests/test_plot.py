@@ -73,7 +73,7 @@ def test_more_series_than_colors_differ_by_dash():
 @pytest.mark.parametrize(
     "images", [np.zeros((3, 8, 8)), torch.zeros(3, 1, 8, 8), torch.zeros(3, 3, 8, 8, dtype=torch.uint8)]
 )
-def test_image_grid_forms(images):
+def test_an_image_grid_takes_every_form_of_image(images):
     assert len(plot.image_grid(images, titles=["a", "b", "c\nd"], ncols=2).images) == 3
 
 
@@ -89,7 +89,7 @@ def test_image_grid_and_scatter_and_heatmap_refuse():
         plot.heatmap([[1, 2]], ["a"], ["b"])
 
 
-def test_intervals_labels():
+def test_intervals_are_labeled_by_what_differs():
     rows = [
         dict(metric="acc", values=[0.8, 0.9], mean=0.85, interval=[0.7, 1.0], method="full", lr=0.1),
         dict(metric="acc", values=[0.5], mean=0.5, interval=[None, None]),

@@ -1,11 +1,13 @@
 """The site as Quarto builds it. Where Quarto is missing, pandoc makes the pages from what the notebook filter gives it."""
 
 import json
+import posixpath
 import re
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+import zipfile
 
 import pytest
 
@@ -127,3 +129,31 @@ def test_the_filter_knows_which_notebook_it_has(root):
         cwd=path.parent,
     )
     assert "# 1 · " in "".join(json.loads(run.stdout)["cells"][0]["source"])
+
+
+def test_links_of_an_epub_lead_to_places_in_it(root, tmp_path):
+    """Quarto makes one document of all chapters; notebooks are no part of it."""
+    books = [transform(json.loads(path.read_text(encoding="utf-8")), "quarto", path.stem) for path in chapters()]
+    for nb in books:
+        nb["cells"] = [cell for cell in nb["cells"] if cell["cell_type"] == "markdown"]
+    text = "\n\n".join(["# Pretraining and Fine-tuning", *map(markdown, books)])
+    made = tmp_path / "book.epub"
+    run = [pypandoc.get_pandoc_path(), "-f", FROM, "-t", "epub3", "--mathml", "--metadata", "title=Book", "-o", made]
+    run.append(f"--lua-filter={root / 'site' / 'epub.lua'}")
+    subprocess.run(run, input=text, text=True, check=True, cwd=chapters()[0].parent, capture_output=True)
+    with zipfile.ZipFile(made) as book:
+        files = {name: book.read(name).decode() for name in book.namelist() if name.endswith(".xhtml")}
+        names = set(book.namelist())
+    places = {name: set(re.findall(r' id="([^"]+)"', page)) for name, page in files.items()}
+    links, dead = 0, []
+    for name, page in files.items():
+        for link in re.findall(r'href="(?!\w+:)([^"]+)"', page):
+            file, _, place = link.partition("#")
+            there = posixpath.normpath(posixpath.join(posixpath.dirname(name), file)) if file else name
+            links += 1
+            if there not in names or (place and place not in places.get(there, {place})):
+                dead.append((name, link))
+    assert links > 1_000 and dead == []
+    glossary = next(name for name, page in files.items() if "A7 · Glossary" in page and "ch" in name)
+    chapter = next(page for page in files.values() if "6 · Masked-language-model pretraining</h1>" in page)
+    assert f'href="{posixpath.basename(glossary)}#' in chapter, "terms lead to the glossary"

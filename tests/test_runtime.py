@@ -261,7 +261,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
     assert run.returncode == -9 and path.read_text() == "old"
 
 
-def test_cache_dir_and_versions(monkeypatch, tmp_path):
+def test_the_cache_follows_the_environment_and_versions_skip_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("FTBOOK_DATA", str(tmp_path))
     assert runtime.cache_dir() == tmp_path
     monkeypatch.delenv("FTBOOK_DATA")

@@ -123,7 +123,7 @@ def test_schedule_equals_scikit_learn(candidates, most, least, factor):
 
 @given(value=st.integers(1, 10**6), base=st.integers(2, 7))
 @settings(max_examples=100, deadline=None)
-def test_whole_log(value, base):
+def test_a_whole_logarithm_is_the_largest_power_that_fits(value, base):
     k = search._whole_log(value, base)
     assert base**k <= value < base ** (k + 1)
 
@@ -286,7 +286,7 @@ def test_the_study_stores_its_trials_grid_and_halvings(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_optuna(sampler):
+def test_a_search_by_optuna_keeps_its_trials(sampler):
     pytest.importorskip("optuna")
     study = search.optuna_search(
         lambda seed, x, k, kind: {"loss": abs(x - 9) + k + (kind == "b")},

@@ -206,7 +206,7 @@ def test_more_than_256_tags():
     assert (scores.precision, scores.recall, scores.support) == (1.0, 0.5, 300)
 
 
-def test_scores_object():
+def test_scores_are_read_by_name_and_shown_as_a_table():
     scores = entity_f1([["B-PER", "O", "B-LOC"]], [["B-PER", "O", "O"]])
     assert dict(scores)["recall"] == 0.5 and "| PER | 1.000 |" in scores._repr_markdown_()
     with pytest.raises(KeyError, match="precision, recall"):

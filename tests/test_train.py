@@ -377,7 +377,7 @@ def test_results_do_not_lose_a_metric_by_its_name():
 # ---------------------------------------------------------------- optimizers and schedules
 
 
-def test_optimizer_forms():
+def test_fit_takes_every_form_of_optimizer():
     data = toy()
     for optimizer in ("adamw", "sgd", *OPTIMIZERS, torch.optim.RMSprop, lambda p: torch.optim.SGD(p, lr=0.1)):
         model = net()
@@ -472,7 +472,7 @@ def test_settings_check_themselves_and_serve_again():
     assert not same(a, b)
 
 
-def test_schedules():
+def test_the_rate_follows_its_schedule():
     data, seen = toy(), []
 
     class Spy:
@@ -498,7 +498,7 @@ def test_schedules():
 # ---------------------------------------------------------------- data
 
 
-def test_data_forms():
+def test_fit_takes_every_form_of_data():
     x, y = toy()
     dataset = torch.utils.data.TensorDataset(x, y)
     for data in (
@@ -619,7 +619,7 @@ class DictModel(nn.Module):
         return Output(logits=logits, loss=loss)
 
 
-def test_dict_batches():
+def test_batches_that_are_dicts_reach_the_model_by_name():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 20, (30, 4), generator=generator)
     data = {"input_ids": ids, "labels": ids % 3}
@@ -640,7 +640,7 @@ def test_dict_batches():
         quiet(model, data)
 
 
-def test_transformers_model():
+def test_a_model_of_transformers_trains_on_its_own_loss():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
@@ -787,7 +787,7 @@ def test_evaluate_leaves_no_trace():
     assert [m.training for m in model.modules()] == modes
 
 
-def test_evaluate_values():
+def test_evaluation_equals_the_loss_of_the_whole():
     model, (x, y) = net(), toy(77)
     score = evaluate(model, (x, y), batch_size=10, device="cpu")
     assert score["loss"] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-5)
@@ -798,7 +798,7 @@ def test_evaluate_values():
     assert compute.device_of(nn.Flatten(), None).type == "cpu"
 
 
-def test_accuracy_forms():
+def test_accuracy_is_defined_for_every_form_of_output():
     logits = torch.tensor([2.0, -1.0, 3.0])
     assert scoring.accuracy(logits, torch.tensor([1.0, 1.0, 1.0])) == pytest.approx(2 / 3)
     assert scoring.accuracy(torch.eye(3)[None], torch.tensor([[0, 2, -100]])) == 0.5
@@ -828,7 +828,7 @@ def test_early_stopping_restores_the_best(mode, values, best):
     assert same(stopped, reference)
 
 
-def test_early_stopping_options():
+def test_early_stopping_does_what_its_options_say():
     a, b = net(), net()
     stop = EarlyStopping("score", patience=1, restore=False)
     quiet(a, toy(), epochs=4, callbacks=[Fake([3, 2, 1, 0]), stop])
@@ -1132,7 +1132,7 @@ def test_progress_bar_and_plot(capsys):
 # ---------------------------------------------------------------- precision
 
 
-def test_precision_rule(monkeypatch):
+def test_precision_follows_the_model_and_the_machine(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(compute, "native_bf16", lambda device: True)
     assert compute.choose_precision("auto", nn.Linear(512, 512), cpu)[0] == "bf16"
@@ -1165,7 +1165,7 @@ def test_half_precision_trains_close_to_fp32(precision, tmp_path):
 # ---------------------------------------------------------------- errors
 
 
-def test_early_errors():
+def test_wrong_input_is_refused_before_the_first_step():
     x, y = toy()
     cases = [
         (dict(train=(x[:0], y[:0])), ValueError, "empty"),
@@ -1476,7 +1476,7 @@ def test_what_a_checkpoint_cannot_keep_is_named(tmp_path):
     assert quiet(net(), toy(), callbacks=[Lost()]).rows and list(tmp_path.iterdir()) == []
 
 
-def test_checkpoint_options(tmp_path):
+def test_checkpoints_refuse_options_outside_their_range(tmp_path):
     for options, kind in (({"every": 0}, ValueError), ({"keep": 2}, ValueError), ({"resume": None}, ValueError)):
         with pytest.raises(kind, match=next(iter(options))):
             Checkpoint("run.pt", **options)

@@ -303,12 +303,13 @@ def test_augment_draws_for_every_image_and_repeats_with_the_seed():
         v.Augment(noise=2)
 
 
-def test_augment_is_built_on_the_noise_and_the_color_of_images(monkeypatch):
+def test_augment_is_built_on_the_zoom_the_color_and_the_noise_of_images(monkeypatch):
     seen = []
+    monkeypatch.setattr(v, "zoom_in", lambda x, *how: seen.append("zoom") or x)
     monkeypatch.setattr(v, "add_noise", lambda x, std: seen.append("noise") or x)
     monkeypatch.setattr(v, "adjust_color", lambda x, light, contrast: seen.append("color") or x)
     v.Augment(light=1.0, noise=0.1)(torch.rand(2, 3, 8, 8))
-    assert seen == ["color", "noise"], "the book has one noise and one change of color"
+    assert seen == ["zoom", "color", "noise"], "the book has one zoom, one change of color and one noise"
 
 
 def test_shifts_do_what_their_names_say():

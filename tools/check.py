@@ -15,6 +15,9 @@ ELSEWHERE = (
     "test_repository",
     "test_benchmarks",
     "test_edition",
+    "test_quarto",
+    "test_recall",
+    "test_translate",
 )
 
 

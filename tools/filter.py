@@ -335,6 +335,34 @@ def outline(lines: list, long: int = LONG) -> list:
     return shown
 
 
+def is_rest(lines: list, rest: bool) -> bool:
+    """Whether what follows a text belongs to "The rest of the module"; a text without a title changes nothing."""
+    title = next((line for line in lines if line.startswith(("# ", "## "))), "")
+    return "rest of the module" in title.lower() if title else rest
+
+
+def collapsed(nb: dict) -> list:
+    """The ids of the code cells that JupyterLab and Colab show closed.
+
+    As on the page: what is not for readers, imports, private helpers, what only draws or says, and the rest of the module. A long
+    definition stays open there: a closed cell would show its first line and not its signature.
+    """
+    found, rest = [], False
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "markdown":
+            rest = is_rest(lines_of(cell["source"]), rest)
+        elif cell["cell_type"] == "code":
+            options, lines = options_of(lines_of(cell["source"]))
+            unseen = options.keys() & {"hide", "default_exp"} or "false" in (
+                options.get("include"),
+                options.get("echo"),
+            )
+            said = options.get("code-fold")
+            if unseen or said == "true" or (not said and (rest or is_folded(lines))):
+                found.append(cell["id"])
+    return found
+
+
 def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bool = False) -> list:
     """A code cell without directives, below the signatures of what is folded in it; [] where the reader does not see it.
 
@@ -404,8 +432,7 @@ def transform(nb: dict, target: str = "quarto", name: str = "", save=None) -> di
         if cell["cell_type"] == "markdown":
             lines = prose(lines_of(cell["source"]), target)
             title = cell.get("metadata", {}).get("title")  # the English one of a translated cell
-            if title := title or next((line for line in lines if line.startswith(("# ", "## "))), ""):
-                rest = "rest of the module" in title.lower()
+            rest = is_rest([title] if title else lines, rest)
             if first:
                 lines = numbered(lines, name)
             cell, first = {**cell, "source": source_of(lines), "metadata": {}}, False

@@ -8,23 +8,17 @@ import math
 import torch
 
 from .. import causal
-from . import say
+from . import numbers, say
 
 __all__ = ["bits", "cache_bytes", "top_p", "merge", "prefix"]
 
 
-def _number(answer):
-    try:
-        return float(answer)
-    except (TypeError, ValueError):
-        return None
-
-
 def bits(answer):
     """Exercise 1."""
-    given = _number(answer)
-    if given is None:
+    found = numbers(answer)
+    if found is None:
         return say(False, "put one number into `answer`")
+    (given,) = found
     if math.isclose(given, 0.9 / 4.1, rel_tol=0.01):
         return say(False, "those are nats")
     right = 0.9 / 4.1 / math.log(2)
@@ -33,9 +27,10 @@ def bits(answer):
 
 def cache_bytes(answer):
     """Exercise 2."""
-    given = _number(answer)
-    if given is None:
+    found = numbers(answer)
+    if found is None:
         return say(False, "put one number into `answer`")
+    (given,) = found
     right = 30 * 2 * 3 * 64 * 1000 * 2
     if given == right // 2:
         return say(False, "keys and values are both kept, in 2 bytes each")

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from .. import losses
-from . import say
+from . import numbers, say
 
 __all__ = [
     "factor", "by_hand", "smoothed", "per_class", "two_sided", "temperature",
@@ -15,12 +15,11 @@ __all__ = [
 
 
 def _numbers(answer, n):
-    """The answer as n numbers, or None."""
-    try:
-        given = torch.tensor(answer, dtype=torch.float64).flatten()
-    except (TypeError, ValueError):
-        return None
-    return given if len(given) == n else None
+    """The answer, also a tensor, as a tensor of n numbers, or None."""
+    if hasattr(answer, "tolist"):
+        answer = answer.tolist()
+    found = numbers(answer, n)
+    return None if found is None else torch.tensor(found, dtype=torch.float64)
 
 
 def factor(answer):

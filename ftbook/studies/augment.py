@@ -13,7 +13,7 @@ import copy
 from functools import cache
 from typing import Any
 
-from .. import augment, data, mlm, results, runtime
+from .. import augment, data, mlm, models, results, runtime
 from ..finetune import SmallCNN
 from . import run_named
 from ..texts import TextClassifier, encode_texts
@@ -125,7 +125,7 @@ def _reviews():
 
 @cache
 def _bert():
-    body, tokenizer = mlm.load_bundled()
+    body, tokenizer = models.load("bert_mini_en")
     return body, tokenizer, mlm.vocabulary(tokenizer)
 
 

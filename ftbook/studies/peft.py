@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import data, finetune, mlm, peft, results, runtime
+from .. import data, finetune, mlm, models, peft, results, runtime
 from ..corpus import Corpus
 from ..ner import BucketBatches, NERTagger, token_classifier
 from . import run_named
@@ -70,7 +70,7 @@ def rows():
     return [*made, {"method": "LoRA", "bits": 4, "lr": RATES["LoRA"]}]
 
 # %% ../../nbs/11_peft.ipynb #eba3fa81
-_bert = cache(mlm.load_bundled)
+_bert = cache(partial(models.load, "bert_mini_en"))
 
 
 @cache
@@ -95,10 +95,9 @@ def _tagger(bits=32):
     return NERTagger(model, tokenizer, max_length=64, stride=16)
 
 
-def _batches(net, size=SIZE, seed=0):
+def _few(size=SIZE):
     sentences = _tweets()["train"]
-    few = Corpus(sentences[:size], sentences.path)
-    return BucketBatches(net.encode(few), 16, seed=seed)
+    return Corpus(sentences[:size], sentences.path)
 
 # %% ../../nbs/11_peft.ipynb #c9fc398e
 @cache
@@ -129,13 +128,12 @@ def run(seed, split, method, lr, bits=32, size=SIZE, r=8, alpha=16):
     net, how = _tagger(bits), METHODS[method]
     if method == "LoRA":
         how = peft.LoRA(r=r, alpha=alpha)
-    finetune.tune(
-        net.model,
-        _batches(net, size, seed),
+    net.fit(
+        _few(size),
         how=how,
         lr=lr,
         epochs=EPOCHS * math.ceil(SIZE / size),
-        loss=None,
+        batch_size=16,
         seed=seed,
         settings=SETTINGS,
     )
@@ -261,9 +259,8 @@ def _spectrum(executor=None):
     runtime.seed_everything(1)
     net, lr = _tagger(), _rate("full")
     before = {n: p.detach().clone() for n, p in net.model.named_parameters()}
-    about = {"loss": None, "seed": 1, "settings": SETTINGS}
-    batches = _batches(net, seed=1)
-    finetune.tune(net.model, batches, how="full", lr=lr, epochs=EPOCHS, **about)
+    about = {"batch_size": 16, "seed": 1, "settings": SETTINGS}
+    net.fit(_few(), how="full", lr=lr, epochs=EPOCHS, **about)
     found = {}
     for name, p in net.model.named_parameters():
         if name.endswith(("query.weight", "value.weight")):
