@@ -46,6 +46,11 @@ def sphinx(out: Path) -> int:
     if old != new:  # a page came or went: every page's contents list changes
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
+    index, kept = out / "searchindex.js", BUILD / "searchindex.js"
+    if not kept.exists():
+        shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
+    elif out.exists():  # finish() takes it from the site; Sphinx adds the pages that changed to it
+        shutil.copy(kept, index)
     code = subprocess.call(
         [
             sys.executable,
@@ -71,6 +76,8 @@ def sphinx(out: Path) -> int:
     if code:
         shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
     else:
+        if index.exists():
+            shutil.copy(index, kept)
         finish(out)
     return code
 
