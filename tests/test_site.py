@@ -149,6 +149,7 @@ def violations(page) -> dict:
 def tour(pages, page) -> dict:
     """Every page, looked at once in each width: {(page, width): what it loads, says, shows and hides}."""
     seen, packed = {}, {}
+    page.emulate_media(reduced_motion="reduce")  # else axe may measure a color on its way from one theme to the other
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 900})
         for name in [*pages, "search.html", "404.html"]:
@@ -171,6 +172,7 @@ def tour(pages, page) -> dict:
             one["hosts"] = {urlsplit(r.url).netloc for r in responses if not r.url.startswith(("data:", "blob:"))}
             one["axe"] = violations(page)
     page.set_viewport_size({"width": 1280, "height": 900})
+    page.emulate_media(reduced_motion="no-preference")
     return seen
 
 
