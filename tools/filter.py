@@ -341,6 +341,11 @@ def is_rest(lines: list, rest: bool) -> bool:
     return "rest of the module" in title.lower() if title else rest
 
 
+def folds(options: dict, lines: list, also: bool) -> bool:
+    """Whether a cell is folded: as its directive says, else by the rule, or `also` for another reason."""
+    return options["code-fold"] == "true" if "code-fold" in options else also or is_folded(lines)
+
+
 def collapsed(nb: dict) -> list:
     """The ids of the code cells that JupyterLab and Colab show closed.
 
@@ -357,8 +362,7 @@ def collapsed(nb: dict) -> list:
                 options.get("include"),
                 options.get("echo"),
             )
-            said = options.get("code-fold")
-            if unseen or said == "true" or (not said and (rest or is_folded(lines))):
+            if unseen or folds(options, lines, rest):
                 found.append(cell["id"])
     return found
 
@@ -378,9 +382,8 @@ def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bo
     tags, meta = list(cell.get("metadata", {}).get("tags", [])), {}
     short = outline(lines, 1 if rest else LONG)
     opening = early and not options.keys() & {"export", "exports"}
-    if "code-fold" not in options and (short or opening or rest or is_folded(lines)):
+    if folds(options, lines, bool(short or opening or rest)):
         options["code-fold"] = "true"
-    if options.get("code-fold") == "true":
         options.setdefault("code-summary", "Show the whole code" if short else "Show code")
     if target == "quarto":
         lines = [f"#| {k}: {v}" for k, v in options.items() if k in QUARTO and v] + lines
