@@ -194,7 +194,7 @@ class DINO(nn.Module):
     @torch.no_grad()
     def targets(self, x: Tensor) -> Tensor:
         """What the teacher says of views, centered and sharpened: (B, K)."""
-        said = self.teacher(x)
+        said = self.teacher(x).float()
         target = ((said - self.center) / self.sharpen).softmax(1)
         if self.training:
             self.center.lerp_(said.mean(0), 1 - self.keep)

@@ -69,6 +69,14 @@ def test_pretraining_lowers_the_loss_or_moves_the_encoder_and_never_sees_labels(
     assert all(torch.equal(p, q) for p, q in zip(trained(images).values(), trained(images.x).values(), strict=True))
 
 
+@pytest.mark.parametrize("kind", [co.SimCLR, co.DINO])
+def test_both_train_where_layers_answer_in_bf16(kind):
+    method = kind(encoder(), shifted)
+    settings = Settings(precision="bf16", progress=False)
+    history = co.pretrain_views(method, data.load("digits")[:128], epochs=1, lr=1e-3, settings=settings)
+    assert math.isfinite(history["train_loss"][-1])
+
+
 def test_the_teacher_follows_the_student_gets_no_gradient_and_the_center_is_a_running_mean():
     method, x = co.DINO(encoder(), lambda x: x, prototypes=5, momentum=0.75), torch.rand(6, 1, 8, 8)
     with torch.no_grad():

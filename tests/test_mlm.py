@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertTokenizer
 
 from ftbook import Checkpoint, Settings, data, mlm, models, results
 from ftbook.studies import mlm as study
@@ -32,8 +33,17 @@ def documents():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(documents):
-    return mlm.train_tokenizer(documents, vocab_size=160)
+def tokenizer():
+    """Words of up to four letters whole, longer ones in two pieces, and every letter.
+
+    The trainer of `tokenizers` breaks ties as chance has it: what a test asserts of a small model would differ by run.
+    """
+    words = set(re.findall(r"\w+|[^\w\s]", " ".join(SENTENCES)))
+    letters = {letter for word in words for letter in word}
+    pieces = letters | {f"##{letter}" for letter in letters if letter.isalnum()}
+    pieces |= {word[:4] for word in words} | {f"##{word[4:]}" for word in words if len(word) > 4}
+    vocab = {piece: i for i, piece in enumerate([*mlm._SPECIAL, *sorted(pieces)])}
+    return BertTokenizer(vocab=vocab, do_lower_case=False, strip_accents=False, model_max_length=256)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +96,8 @@ def test_split_is_disjoint_complete_and_repeatable():
             mlm.split_documents(*bad)
 
 
-def test_tokenizer_has_berts_special_tokens_and_keeps_case(tokenizer):
+def test_tokenizer_has_berts_special_tokens_and_keeps_case(documents):
+    tokenizer = mlm.train_tokenizer(documents, vocab_size=160)
     assert tokenizer.convert_tokens_to_ids(list(mlm._SPECIAL)) == [0, 1, 2, 3, 4]
     assert len(tokenizer) <= 160
     encoded = tokenizer("Paris paris")["input_ids"]
@@ -188,8 +199,8 @@ def test_any_str_can_be_encoded(tokenizer, texts):
 
 def test_half_surrogates_reach_no_tokenizer(tokenizer, model, documents):
     assert mlm.fill_mask("The\ud800 [MASK] runs.", 1, model, tokenizer)
-    odd = [d + "\udc80" for d in documents]
-    assert mlm.train_tokenizer(odd, vocab_size=160).tokenize("Anna") == tokenizer.tokenize("Anna")
+    trained = mlm.train_tokenizer([d + "\udc80" for d in documents], vocab_size=160)
+    assert trained.decode(trained("Anna wrote")["input_ids"][1:-1]) == "Anna wrote"
 
 
 def test_what_is_no_list_of_texts_is_refused_with_the_cure(tokenizer):
