@@ -28,9 +28,10 @@ FIRST = f"""<section id="one"><h1>1 · One &amp; two<a class="headerlink" href="
 <div class="cell"><details class="hide"><summary><p>Show code</p></summary><div class="cell_input"><div class="highlight"><pre><span
  class="k">import</span><span class="w"> </span><span class="nn">torch</span>
 {LINE}</pre></div></div></details><button>Copy</button><script>alert(1)</script></div>
-<div class="cell tag_export"><div class="cell_input"><pre>def long(a):
+<div class="highlight-python notranslate"><div class="highlight"><pre>def long(a):
     ...
-</pre></div></div><div class="cell tag_export"><details class="hide"><summary><p>Show code</p></summary><div class="cell_input"><pre>def long(a):
+</pre></div></div>
+<div class="cell tag_export"><details class="hide"><summary><p>Show the whole code</p></summary><div class="cell_input"><pre>def long(a):
     return a + 1
 </pre></div></details></div>
 <figure class="plot"><img loading="lazy" src="../figures/a.svg" alt="A triangle" width="40" height="20"></figure>

@@ -69,18 +69,12 @@ def _cleaned(file: Path) -> BeautifulSoup:
         line = link.find_parent("p")
         (line or link).decompose()
     for summary in tree.select("details.hide > summary"):  # the theme has a text for each state
+        above = summary.find_parent("div", class_="cell").find_previous_sibling()
+        if "Show the whole code" in summary.get_text() and above is not None and "highlight-python" in above["class"]:
+            above.decompose()  # the signatures of what stands open here
         summary.clear()
         summary.append("Code")
         summary.attrs.clear()
-    for cell in tree.select("div.cell"):  # the site's outline of a long definition: here the whole stands open below it
-        lines, below = _code(cell), cell.find_next_sibling()
-        if (
-            lines[-1:] == ["..."]
-            and below is not None
-            and below.select_one("details.hide")
-            and lines[0] in _code(below)
-        ):
-            cell.decompose()
     seen = set()
     for node in tree.find_all(True):
         for name in [n for n in node.attrs if n in OF_SITE or n.startswith(("data-", "on"))]:
