@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from .compute import HEADS, is_norm, undecayed
+from .models import SmallCNN
 from .results import Markdown, table
 from .train import Checkpoint, History, Settings, fit
 
@@ -157,7 +158,9 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
     -------
     dict of str to list of str
         Name of the block to the names of its parameters; every parameter is in
-        exactly one block.
+        exactly one block. What several modules share, such as the embedding
+        that a language model ties to its head, is in the block of its first
+        name, the one that `named_parameters` gives.
 
     Examples
     --------
@@ -165,16 +168,18 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
     ['0', '2']
     """
     found: dict[str, list[str]] = {}
+    known = dict(model.named_parameters())  # of shared ones the first name
     for name, module in _block_modules(model, ""):
         inside = (n for n, _ in module.named_parameters())
         names = [f"{name}.{n}" if name else n for n in inside]
+        names = [n for n in names if n in known]
         if names and found and is_norm(module):
             found[next(reversed(found))].extend(names)
         elif names:
             found[name] = names
     found = dict(sorted(found.items(), key=lambda b: _is_head(b[0])))
     covered = {n for names in found.values() for n in names}
-    loose = [n for n, _ in model.named_parameters() if n not in covered]
+    loose = [n for n in known if n not in covered]
     return {"(own)": loose, **found} if loose else found
 
 # %% ../nbs/08_finetune.ipynb #51f724a8
@@ -1001,46 +1006,3 @@ def report(
             else None
         ),
     )
-
-# %% ../nbs/08_finetune.ipynb #09e624d4
-class SmallCNN(nn.Module):
-    """Three blocks of 3 × 3 convolution, batch normalization, ReLU; mean over
-    places; linear head.
-
-    Parameters
-    ----------
-    n_classes : int
-    channels : tuple of int
-        Image channels, then the output channels of each block; all blocks but
-        the last halve the image.
-
-    Examples
-    --------
-    >>> net = SmallCNN(5)
-    >>> net(torch.rand(2, 1, 28, 28)).shape, list(blocks(net))
-    (torch.Size([2, 5]), ['body.0', 'body.1', 'body.2', 'head'])
-    """
-
-    def __init__(
-        self, n_classes: int = 10, channels: tuple[int, ...] = (1, 16, 32, 32)
-    ):
-        super().__init__()
-        pairs = list(zip(channels[:-1], channels[1:], strict=True))
-        self.body = nn.Sequential(
-            *(
-                self.block(a, b, i < len(pairs) - 1)
-                for i, (a, b) in enumerate(pairs)
-            )
-        )
-        self.head = nn.Linear(channels[-1], n_classes)
-
-    @staticmethod
-    def block(inputs: int, outputs: int, halve: bool) -> nn.Sequential:
-        """One block; `halve` gives its convolution stride 2."""
-        conv = nn.Conv2d(
-            inputs, outputs, 3, stride=2 if halve else 1, padding=1, bias=False
-        )
-        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x).mean((2, 3)))

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision import models as zoo
 from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1, vit_b_16
-from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 
 from ftbook import finetune as ft
 from ftbook import models as pretrained
@@ -63,6 +69,7 @@ def trainable(model):
 MODELS = {
     "bert": bert,
     "bert-tokens": lambda: bert(BertForTokenClassification),
+    "bert-tied": lambda: bert(BertForMaskedLM),
     "resnet18": resnet18,
     "mobilenet": mobilenet_v2,
     "small": Small,
@@ -653,6 +660,27 @@ def test_every_strategy_moves_the_blocks_at_the_rates_it_says(strategy):
     assert len(histories) == (2 if strategy == "two-stage" else 1)
     held = strategy in ("head", "last block")
     assert torch.equal(statistics, model.body[0][1].running_mean) is held
+
+
+@pytest.mark.parametrize("how", ft.STRATEGIES)
+def test_every_strategy_tunes_a_language_model_whose_head_is_its_embedding(how):
+    model = bert(BertForMaskedLM)
+    table = model.bert.embeddings.word_embeddings.weight
+    assert model.cls.predictions.decoder.weight is table
+    before = table.detach().clone()
+    ids = torch.randint(0, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids, "labels": ids}]
+    ft.tune(model, batches, how=how, lr=1e-2, epochs=2, loss=None, settings=Settings(progress=False))
+    kept = how in ("head", "head, moving statistics", "last block")  # it is of the first block
+    assert torch.equal(before, table) == kept and model.cls.predictions.decoder.weight is table
+
+
+def test_a_parameter_of_several_modules_is_of_the_block_of_its_first_name():
+    cut = ft.blocks(bert(BertForMaskedLM))
+    assert cut["cls"][0] == "cls.predictions.bias" and len(cut["cls"]) == 5
+    assert "| cls | 354 | 0 |" in str(ft.report(bert(BertForMaskedLM)))
+    twice = nn.Linear(2, 2)
+    assert list(ft.blocks(nn.Sequential(twice, nn.ReLU(), nn.Linear(2, 2), twice))) == ["0", "2"]
 
 
 def test_tune_refuses_what_it_does_not_know():
