@@ -229,13 +229,30 @@ def test_a_formula_that_is_not_understood_stops_the_build():
         formula(r"\unheardof{x}")
 
 
-def test_the_rest_of_a_module_shows_signatures():
-    body = 'def f(x):\n    """Say it."""\n    return x'
-    nb = {"cells": [text("## A"), code(body), text("## The rest of the module"), code(body)], "metadata": {}}
-    cells = transform(nb, "sphinx")["cells"]
-    assert "hide-input" not in cells[1]["metadata"].get("tags", [])
-    assert "".join(cells[3]["source"]) == '```python\ndef f(x):\n    """Say it."""\n    ...\n```'
-    assert "hide-input" in cells[4]["metadata"]["tags"]
+def labels(nb: dict, target: str = "sphinx") -> list:
+    """What stands on the fold of each code cell, None on an open one."""
+    kept = [c for c in transform(nb, target)["cells"] if c["cell_type"] == "code"]
+    return [c["metadata"].get("mystnb", {}).get("code_prompt_show") for c in kept]
+
+
+def test_the_rest_of_a_module_shows_names():
+    body = 'def f(x):\n    """Say it."""\n    return x\n\n\ndef _g(x):\n    return x'
+    cells = [text("## A"), code(body), text("## The rest of the module"), code(body), text("## B"), code(body)]
+    assert labels({"cells": cells, "metadata": {}}) == [None, "Show code: f", None]
+
+
+def test_a_study_and_a_long_cell_are_folded_and_a_directive_opens_what_the_chapter_is_about():
+    long = "\n".join(f"x{i} = {i}" for i in range(26))
+    study, helper = "def run(seed):\n    return seed\n\n\nROWS = []", "def _helper():\n    return 1"
+    cells = [code(f"#| export studies.ner\n{study}"), code(study), code(long), code(long[:-9])]
+    cells += [code(helper), code(f"#| code-fold: false\n{helper}"), code(f"#| code-fold: false\n{LONG}")]
+    nb = {"cells": cells, "metadata": {}}
+    assert labels(nb) == ["Show code of the study: run", None, "Show code", None, "Show code", None, None]
+    assert not any(c["cell_type"] == "markdown" for c in transform(nb, "sphinx")["cells"]), (
+        "no signature above open code"
+    )
+    for cell, kept in zip(cells, transform(nb, "quarto")["cells"], strict=True):
+        assert ("code-fold: true" in str(kept)) is (labels({"cells": [cell], "metadata": {}}) != [None])
 
 
 @pytest.mark.parametrize("target", ["quarto", "sphinx"])

@@ -42,7 +42,7 @@ SHOWS = {
 }
 PLAY = "application/vnd.ftbook.play+json"  # what ftbook.plot.widget keeps for the page
 VOID = re.compile(r"""<(img|br|hr|input|wbr|col)\b((?:[^<>"']|"[^"]*"|'[^']*')*?)\s*/?>""")
-LONG = 25  # lines of a definition that stand on the page
+LONG = 25  # lines of code that stand open on the page
 DEFINITION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 
 
@@ -315,11 +315,11 @@ def _opening(node, lines: list) -> list:
     return lines[start : max(start + 1, node.body[0].lineno - 1)]
 
 
-def outline(lines: list, long: int = LONG) -> list:
-    """What stands on the page for a cell with definitions of `long` lines: signatures and first lines; [] where there is none."""
+def outline(lines: list) -> list:
+    """What stands on the page for long definitions: signatures and first lines; [] where together they are short."""
     body = tree_of(lines)
     named = [n for n in body if isinstance(n, DEFINITION)]
-    if not named or not any(n.end_lineno - n.lineno >= long for n in named):
+    if sum(n.end_lineno - n.lineno for n in named) < LONG:
         return []
     shown: list = []
     for node in named:
@@ -341,9 +341,16 @@ def is_rest(lines: list, rest: bool) -> bool:
     return "rest of the module" in title.lower() if title else rest
 
 
+def is_study(options: dict) -> bool:
+    """Whether a cell is a piece of the chapter's long experiments, `ftbook.studies`: one reads its table and looks it up."""
+    return options.get("export", "").startswith("studies.")
+
+
 def folds(options: dict, lines: list, also: bool) -> bool:
     """Whether a cell is folded: as its directive says, else by the rule, or `also` for another reason."""
-    return options["code-fold"] == "true" if "code-fold" in options else also or is_folded(lines)
+    if "code-fold" in options:
+        return options["code-fold"] == "true"
+    return also or is_study(options) or is_folded(lines)
 
 
 def collapsed(nb: dict) -> list:
@@ -371,7 +378,7 @@ def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bo
     """A code cell without directives, below the signatures of what is folded in it; [] where the reader does not see it.
 
     `early` says that no figure stands above it: a page opens with a picture and not with the code that draws it.
-    `rest` says that it is of "The rest of the module", which one looks up: there each definition shows its signature.
+    `rest` says that it is of "The rest of the module", which one looks up: there the names of the definitions stand on the fold.
     """
     options, lines = options_of(lines_of(cell["source"]))
     silent = "default_exp" in options and not any(line.strip() for line in lines)
@@ -380,11 +387,15 @@ def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bo
     while lines and not lines[0].strip():
         lines = lines[1:]
     tags, meta = list(cell.get("metadata", {}).get("tags", [])), {}
-    short = outline(lines, 1 if rest else LONG)
+    study = is_study(options)
+    named = [n.name for n in tree_of(lines) if isinstance(n, DEFINITION) and n.name[0] != "_"]
+    short = [] if study or rest or options.get("code-fold") == "false" else outline(lines)
     opening = early and not options.keys() & {"export", "exports"}
-    if folds(options, lines, bool(short or opening or rest)):
+    long = sum(bool(line.strip()) for line in lines) > LONG
+    if folds(options, lines, bool(short or opening or rest or long)):
         options["code-fold"] = "true"
-        options.setdefault("code-summary", "Show the whole code" if short else "Show code")
+        label = "Show the whole code" if short else "Show code of the study" if study else "Show code"
+        options.setdefault("code-summary", ": ".join([label, *([", ".join(named)] if named and not short else [])]))
     if target == "quarto":
         lines = [f"#| {k}: {v}" for k, v in options.items() if k in QUARTO and v] + lines
     else:

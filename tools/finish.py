@@ -42,6 +42,8 @@ CHROME = {  # what the theme says beside a Chinese page
     "></i>Dark<": "></i>深色<",
     "Show the whole code": "显示完整代码",
     ">Show code<": ">显示代码<",
+    ">Show code: ": ">显示代码：",
+    ">Show code of the study": ">显示实验的代码",
     "Toggle hidden content": "展开或收起",
 }
 

@@ -37,14 +37,17 @@
   };
   // what scrolls inside its box can be reached and scrolled with the keyboard
   const reach = () => {
-    for (const box of document.querySelectorAll("article pre, article table, article .formula, main pre, main table")) {
-      if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0; else box.removeAttribute("tabindex");
-    }
-    for (const formula of document.querySelectorAll("article span.math")) {
-      formula.classList.remove("wide");
+    const boxes = [...document.querySelectorAll("article pre, article table, article .formula, main pre, main table")];
+    const formulas = [...document.querySelectorAll("article span.math")];
+    for (const formula of formulas) formula.classList.remove("wide");
+    // all is measured before anything is changed: the page is laid out once
+    const scroll = boxes.map((box) => box.scrollWidth > box.clientWidth + 1);
+    const wide = formulas.map((formula) => {
       const box = formula.closest("p, li, td, th, dd, figcaption");
-      if (box && formula.getBoundingClientRect().right > box.getBoundingClientRect().right + 1) formula.classList.add("wide");
-    }
+      return box && formula.getBoundingClientRect().right > box.getBoundingClientRect().right + 1;
+    });
+    boxes.forEach((box, i) => { if (scroll[i]) box.tabIndex = 0; else if (box.hasAttribute("tabindex")) box.removeAttribute("tabindex"); });
+    formulas.forEach((formula, i) => { if (wide[i]) formula.classList.add("wide"); });
   };
   // a click on a column's head sorts: numbers as numbers (their first one counts), words as words
   const number = (text) => {
