@@ -25,14 +25,13 @@ import torch
 from torch import nn
 
 from .compute import HEADS, is_norm, undecayed
-from .models import SmallCNN
 from .results import Markdown, table
 from .train import Checkpoint, History, Settings, fit
 
 __all__ = [
     "select", "blocks", "hold_batchnorm", "freeze", "unfreeze", "find_head",
     "replace_head", "param_groups", "GradualUnfreezing", "Strategy",
-    "TwoStage", "STRATEGIES", "tune", "report", "SmallCNN",
+    "TwoStage", "STRATEGIES", "tune", "report", "put_probe",
 ]  # fmt: skip
 
 # %% ../nbs/08_finetune.ipynb #5a3923f5
@@ -1006,3 +1005,42 @@ def report(
             else None
         ),
     )
+
+# %% ../nbs/08_finetune.ipynb #b2f60d94
+def put_probe(head: nn.Module, features, y, C: float) -> None:
+    """Solve logistic regression on fixed features, and write it into a head.
+
+    Parameters
+    ----------
+    head : nn.Module
+        Its weight (K, D) and bias (K,) are overwritten.
+    features : (N, D) Tensor or array
+        scikit-learn solves in float64, for an array of float32 in float32.
+    y : (N,) Tensor or array
+        Classes 0 to K - 1, every one of them at least once.
+    C : float
+        scikit-learn's inverse of the L2 penalty.
+
+    Examples
+    --------
+    >>> head, x = nn.Linear(1, 2), torch.tensor([[-1.0], [1.0]])
+    >>> put_probe(head, x, torch.tensor([0, 1]), C=1.0)
+    >>> head(x).argmax(1)
+    tensor([0, 1])
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    fitted = LogisticRegression(C=C, max_iter=2000).fit(features, y)
+    found = [fitted.coef_, fitted.intercept_]
+    weight, bias = (torch.from_numpy(v).float() for v in found)
+    if len(weight) == 1:  # two classes: w is the difference of two logits
+        weight, bias = (torch.cat([-v, v]) / 2 for v in (weight, bias))
+    into = head.get_parameter("weight")
+    if len(into) != len(weight):
+        raise ValueError(
+            f"y has {len(weight)} classes and the head {len(into)} outputs: "
+            "give examples of every class, or a head of that size"
+        )
+    with torch.no_grad():
+        into.copy_(weight)
+        head.get_parameter("bias").copy_(bias)

@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tools.export import arranged
-from tools.filter import folds, is_rest, lines_of, options_of
+from tools.filter import folds, is_rest, lines_of, options_of, outline
 from tools.fingerprint import fingerprint, reached
 from tools.generate import main as generate
 from tools.run import stored_run, stored_texts
@@ -293,10 +293,11 @@ def test_a_module_lists_its_names_in_the_order_of_its_chapter(file):
     assert name in CALLED_FIRST or own == sorted(own, key=defined.index)
 
 
-def definitions_in_a_row(path: Path, private: bool = True) -> int:
+def definitions_in_a_row(path: Path, folded: bool = True) -> int:
     """The longest run of definitions without a cell that shows or asserts; the rest of a module may stand together.
 
-    Without `private` those count that a page presents: no helpers, and nothing in a cell that is folded whole.
+    Without `folded` those count that a reader of the page meets: none of a cell that is folded whole, and of a cell of
+    which an outline stands there those in the outline.
     """
     run, longest, rest = 0, 0, False
     for c in load(path)["cells"]:
@@ -309,8 +310,10 @@ def definitions_in_a_row(path: Path, private: bool = True) -> int:
         options, lines = options_of(lines_of(source))
         body = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body
         named = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-        if not private:
-            named = [n for n in named if not n.name.startswith("_") and not folds(options, lines, False)]
+        if not folded and folds(options, lines, False):
+            named = []
+        elif not folded and outline(lines):
+            named = [n for n in named if not n.name.startswith("_")]
         quiet = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
         does = [n for n in body if not isinstance(n, quiet) and not isinstance(getattr(n, "value", None), ast.Constant)]
         exported = source.startswith("#| export")
@@ -321,7 +324,7 @@ def definitions_in_a_row(path: Path, private: bool = True) -> int:
 
 @each_notebook
 def test_code_and_check_alternate(path):
-    assert definitions_in_a_row(path, private=False) <= 4
+    assert definitions_in_a_row(path, folded=False) <= 4
     assert definitions_in_a_row(path) <= 6
 
 
@@ -330,10 +333,10 @@ def test_a_run_of_definitions_is_counted_over_cells_and_ends_where_something_is_
     cells = [{"cell_type": "code", "source": [source]} for source in sources]
     (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
     assert definitions_in_a_row(tmp_path / "n.ipynb") == 3
-    sources[2] = "class _C: ..."
+    sources[2] = "class _C: ..."  # a helper, which is folded
     cells = [{"cell_type": "code", "source": [source]} for source in sources]
     (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
-    assert definitions_in_a_row(tmp_path / "n.ipynb", private=False) == 2
+    assert definitions_in_a_row(tmp_path / "n.ipynb", folded=False) == 2
 
 
 def code_lines(node: ast.ClassDef, text: str) -> int:
