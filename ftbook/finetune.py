@@ -90,7 +90,7 @@ def select(
 def _chosen(
     called: Mapping[str, Sequence[str]], patterns: Iterable, what: str
 ) -> list[str]:
-    known = list(dict.fromkeys(n for names in called.values() for n in names))
+    known = dict.fromkeys(n for names in called.values() for n in names)
 
     def hits(pattern: str) -> set[str]:
         meant = _meant(known, pattern, what)
@@ -107,14 +107,20 @@ def _chosen(
     return [n for n in called if n in chosen]
 
 
-def _meant(names: list[str], pattern: str, what: str) -> set[str]:
+def _meant(names: Mapping[str, Any], pattern: str, what: str) -> set[str]:
+    if pattern in names:
+        return {pattern}
+    if not any(sign in pattern for sign in "*?["):  # an end, without wildcards
+        found = {n for n in names if n.endswith("." + pattern)}
+        if found:
+            return found
     for shape in (pattern, "*." + pattern):
         fits = re.compile(fnmatch.translate(shape)).match
         if found := {n for n in names if fits(n)}:
             return found
     raise ValueError(
         f"pattern {pattern!r} matches no {what}; near names: "
-        f"{', '.join(_near(names, pattern)) or 'there are none'}"
+        f"{', '.join(_near([*names], pattern)) or 'there are none'}"
     )
 
 

@@ -1312,7 +1312,8 @@ def _find_heads(survey: _Survey, head: _Target | None) -> list[str]:
             _no_match(pattern, filled, "module with parameters")
         return hits
 
-    found = _selected(_as_list(head), find, survey)
+    patterns = _as_list(head)
+    found = _selected(patterns, find, survey) if patterns else set()
     return [n for n in modules if n in found and not _within(n, found - {n})]
 
 # %% ../nbs/11_peft.ipynb #d2a9dae5
@@ -1429,6 +1430,8 @@ def _check_name(
 # %% ../nbs/11_peft.ipynb #c3460308
 def _check_rank(r: int, module: _Weighted) -> None:
     """Raise ValueError for a rank that is larger than it needs to be."""
+    if r <= min(module.weight.shape):  # in no layout a side is shorter: cheap
+        return
     n_out, n_in = _matrix(module).shape
     if r > min(n_out, n_in):
         raise ValueError(

@@ -66,6 +66,7 @@ def test_hidden_cells_go_and_directives_with_them():
         ("'A docstring.'\n__all__ = ['f']\nimport os", True),
         ("rows = load()\nresults.table(rows)", True),
         ("ax = plot.curves(x)\nplot.show(ax, alt='a')", True),
+        ("results.say('x') if rows else missing('y')", True),
         ("from ftbook import data\n\ndata.status('01_x')", True),
         ("def _help(x):\n    return x", True),
         ("def helpful(x):\n    return x", False),
@@ -237,6 +238,7 @@ def labels(nb: dict, target: str = "sphinx") -> list:
 
 def test_the_rest_of_a_module_shows_names():
     body = 'def f(x):\n    """Say it."""\n    return x\n\n\ndef _g(x):\n    return x'
+    body = f"#| export\n{body}"
     cells = [text("## A"), code(body), text("## The rest of the module"), code(body), text("## B"), code(body)]
     assert labels({"cells": cells, "metadata": {}}) == [None, "Show code: f", None]
 

@@ -522,3 +522,13 @@ def test_whoever_serves_or_advises_to_serve_binds_to_this_machine_only():
         for line in lines
         if "127.0.0.1" not in line and "http\\." not in line
     ] == []
+
+
+def test_the_reference_says_what_every_name_is():
+    from tools import api
+
+    pages = api.pages()
+    assert not [name for name, text in pages.items() if "A value that the module sets" in text]
+    assert "The same as in [`ftbook.scoring`](scoring.md#evaluate)" in pages["train.md"]
+    assert "- **on\\_step\\_end(run)**: After every optimizer step." in pages["train.md"], "terms and what is said of them"
+    assert 'STRATEGIES: dict[str, Strategy | TwoStage] = {\n    "head": ' in pages["finetune.md"]

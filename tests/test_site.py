@@ -132,6 +132,7 @@ def violations(page) -> dict:
     from axe_playwright_python.sync_playwright import Axe
 
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    page.add_style_tag(content="section { content-visibility: visible !important; }")  # what is far away, too
     page.evaluate("dispatchEvent(new Event('resize'))")
     found = {}
     for theme, asked in (("light", (EVERYWHERE, COLORS)), ("dark", (COLORS,))):

@@ -44,8 +44,11 @@ def _paragraphs(text: str) -> str:
     """Paragraphs; what is set in, or begins with >>>, is code."""
     out = []
     for block in re.split(r"\n\s*\n", text.strip("\n")):
-        if block.lstrip().startswith(">>>") or all(line.startswith("    ") for line in block.split("\n")):
+        lines = block.split("\n")
+        if block.lstrip().startswith(">>>") or all(line.startswith("    ") for line in lines):
             out.append(f"```python\n{block}\n```")
+        elif len(lines) > 1 and not lines[0].startswith(" ") and lines[1].startswith("    "):
+            out.append(_items(block))  # terms, and what is said of each set in below it
         else:
             out.append(escaped(block.strip()))
     return "\n\n".join(out)
@@ -118,12 +121,31 @@ def methods(node) -> list:
     return found
 
 
+def taken(tree: ast.Module) -> dict:
+    """Name -> the module of the library that it is imported from."""
+    found = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module]
+    own = [n for n in found if n.level == 1 or n.module.startswith("ftbook.")]
+    return {a.asname or a.name: n.module.removeprefix("ftbook.") for n in own for a in n.names}
+
+
+def value(entry: str, tree: ast.Module, source: str) -> str:
+    """The lines that give a name its value; "" where there are many."""
+    for node in tree.body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        if any(isinstance(t, ast.Name) and t.id == entry for target in targets for t in ast.walk(target)):
+            text = ast.get_source_segment(source, node) or ""
+            return f"```python\n{text}\n```" if text.count("\n") < 40 else ""
+    return ""
+
+
 def page(name: str, file: Path) -> str:
     """The page of a module."""
     source = file.read_text(encoding="utf-8")
     tree, cfg = parsed(file), settings()
     known = {f.stem for f in chapters()}
-    made = {n.name: n for n in tree.body if isinstance(n, DEFINITION)}
+    made, origin = {n.name: n for n in tree.body if isinstance(n, DEFINITION)}, taken(tree)
     out = [f"# ftbook.{name}", markdown(ast.get_docstring(tree) or "")]
     where = next((m[1] for m in MARK.finditer(source) if m[1] in known), "")
     links = [f"[Where it is built](../nbs/{where}.ipynb)"] if where else []
@@ -133,7 +155,12 @@ def page(name: str, file: Path) -> str:
         out.append(f"## {entry}")
         node = made.get(entry)
         if node is None:
-            out.append("A name that the module sets or takes from a module below it; its chapter says what it holds.")
+            if below := origin.get(entry):
+                out.append(f"The same as in [`ftbook.{below}`]({below}.md#{entry.lower()}), which lies below this module.")
+            else:
+                out.append(
+                    value(entry, tree, source) or "A value that the module sets; its chapter says what it holds."
+                )
             continue
         out.append(f"```python\n{signature(node)}\n```")
         out.append(markdown(ast.get_docstring(node) or ""))

@@ -275,10 +275,12 @@ def _is_text(node) -> bool:
 
 
 def _calls(node) -> str:
-    """The last name of what a statement calls, "" where it is no call."""
-    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
+    """The last name of what a statement calls, of the first of two choices; "" where it is no call."""
+    said = node.value if isinstance(node, ast.Expr) else None
+    said = said.body if isinstance(said, ast.IfExp) else said
+    if not isinstance(said, ast.Call):
         return ""
-    called = node.value.func
+    called = said.func
     return getattr(called, "attr", getattr(called, "id", ""))
 
 
@@ -388,9 +390,10 @@ def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bo
         lines = lines[1:]
     tags, meta = list(cell.get("metadata", {}).get("tags", [])), {}
     study = is_study(options)
-    named = [n.name for n in tree_of(lines) if isinstance(n, DEFINITION) and n.name[0] != "_"]
+    exported = options.keys() & {"export", "exports"}
+    named = [n.name for n in tree_of(lines) if isinstance(n, DEFINITION) and n.name[0] != "_" and exported]
     short = [] if study or rest or options.get("code-fold") == "false" else outline(lines)
-    opening = early and not options.keys() & {"export", "exports"}
+    opening = early and not exported
     long = sum(bool(line.strip()) for line in lines) > LONG
     if folds(options, lines, bool(short or opening or rest or long)):
         options["code-fold"] = "true"
@@ -408,7 +411,7 @@ def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bo
             )
             if options.get(option) == value
         ]
-        tags += ["export"] if options.keys() & {"export", "exports"} else []
+        tags += ["export"] if exported else []
         if "code-summary" in options:
             meta["mystnb"] = {"code_prompt_show": options["code-summary"], "code_prompt_hide": options["code-summary"]}
     outputs = cell.get("outputs", [])

@@ -237,6 +237,21 @@ def lighter(out: Path) -> None:
         font.unlink()
 
 
+SCROLLED = re.compile(r'document\.querySelectorAll\(\["pre",[^\]]*\]\.join\(", "\)\)')
+
+
+def calmer(out: Path) -> None:
+    """The theme lays the page out again for every box it looks at, seconds on a phone; site/static/book.js looks at all of them at once."""
+    script = out / "_static/scripts/pydata-sphinx-theme.js"
+    text = script.read_text(encoding="utf-8")
+    if (short := SCROLLED.sub("[]", text)) != text:
+        script.write_text(short, encoding="utf-8")
+    elif "[].forEach" not in text:
+        raise ValueError(
+            f"{script.name}: this version of the theme measures its boxes elsewhere; see tools/finish.py, calmer"
+        )
+
+
 CODE = re.compile(
     r'<code(?: class="docutils literal notranslate")?>(?:<span class="pre">)?([\w.]+)(\(\))?(?:</span>)?</code>'
 )
@@ -345,6 +360,7 @@ def finish(out: Path) -> None:
     said = {f.relative_to(out).as_posix(): finish_page(f, out) for f in files}
     index(out, {name: page for name, page in said.items() if "/" in name or name == "index.html"})
     lighter(out)
+    calmer(out)
     beside(out, list(said))
     for pattern in (
         "searchindex.js",

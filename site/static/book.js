@@ -35,12 +35,13 @@
     }
     if (all) apply(); else label();
   };
-  // what scrolls inside its box can be reached and scrolled with the keyboard
-  const reach = () => {
-    const boxes = [...document.querySelectorAll("article pre, article table, article .formula, main pre, main table")];
-    const formulas = [...document.querySelectorAll("article span.math")];
+  // what scrolls inside its box can be reached and scrolled with the keyboard; a section far away is measured when it comes near
+  const laid = (e) => !e.checkVisibility || e.checkVisibility({ contentVisibilityAuto: true });
+  const reach = (where = document) => {
+    const boxes = [...where.querySelectorAll("article pre, article table, article .formula, main pre, main table")].filter(laid);
+    const formulas = [...where.querySelectorAll("article span.math")].filter(laid);
     for (const formula of formulas) formula.classList.remove("wide");
-    // all is measured before anything is changed: the page is laid out once
+    // all is measured before anything is changed: what is seen is laid out once
     const scroll = boxes.map((box) => box.scrollWidth > box.clientWidth + 1);
     const wide = formulas.map((formula) => {
       const box = formula.closest("p, li, td, th, dd, figcaption");
@@ -48,6 +49,18 @@
     });
     boxes.forEach((box, i) => { if (scroll[i]) box.tabIndex = 0; else if (box.hasAttribute("tabindex")) box.removeAttribute("tabindex"); });
     formulas.forEach((formula, i) => { if (wide[i]) formula.classList.add("wide"); });
+  };
+  // a section that was never near has a guessed height; those measured last time bring a reload and the way back to the same place
+  const heights = () => {
+    const key = `ftbook-heights ${innerWidth} ${location.pathname}`;
+    const sections = [...document.querySelectorAll(".bd-article > section > section[id]")];
+    let known = {};
+    try { known = JSON.parse(sessionStorage.getItem(key)) || {}; } catch { /* private window */ }
+    for (const e of sections) if (known[e.id]) e.style.containIntrinsicBlockSize = `auto ${known[e.id]}px`;
+    addEventListener("pagehide", () => {
+      for (const e of sections) known[e.id] = e.offsetHeight;
+      try { sessionStorage.setItem(key, JSON.stringify(known)); } catch { /* private window */ }
+    });
   };
   // a click on a column's head sorts: numbers as numbers (their first one counts), words as words
   const number = (text) => {
@@ -139,10 +152,11 @@
     [...asked.values()][0].before(count);
   };
 
-  const enrich = () => { document.querySelectorAll("article table, main table").forEach(sortable); filter(); quiz(); };
+  const enrich = () => { heights(); document.querySelectorAll("article table, main table").forEach(sortable); filter(); quiz(); };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", enrich); else enrich();
-  addEventListener("load", reach);
-  addEventListener("resize", reach);
+  addEventListener("load", () => reach());
+  addEventListener("resize", () => reach());
+  addEventListener("contentvisibilityautostatechange", (event) => { if (!event.skipped) reach(event.target); }, true);
 
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start); else start();
 })();
