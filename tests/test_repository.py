@@ -530,5 +530,7 @@ def test_the_reference_says_what_every_name_is():
     pages = api.pages()
     assert not [name for name, text in pages.items() if "A value that the module sets" in text]
     assert "The same as in [`ftbook.scoring`](scoring.md#evaluate)" in pages["train.md"]
-    assert "- **on\\_step\\_end(run)**: After every optimizer step." in pages["train.md"], "terms and what is said of them"
+    assert "- **on\\_step\\_end(run)**: After every optimizer step." in pages["train.md"], (
+        "terms and what is said of them"
+    )
     assert 'STRATEGIES: dict[str, Strategy | TwoStage] = {\n    "head": ' in pages["finetune.md"]

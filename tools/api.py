@@ -156,7 +156,9 @@ def page(name: str, file: Path) -> str:
         node = made.get(entry)
         if node is None:
             if below := origin.get(entry):
-                out.append(f"The same as in [`ftbook.{below}`]({below}.md#{entry.lower()}), which lies below this module.")
+                out.append(
+                    f"The same as in [`ftbook.{below}`]({below}.md#{entry.lower()}), which lies below this module."
+                )
             else:
                 out.append(
                     value(entry, tree, source) or "A value that the module sets; its chapter says what it holds."
