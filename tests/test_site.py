@@ -127,12 +127,23 @@ SEEN = """width => {
 }"""
 
 
+CODE = """() => {
+  const blocks = [...document.querySelectorAll('article div.highlight pre')];
+  const over = p => p.scrollWidth > p.clientWidth + 1;
+  const sideways = blocks.filter(over).length;
+  for (const p of blocks) p.style.whiteSpace = 'pre';
+  const short = p => p.innerText.split('\\n').every(line => line.length <= 80);
+  return {sideways, wrapped: blocks.filter(p => over(p) && short(p)).length};
+}"""
+
+
 def violations(page) -> dict:
     """What axe-core finds on the page, rule and theme -> the first places: colors in both themes, the rest in the light one."""
     from axe_playwright_python.sync_playwright import Axe
 
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     page.add_style_tag(content="section { content-visibility: visible !important; }")  # what is far away, too
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     page.evaluate("dispatchEvent(new Event('resize'))")
     found = {}
     for theme, asked in (("light", (EVERYWHERE, COLORS)), ("dark", (COLORS,))):
@@ -171,7 +182,8 @@ def tour(pages, page) -> dict:
             one = seen[name, width] = page.evaluate(SEEN, width)
             one["complaints"], one["bytes"] = complaints, sum(packed[r.url] for r in responses)
             one["hosts"] = {urlsplit(r.url).netloc for r in responses if not r.url.startswith(("data:", "blob:"))}
-            one["axe"] = violations(page)
+            one["axe"] = violations(page)  # this opens what is folded
+            one |= page.evaluate(CODE)
     page.set_viewport_size({"width": 1280, "height": 900})
     page.emulate_media(reduced_motion="no-preference")
     return seen
@@ -199,6 +211,33 @@ def test_a_wide_equation_keeps_its_number(tour):
 def test_no_page_scrolls_sideways(tour):
     assert {p: one["overhang"] for p, one in tour.items() if one["overhang"] > 0} == {}
     assert unlike(tour, "hidden") == {}, "what lies left of its box cannot be scrolled to"
+
+
+def test_code_of_80_columns_fits_and_none_scrolls_on_a_desktop(tour):
+    wide = {place: one for place, one in tour.items() if place[1] == max(WIDTHS)}
+    assert unlike(wide, "sideways") == {} and unlike(wide, "wrapped") == {}
+
+
+def test_the_height_of_what_is_not_laid_out_yet_is_guessed_well(pages, page):
+    page.set_viewport_size({"width": 1280, "height": 900})
+    for name in [p for p in pages if p.startswith("nbs/")][::4]:
+        page.goto(f"/{name}")
+        guessed = page.evaluate("document.documentElement.scrollHeight")
+        page.add_style_tag(content="section { content-visibility: visible !important; }")
+        real = page.evaluate("document.documentElement.scrollHeight")
+        assert 0.75 < guessed / real < 1.33, (name, guessed, real)
+
+
+def test_a_reload_keeps_the_place(page):
+    at = """() => [...document.querySelectorAll('article h2, article p')].find(e => e.getBoundingClientRect().bottom > 90)?.textContent"""
+    page.goto("/nbs/04_train.html")
+    for _ in range(12):
+        page.mouse.wheel(0, 1500)
+        page.wait_for_timeout(50)
+    before = page.evaluate(at)
+    page.reload()
+    page.wait_for_timeout(300)
+    assert page.evaluate("scrollY") > 5000 and page.evaluate(at) == before
 
 
 def test_pages_are_light(tour):
@@ -402,7 +441,7 @@ def test_a_choice_opens_by_keyboard_and_what_was_answered_is_kept(site, page):
         page.reload()
         count = page.locator(".quiz-count")
         total = page.locator("details.choice.right").count()
-        assert count.inner_text() == f"0 of {total} answered" and count.get_attribute("role") == "status"
+        assert count.text_content() == f"0 of {total} answered" and count.get_attribute("role") == "status"
         for kind, opened in (("wrong", 0), ("right", 1)):
             choice = page.locator(f"details.choice.{kind}").first
             choice.locator("summary").focus()
@@ -414,10 +453,10 @@ def test_a_choice_opens_by_keyboard_and_what_was_answered_is_kept(site, page):
         assert page.locator("p.question.answered").count() == 1
         page.reload()
         assert page.locator("details.choice[open]").count() == 0
-        assert count.inner_text() == f"1 of {total} answered"
+        assert count.text_content() == f"1 of {total} answered"
         assert "answered" in page.locator("p.question").first.get_attribute("class")
         page.goto(address.replace("11_peft", "10_ner"))
-        assert count.inner_text().startswith("0 of "), "each page counts its own"
+        assert count.text_content().startswith("0 of "), "each page counts its own"
     assert errors == []
 
 

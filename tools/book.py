@@ -26,10 +26,10 @@ INPUTS = (
 BUILD = ROOT / "build" / "book"
 
 
-def state(builder: str) -> str:
-    """Hash of everything the site is made of."""
+def state(builder: str, patterns=INPUTS) -> str:
+    """Hash of everything the site is made of, or of what some patterns mean."""
     digest = hashlib.sha256(f"{builder} {sys.version}".encode())
-    for pattern in INPUTS:
+    for pattern in patterns:
         for file in sorted(ROOT.glob(pattern)):
             if file.is_file() and "__pycache__" not in file.parts and ".ipynb_checkpoints" not in file.parts:
                 digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
@@ -109,8 +109,12 @@ def main() -> int:
         print(f"book: {shown}/ is up to date ({builder}); `make serve` shows it")
         return 0
     print(f"book: building {shown}/ with {builder} from the outputs stored in nbs/ (nothing is executed)", flush=True)
-    if stamp.exists() and builder not in (out / ".builder").read_text():
+    makers = state(builder, ("tools/*.py", "site/*.py"))
+    if (
+        stamp.exists() and makers != (out / ".builder").read_text()
+    ):  # pages that are kept would be as the old tools left them
         shutil.rmtree(out)
+        shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
     if {"sphinx": sphinx, "quarto": quarto}[builder](out):
         raise SystemExit(f"book: {builder} found the problems above; warnings count as errors")
     from .pages import problems
@@ -118,7 +122,7 @@ def main() -> int:
     lines = problems(out)
     if lines:
         raise SystemExit("\n".join([*lines, f"book: {len(lines)} problem(s) on the built pages"]))
-    (out / ".builder").write_text(builder)
+    (out / ".builder").write_text(makers)
     stamp.write_text(now)
     pages = len([*out.glob("nbs/*.html"), *out.glob("zh/*.html")]) + 1
     print(

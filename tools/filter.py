@@ -331,9 +331,10 @@ def outline(lines: list) -> list:
         text = _first_line(node)
         shown += [f'    """{text}"""'] if text else []
         inner = node.body if isinstance(node, ast.ClassDef) else []
+        shown += [""] if inner else ["    ..."]
         for method in [m for m in inner if isinstance(m, DEFINITION) and (m.name[0] != "_" or m.name == "__init__")]:
-            shown += ["", *_opening(method, lines), "        ..."]
-        shown += [] if inner else ["    ..."]
+            *opening, last = _opening(method, lines)
+            shown += [*opening, f"{last.rstrip()} ..."]
     return shown
 
 

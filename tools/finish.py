@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from .api import names as api_names
+from .heights import with_heights
 from .settings import ROOT, book, parts, settings
 from .translate import LANGUAGE
 
@@ -281,6 +282,7 @@ def finish_page(file: Path, out: Path) -> Reader:
         page = linked(page, api_names(file.stem))
     if file == out / "search.html":
         page = searching(page)
+    page = with_heights(page)
     page = switched(page, file.relative_to(out).as_posix(), out)
     at = page.index("<head>") + len("<head>")
     charset = page.find("/>", page.index("charset", at)) + 2 if "charset" in page[at : at + 300] else at

@@ -156,6 +156,7 @@
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", enrich); else enrich();
   addEventListener("load", () => reach());
   addEventListener("resize", () => reach());
+  addEventListener("toggle", (event) => { if (event.target.open) reach(event.target); }, true);
   addEventListener("contentvisibilityautostatechange", (event) => { if (!event.skipped) reach(event.target); }, true);
 
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start); else start();
