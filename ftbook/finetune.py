@@ -31,7 +31,7 @@ from .train import Checkpoint, History, Settings, fit
 __all__ = [
     "select", "blocks", "hold_batchnorm", "freeze", "unfreeze", "find_head",
     "replace_head", "param_groups", "GradualUnfreezing", "Strategy",
-    "TwoStage", "STRATEGIES", "tune", "report", "SmallCNN",
+    "TwoStage", "STRATEGIES", "tune", "report", "put_probe",
 ]  # fmt: skip
 
 # %% ../nbs/08_finetune.ipynb #5a3923f5
@@ -163,7 +163,9 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
     -------
     dict of str to list of str
         Name of the block to the names of its parameters; every parameter is in
-        exactly one block.
+        exactly one block. What several modules share, such as the embedding
+        that a language model ties to its head, is in the block of its first
+        name, the one that `named_parameters` gives.
 
     Examples
     --------
@@ -171,16 +173,18 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
     ['0', '2']
     """
     found: dict[str, list[str]] = {}
+    known = dict(model.named_parameters())  # of shared ones the first name
     for name, module in _block_modules(model, ""):
         inside = (n for n, _ in module.named_parameters())
         names = [f"{name}.{n}" if name else n for n in inside]
+        names = [n for n in names if n in known]
         if names and found and is_norm(module):
             found[next(reversed(found))].extend(names)
         elif names:
             found[name] = names
     found = dict(sorted(found.items(), key=lambda b: _is_head(b[0])))
     covered = {n for names in found.values() for n in names}
-    loose = [n for n, _ in model.named_parameters() if n not in covered]
+    loose = [n for n in known if n not in covered]
     return {"(own)": loose, **found} if loose else found
 
 # %% ../nbs/08_finetune.ipynb #51f724a8
@@ -1008,45 +1012,41 @@ def report(
         ),
     )
 
-# %% ../nbs/08_finetune.ipynb #09e624d4
-class SmallCNN(nn.Module):
-    """Three blocks of 3 × 3 convolution, batch normalization, ReLU; mean over
-    places; linear head.
+# %% ../nbs/08_finetune.ipynb #b2f60d94
+def put_probe(head: nn.Module, features, y, C: float) -> None:
+    """Solve logistic regression on fixed features, and write it into a head.
 
     Parameters
     ----------
-    n_classes : int
-    channels : tuple of int
-        Image channels, then the output channels of each block; all blocks but
-        the last halve the image.
+    head : nn.Module
+        Its weight (K, D) and bias (K,) are overwritten.
+    features : (N, D) Tensor or array
+        scikit-learn solves in float64, for an array of float32 in float32.
+    y : (N,) Tensor or array
+        Classes 0 to K - 1, every one of them at least once.
+    C : float
+        scikit-learn's inverse of the L2 penalty.
 
     Examples
     --------
-    >>> net = SmallCNN(5)
-    >>> net(torch.rand(2, 1, 28, 28)).shape, list(blocks(net))
-    (torch.Size([2, 5]), ['body.0', 'body.1', 'body.2', 'head'])
+    >>> head, x = nn.Linear(1, 2), torch.tensor([[-1.0], [1.0]])
+    >>> put_probe(head, x, torch.tensor([0, 1]), C=1.0)
+    >>> head(x).argmax(1)
+    tensor([0, 1])
     """
+    from sklearn.linear_model import LogisticRegression
 
-    def __init__(
-        self, n_classes: int = 10, channels: tuple[int, ...] = (1, 16, 32, 32)
-    ):
-        super().__init__()
-        pairs = list(zip(channels[:-1], channels[1:], strict=True))
-        self.body = nn.Sequential(
-            *(
-                self.block(a, b, i < len(pairs) - 1)
-                for i, (a, b) in enumerate(pairs)
-            )
+    fitted = LogisticRegression(C=C, max_iter=2000).fit(features, y)
+    found = [fitted.coef_, fitted.intercept_]
+    weight, bias = (torch.from_numpy(v).float() for v in found)
+    if len(weight) == 1:  # two classes: w is the difference of two logits
+        weight, bias = (torch.cat([-v, v]) / 2 for v in (weight, bias))
+    into = head.get_parameter("weight")
+    if len(into) != len(weight):
+        raise ValueError(
+            f"y has {len(weight)} classes and the head {len(into)} outputs: "
+            "give examples of every class, or a head of that size"
         )
-        self.head = nn.Linear(channels[-1], n_classes)
-
-    @staticmethod
-    def block(inputs: int, outputs: int, halve: bool) -> nn.Sequential:
-        """One block; `halve` gives its convolution stride 2."""
-        conv = nn.Conv2d(
-            inputs, outputs, 3, stride=2 if halve else 1, padding=1, bias=False
-        )
-        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x).mean((2, 3)))
+    with torch.no_grad():
+        into.copy_(weight)
+        head.get_parameter("bias").copy_(bias)

@@ -24,6 +24,7 @@ __all__ = [
     "register",
     "CARDS",
     "EfficientNetLite0",
+    "SmallCNN",
 ]
 
 # %% ../nbs/A2_models.ipynb #5d202d7d
@@ -40,7 +41,6 @@ import sys
 import time
 import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
@@ -603,30 +603,48 @@ class EfficientNetLite0(nn.Module):
         return self._fc(self._dropout(x.mean((2, 3))))
 
 # %% ../nbs/A2_models.ipynb #9af299f0
-def _small_cnn() -> nn.Module:
-    """The network of `cnn_small`: three convolutions, mean, linear head."""
-    channels = (3, 64, 128, 256)
-    blocks = [
-        nn.Sequential(
-            nn.Conv2d(
-                a,
-                b,
-                3,
-                stride=1 if b == channels[-1] else 2,
-                padding=1,
-                bias=False,
-            ),
-            nn.BatchNorm2d(b),
-            nn.ReLU(),
+class SmallCNN(nn.Module):
+    """Three blocks of 3 × 3 convolution, batch normalization, ReLU; mean over
+    places; linear head.
+
+    Parameters
+    ----------
+    n_classes : int
+    channels : tuple of int
+        Image channels, then the output channels of each block; all blocks but
+        the last halve the image.
+
+    Examples
+    --------
+    >>> net = SmallCNN(5)
+    >>> net(torch.rand(2, 1, 28, 28)).shape
+    torch.Size([2, 5])
+    """
+
+    def __init__(
+        self, n_classes: int = 10, channels: tuple[int, ...] = (1, 16, 32, 32)
+    ):
+        super().__init__()
+        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        self.body = nn.Sequential(
+            *(
+                self.block(a, b, i < len(pairs) - 1)
+                for i, (a, b) in enumerate(pairs)
+            )
         )
-        for a, b in zip(channels[:-1], channels[1:], strict=True)
-    ]
-    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return nn.Sequential(
-        OrderedDict(
-            body=nn.Sequential(*blocks), pool=pool, head=nn.Linear(256, 10)
+        self.head = nn.Linear(channels[-1], n_classes)
+
+    @staticmethod
+    def block(inputs: int, outputs: int, halve: bool) -> nn.Sequential:
+        """One block; `halve` gives its convolution stride 2."""
+        conv = nn.Conv2d(
+            inputs, outputs, 3, stride=2 if halve else 1, padding=1, bias=False
         )
-    )
+        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, channels, H, W) to logits (N, n_classes)."""
+        return self.head(self.body(x).mean((2, 3)))
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -873,7 +891,7 @@ register(
         cite="the ftbook authors",
         flaws=("saw a fifth of CIFAR-10 and no other pictures",),
         asset="cnn-small-cifar10",
-        network=_small_cnn,
+        network=functools.partial(SmallCNN, 10, (3, 64, 128, 256)),
         classes=data.card("cifar10").classes,
     )
 )

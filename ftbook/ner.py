@@ -37,7 +37,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -661,6 +660,16 @@ class TagLoss(nn.Module):
             return len(kept)
         return self.weight.to(kept.device)[kept].sum()
 
+
+class _Inside:
+    """A PEFT method that goes into the classifier within a `TagLoss`."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def apply(self, loss: TagLoss):
+        return self.method.apply(loss.model)
+
 # %% ../nbs/10_ner.ipynb #b8733448
 def iob2_transitions(labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the steps of IOB2: 0 where allowed, -inf where not.
@@ -946,13 +955,11 @@ def _settings(folder: Path | None) -> dict:
 
 
 def _tune(loss: TagLoss, batches, how, **options) -> train.History:
-    """Train the tagger one way; an adapter goes into the classifier itself."""
+    """Train the tagger one way."""
     if how is None:
         return train.fit(loss, batches, loss=None, **options)
     if hasattr(how, "apply") and not hasattr(how, "tune"):
-        if not isinstance(how, type):
-            into = how.apply
-            how = SimpleNamespace(apply=lambda around: into(around.model))
+        how = how if isinstance(how, type) else _Inside(how)
     return finetune.tune(loss, batches, how=how, loss=None, **options)[-1]
 
 

@@ -38,10 +38,10 @@ from . import models, results
 from .compute import wants_channels_last
 from .data import File, asset, download, verify
 from ftbook.finetune import (
-    SmallCNN,
     find_head,
     freeze,
     param_groups,
+    put_probe,
     replace_head,
     unfreeze,
 )
@@ -52,6 +52,7 @@ from ftbook.images import (
     as_images,
     zoom_in,
 )
+from .models import SmallCNN
 from .runtime import atomic_write, cache_dir, profile
 from .train import History, Settings, fit, predict
 
@@ -918,20 +919,9 @@ class LinearProbe:
         **options: Any,
     ) -> list[History]:
         """Solve for the head; there is no history to return."""
-        from sklearn.linear_model import LogisticRegression
-
         freeze(model)
         _, head = find_head(model)
-        probe = LogisticRegression(C=self.strength, max_iter=2000)
-        probe.fit(features(model, train).numpy(), train.y.numpy())
-        weight, bias = (
-            torch.from_numpy(v).float() for v in (probe.coef_, probe.intercept_)
-        )
-        if len(weight) == 1:  # two classes: w is the difference of two logits
-            weight = torch.cat([-weight, weight]) / 2
-            bias = torch.cat([-bias, bias]) / 2
-        with torch.no_grad():
-            head.get_parameter("weight").copy_(weight)
-            head.get_parameter("bias").copy_(bias)
+        seen = features(model, train).numpy()
+        put_probe(head, seen, train.y.numpy(), self.strength)
         unfreeze(model, head)
         return []

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from ftbook import augment as au
 from ftbook import data, images, mlm, models
-from ftbook.finetune import SmallCNN
+from ftbook.models import SmallCNN
 from ftbook.scoring import accuracy
 from ftbook.studies import augment as study
 from ftbook.tags import spans, to_iob2

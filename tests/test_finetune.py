@@ -9,10 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torchvision import models as zoo
 from torchvision.models import mobilenet_v2, resnet18, squeezenet1_1, vit_b_16
-from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 
 from ftbook import finetune as ft
 from ftbook import models as pretrained
@@ -63,6 +70,7 @@ def trainable(model):
 MODELS = {
     "bert": bert,
     "bert-tokens": lambda: bert(BertForTokenClassification),
+    "bert-tied": lambda: bert(BertForMaskedLM),
     "resnet18": resnet18,
     "mobilenet": mobilenet_v2,
     "small": Small,
@@ -534,7 +542,7 @@ def tuned(how, path, after=0, keep=True, every=1):
     "A tuned network, its callbacks, rows and trainable names; broken off after some steps and gone on with."
     for steps in (after, 0) if after else (0,):
         torch.manual_seed(steps)  # a network of a later process starts from the same weights, whatever was drawn before
-        model = ft.SmallCNN(3, (1, 4, 4, 4))
+        model = pretrained.SmallCNN(3, (1, 4, 4, 4))
         torch.manual_seed(0)
         for module in model.modules():
             if hasattr(module, "reset_parameters"):
@@ -644,7 +652,7 @@ MAPS = {
 
 @pytest.mark.parametrize("strategy", ft.STRATEGIES)
 def test_every_strategy_moves_the_blocks_at_the_rates_it_says(strategy):
-    model, seen = ft.SmallCNN(4), Opened()
+    model, seen = pretrained.SmallCNN(4), Opened()
     statistics = model.body[0][1].running_mean.clone()
     histories = ft.tune(
         model, toy_images(), how=strategy, lr=1.0, epochs=4, callbacks=[seen], settings=Settings(progress=False)
@@ -655,13 +663,34 @@ def test_every_strategy_moves_the_blocks_at_the_rates_it_says(strategy):
     assert torch.equal(statistics, model.body[0][1].running_mean) is held
 
 
+@pytest.mark.parametrize("how", ft.STRATEGIES)
+def test_every_strategy_tunes_a_language_model_whose_head_is_its_embedding(how):
+    model = bert(BertForMaskedLM)
+    table = model.bert.embeddings.word_embeddings.weight
+    assert model.cls.predictions.decoder.weight is table
+    before = table.detach().clone()
+    ids = torch.randint(0, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids, "labels": ids}]
+    ft.tune(model, batches, how=how, lr=1e-2, epochs=2, loss=None, settings=Settings(progress=False))
+    kept = how in ("head", "head, moving statistics", "last block")  # it is of the first block
+    assert torch.equal(before, table) == kept and model.cls.predictions.decoder.weight is table
+
+
+def test_a_parameter_of_several_modules_is_of_the_block_of_its_first_name():
+    cut = ft.blocks(bert(BertForMaskedLM))
+    assert cut["cls"][0] == "cls.predictions.bias" and len(cut["cls"]) == 5
+    assert "| cls | 354 | 0 |" in str(ft.report(bert(BertForMaskedLM)))
+    twice = nn.Linear(2, 2)
+    assert list(ft.blocks(nn.Sequential(twice, nn.ReLU(), nn.Linear(2, 2), twice))) == ["0", "2"]
+
+
 def test_tune_refuses_what_it_does_not_know():
     for wrong in ("slow", ft.Strategy, 3, None):
         with pytest.raises(ValueError, match=r"allowed are 'head', .*'full', and objects: Strategy.*ftbook.peft.LoRA"):
-            ft.tune(ft.SmallCNN(4), toy_images(), how=wrong, lr=1.0)
+            ft.tune(pretrained.SmallCNN(4), toy_images(), how=wrong, lr=1.0)
     with pytest.raises(ValueError, match="two stages needs one: give more epochs"):
-        ft.tune(ft.SmallCNN(4), toy_images(), how="two-stage", lr=1.0, epochs=1)
-    net = ft.SmallCNN(4)
+        ft.tune(pretrained.SmallCNN(4), toy_images(), how="two-stage", lr=1.0, epochs=1)
+    net = pretrained.SmallCNN(4)
     with pytest.raises(ValueError, match="a strategy chooses what is trained"):
         ft.tune(net, toy_images(), lr=1.0, settings=Settings(params=list(net.parameters())))
 
@@ -733,15 +762,24 @@ def test_the_study_has_a_row_for_every_way_with_as_many_rates(tmp_path, monkeypa
 
 
 def test_a_probe_written_into_a_head_says_what_the_logistic_regression_says():
-    from sklearn.linear_model import LogisticRegression
-
     few = {k: v[:40] for k, v in study.coded("train").items()}
     frozen = study.below(few)
     net, h = study.Upper(study.classifier(0)), study.features(frozen)
-    study.put_probe(net.head, h, few["labels"], C=0.5)
+    ft.put_probe(net.head, h, few["labels"], C=0.5)
     said = LogisticRegression(C=0.5, max_iter=2000).fit(h, few["labels"]).predict_proba(h)
     assert np.allclose(study.outputs(net, frozen).softmax(1).numpy(), said, atol=1e-4)
     assert torch.allclose(net.head.weight.sum(0), torch.zeros(h.shape[1]), atol=1e-6)
+
+
+def test_a_probe_of_several_classes_is_the_logistic_regression_and_needs_them_all():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
+    head = nn.Linear(5, 3)
+    ft.put_probe(head, x, y, C=0.5)
+    theirs = LogisticRegression(C=0.5, max_iter=2000).fit(x, y).predict_proba(x)
+    assert np.allclose(head(x).softmax(1).detach(), theirs, atol=1e-5)
+    with pytest.raises(ValueError, match="y has 2 classes and the head 3 outputs: give examples of every class"):
+        ft.put_probe(head, x, y.clamp(max=1), C=0.5)
 
 
 def test_every_way_of_the_study_tunes_and_a_probe_first_begins_where_the_probe_is():

@@ -39,7 +39,7 @@ def test_notebook_runs_in_the_quick_profile(path):
             extra_arguments=["--IPKernelApp.log_level=40", "--HistoryManager.hist_file=:memory:"],
         )
         try:
-            client.execute(env=kernel_environment(path))
+            client.execute(env=kernel_environment())
             break
         except (CellTimeoutError, DeadKernelError):
             if attempt == 2:

@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tools.export import arranged
+from tools.filter import folds, is_rest, lines_of, options_of, outline
 from tools.fingerprint import fingerprint, reached
 from tools.generate import main as generate
 from tools.run import stored_run, stored_texts
@@ -292,19 +293,27 @@ def test_a_module_lists_its_names_in_the_order_of_its_chapter(file):
     assert name in CALLED_FIRST or own == sorted(own, key=defined.index)
 
 
-def definitions_in_a_row(path: Path) -> int:
-    """The longest run of definitions without a cell that shows or asserts; the rest of a module may stand together."""
+def definitions_in_a_row(path: Path, folded: bool = True) -> int:
+    """The longest run of definitions without a cell that shows or asserts; the rest of a module may stand together.
+
+    Without `folded` those count that a reader of the page meets: none of a cell that is folded whole, and of a cell of
+    which an outline stands there those in the outline.
+    """
     run, longest, rest = 0, 0, False
     for c in load(path)["cells"]:
         source = "".join(c["source"])
         if "#| export exercises." in source:
             continue  # checks of exercises stand on no page
         if c["cell_type"] == "markdown":
-            if source.lstrip().startswith("#"):
-                rest = "the rest of the module" in source.lower().split("\n")[0]
+            rest = is_rest(lines_of(source), rest)
             continue
+        options, lines = options_of(lines_of(source))
         body = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body
         named = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        if not folded and folds(options, lines, False):
+            named = []
+        elif not folded and outline(lines):
+            named = [n for n in named if not n.name.startswith("_")]
         quiet = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
         does = [n for n in body if not isinstance(n, quiet) and not isinstance(getattr(n, "value", None), ast.Constant)]
         exported = source.startswith("#| export")
@@ -315,6 +324,7 @@ def definitions_in_a_row(path: Path) -> int:
 
 @each_notebook
 def test_code_and_check_alternate(path):
+    assert definitions_in_a_row(path, folded=False) <= 4
     assert definitions_in_a_row(path) <= 6
 
 
@@ -323,6 +333,32 @@ def test_a_run_of_definitions_is_counted_over_cells_and_ends_where_something_is_
     cells = [{"cell_type": "code", "source": [source]} for source in sources]
     (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
     assert definitions_in_a_row(tmp_path / "n.ipynb") == 3
+    sources[2] = "class _C: ..."  # a helper, which is folded
+    cells = [{"cell_type": "code", "source": [source]} for source in sources]
+    (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
+    assert definitions_in_a_row(tmp_path / "n.ipynb", folded=False) == 2
+
+
+def code_lines(node: ast.ClassDef, text: str) -> int:
+    """Lines of a class without docstrings, comments and empty lines."""
+    docs: set[int] = set()
+    for n in ast.walk(node):
+        if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n):
+            docs.update(range(n.body[0].lineno, n.body[0].end_lineno + 1))
+    lines = enumerate(text.split("\n")[node.lineno - 1 : node.end_lineno], node.lineno)
+    return sum(i not in docs and not re.match(r"\s*(#|$)", line) for i, line in lines)
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_no_class_has_more_than_eighty_lines_of_code(file):
+    text = file.read_text(encoding="utf-8")
+    classes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef)]
+    assert {n.name: code_lines(n, text) for n in classes if code_lines(n, text) > 80} == {}
+
+
+def test_the_code_of_a_class_is_counted_without_what_explains_it():
+    text = 'class A:\n    """One.\n\n    Two.\n    """\n\n    # three\n    def f(self):\n        """Four."""\n        return 5\n'
+    assert code_lines(ast.parse(text).body[0], text) == 3
 
 
 def test_importing_the_package_loads_nothing_heavy():

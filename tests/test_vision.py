@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from ftbook import models, results
 from ftbook import vision as v
 from ftbook.data import ChecksumError, File
-from ftbook.finetune import SmallCNN, tune
+from ftbook.finetune import tune
 from ftbook.images import ImageSet, as_images
+from ftbook.models import SmallCNN
 from ftbook.studies import vision as study
 from ftbook.train import Settings, fit, predict
 

@@ -130,7 +130,7 @@ def execute(path: Path) -> dict:
         extra_arguments=["--IPKernelApp.log_level=40"],
     )
     start = time.perf_counter()
-    with client.setup_kernel(env=kernel_environment(path)):
+    with client.setup_kernel(env=kernel_environment()):
         for index, cell in enumerate(nb.cells):
             client.execute_cell(cell, index)
         seconds = time.perf_counter() - start

@@ -76,6 +76,6 @@ def find(chapter: str) -> Path:
     return found[0]
 
 
-def kernel_environment(notebook: Path) -> dict:
-    """The variables of a notebook's kernel: memory is kept, except where the chapter measures memory."""
-    return dict(os.environ) if notebook.stem == "A3_runtime" else {**KEEP_MEMORY, **os.environ}
+def kernel_environment() -> dict:
+    """The variables of a notebook's kernel: memory is kept; `runtime.Meter` gives it back before it measures."""
+    return {**KEEP_MEMORY, **os.environ}

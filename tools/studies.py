@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from .settings import KEEP_MEMORY, ROOT, chapters, find
+from .settings import ROOT, chapters, find, kernel_environment
 
 STUDIES = ROOT / "ftbook" / "studies"
 
@@ -32,7 +32,7 @@ def main(arguments: list) -> int:
         place = "a temporary folder" if profile == "quick" else f"results/{chapter}.json"
         print(f"results: studies of {chapter} in the {profile} profile, rows into {place}", flush=True)
         jobs = ["--jobs", os.environ["JOBS"]] if os.environ.get("JOBS") else []
-        code = subprocess.call([sys.executable, *command, *names, *jobs], cwd=ROOT, env={**KEEP_MEMORY, **os.environ})
+        code = subprocess.call([sys.executable, *command, *names, *jobs], cwd=ROOT, env=kernel_environment())
         if code:
             return code
     return 0

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from .. import augment, data, mlm, models, results, runtime
-from ..finetune import SmallCNN
+from ..models import SmallCNN
 from . import run_named
 from ..texts import TextClassifier, encode_texts
 from ..train import Settings, evaluate, fit

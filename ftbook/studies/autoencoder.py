@@ -212,7 +212,10 @@ def _baselines(executor: Any = None) -> Any:
 VIEW_STEPS = runtime.pick(quick=4, cpu=500)  # of 128 images, without labels
 VIEW_LATENT = 64
 VIEW_LABELS = runtime.pick(quick=[2], cpu=[10, 100, 1_000])
-FEATURES = ["untrained", "autoencoder", "masked autoencoder", "SimCLR", "DINO"]
+# features -> how the autoencoder spoils its input, or the method on views
+SPOILED = {"autoencoder": "none", "masked autoencoder": "mask"}
+ON_VIEWS = {"SimCLR": SimCLR, "DINO": DINO}
+FEATURES = ["untrained", *SPOILED, *ON_VIEWS]
 STRENGTHS = runtime.pick(quick=[0.1, 1.0], cpu=[1e-3, 1e-2, 0.1, 1.0, 10, 100])
 
 
@@ -231,12 +234,11 @@ def _view_encoder(features: str, seed: int) -> Any:
     )
     epochs = -(-VIEW_STEPS * 128 // len(pool))
     how: dict[str, Any] = {"epochs": epochs, "seed": seed, "settings": settings}
-    if "autoencoder" in features:
-        corruption = {"autoencoder": "none", "masked autoencoder": "mask"}
-        pretrain(net, pool, corruption=corruption[features], **how)
-    elif features != "untrained":
-        method = {"SimCLR": SimCLR, "DINO": DINO}[features]
-        pretrain_views(method(net.encoder, _view), pool, lr=3e-3, **how)
+    if features in SPOILED:
+        pretrain(net, pool, corruption=SPOILED[features], **how)
+    elif features in ON_VIEWS:
+        method = ON_VIEWS[features](net.encoder, _view)
+        pretrain_views(method, pool, lr=3e-3, **how)
     return net.encoder
 
 

@@ -23,15 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import data, images, models, results, runtime
-from ..finetune import STRATEGIES, replace_head, tune
+from ..finetune import STRATEGIES, put_probe, replace_head, tune
 from . import run_named
 from ..texts import TextClassifier, encode_texts, masked_mean
 from ..train import Settings, predict
 
 __all__ = [
     "reviews", "draw", "classifier", "fresh_head", "ByLength", "outputs",
-    "Upper", "lower", "coded", "below", "features", "put_probe", "run", "rows",
-    "main",
+    "Upper", "lower", "coded", "below", "features", "run", "rows", "main",
 ]  # fmt: skip
 
 CHAPTER = "08_finetune"
@@ -221,19 +220,6 @@ def _linear(method: str, rows: Tensor, C: float) -> Callable:
     fitted = LogisticRegression(C=C, max_iter=2000)
     fitted.fit(inputs("train")[rows.numpy()], train.y[rows].numpy())
     return lambda name: fitted.predict(inputs(name))
-
-
-def put_probe(head: nn.Linear, features: Tensor, y: Tensor, C: float) -> None:
-    """Fit a logistic regression to features (N, H) and labels (N,), 0 or 1,
-    and write its weights into a head of two outputs.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    fitted = LogisticRegression(C=C, max_iter=2000).fit(features, y)
-    half = torch.tensor(np.append(fitted.coef_[0], fitted.intercept_)) / 2
-    with torch.no_grad():
-        for row, sign in enumerate((-1, 1)):
-            head.weight[row], head.bias[row] = sign * half[:-1], sign * half[-1]
 
 # %% ../../nbs/08_finetune.ipynb #00b553d3
 PROBED = "probe first"

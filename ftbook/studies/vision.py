@@ -31,8 +31,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import data, models, results, runtime
-from ..finetune import SmallCNN, find_head, tune
+from ..finetune import find_head, put_probe, tune
 from ..images import ImageSet, resized
+from ..models import SmallCNN
 from . import run_named
 from .finetune import fresh_head
 from ..train import History, Settings, evaluate, fit, predict
@@ -202,14 +203,8 @@ CHANGES = ("blurred", "noisy")  # of vision.SHIFTS
 
 def _solved(x: torch.Tensor, y: torch.Tensor, strength: float) -> nn.Linear:
     """A logistic regression of two classes as a layer with two outputs."""
-    from sklearn.linear_model import LogisticRegression
-
-    probe = LogisticRegression(C=strength, max_iter=2000).fit(x, y)
     layer = nn.Linear(x.shape[1], 2)
-    for name, found in (("weight", probe.coef_), ("bias", probe.intercept_)):
-        half = torch.from_numpy(found).float() / 2
-        with torch.no_grad():
-            layer.get_parameter(name).copy_(torch.cat([-half, half]))
+    put_probe(layer, x, y, strength)
     return layer
 
 
