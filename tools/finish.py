@@ -45,7 +45,6 @@ CHROME = {  # what the theme says beside a Chinese page
     ">Show code<": ">显示代码<",
     ">Show code: ": ">显示代码：",
     ">Show code of the study": ">显示实验的代码",
-    "Toggle hidden content": "展开或收起",
 }
 
 
@@ -168,6 +167,7 @@ def repair(page: str) -> str:
     page = page.replace(
         '<summary><span class="toctree-toggle"', '<summary aria-label="Its pages"><span class="toctree-toggle"'
     )
+    page = page.replace('<summary aria-label="Toggle hidden content">', "<summary>")  # its name is what it shows
     page = re.sub(
         r'<div class="sidebar-primary-items__end[^>]*>\s*<div class="sidebar-primary-item"></div>\s*</div>', "", page
     )
@@ -250,6 +250,14 @@ def calmer(out: Path) -> None:
     elif "[].forEach" not in text:
         raise ValueError(
             f"{script.name}: this version of the theme measures its boxes elsewhere; see tools/finish.py, calmer"
+        )
+    script = out / "_static/scripts/sphinx-book-theme.js"  # a button that is pressed from the keyboard keeps the focus
+    text = script.read_text(encoding="utf-8")
+    if (short := text.replace("(()=>{t.blur()})", "(e=>{e.detail&&t.blur()})")) != text:
+        script.write_text(short, encoding="utf-8")
+    elif "e.detail&&" not in text:
+        raise ValueError(
+            f"{script.name}: this version of the theme takes the focus elsewhere; see tools/finish.py, calmer"
         )
 
 
