@@ -303,6 +303,20 @@ def test_what_has_the_focus_is_framed_and_the_frame_is_not_cut(page):
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
+def test_a_dark_page_is_printed_dark_on_white_without_what_is_folded(page):
+    page.goto("/nbs/10_ner.html")
+    page.evaluate("document.querySelector('.theme-change-button[data-mode=dark]').click()")
+    theme = "document.documentElement.dataset.theme"
+    page.evaluate(f"addEventListener('beforeprint', () => {{ window.printed = {theme}; }})")
+    page.pdf()
+    assert page.evaluate("printed") == "light" and page.evaluate(theme) == "dark"
+    page.emulate_media(media="print")
+    shown = "[...document.querySelectorAll('div.cell details:not([open])')].filter(d => d.offsetHeight).length"
+    assert page.evaluate(shown) == 0
+    page.emulate_media(media="null")
+    page.evaluate("document.querySelector('.theme-change-button[data-mode=auto]').click()")
+
+
 QUERIES = {
     "LoRA": "11_peft",
     "fit": "04_train",

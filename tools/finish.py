@@ -153,6 +153,7 @@ def repair(page: str) -> str:
     page = UNUSED.sub("", page)
     above, viewport, below = re.split(r'(<meta name="viewport"[^>]*>)', page, maxsplit=1)
     page = above + viewport + re.sub(r'\s*<meta name="viewport"[^>]*>', "", below)
+    page = re.sub(r"<title>(.*?) &#8212; \1</title>", r"<title>\1</title>", page)
     page = re.sub(r'\s*<div id="ethical-ad-placement".*?</div>', "", page, flags=re.S)
     page = page.replace(
         'placeholder="Search..."\n         aria-label="Search..."', 'placeholder="Search" aria-label="Search"'
