@@ -79,6 +79,15 @@ def own_stand_ins(monkeypatch):
 
 
 @pytest.fixture
+def untraced():
+    """Without the tracer of coverage: nothing of ftbook runs in the test, and a thousand pages are read."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(tracer)
+
+
+@pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, the cpu profile, and no waiting between attempts."""
     folder = tmp_path / "cache"

@@ -182,7 +182,7 @@ def site_of(root):
 
 
 @pytest.mark.slow
-def test_the_whole_book_is_a_sound_epub_of_less_than_25_mb(root, tmp_path):
+def test_the_whole_book_is_a_sound_epub_of_less_than_25_mb(root, tmp_path, untraced):
     epub.write(site_of(root), tmp_path / "book.epub")
     files = sound(tmp_path / "book.epub")
     assert (tmp_path / "book.epub").stat().st_size < 25e6
@@ -191,7 +191,7 @@ def test_the_whole_book_is_a_sound_epub_of_less_than_25_mb(root, tmp_path):
 
 @pytest.mark.slow
 @needs_chromium
-def test_the_whole_book_is_a_pdf_of_less_than_25_mb_with_nothing_cut(root, tmp_path, monkeypatch):
+def test_the_whole_book_is_a_pdf_of_less_than_25_mb_with_nothing_cut(root, tmp_path, monkeypatch, untraced):
     from pypdf import PdfReader
 
     monkeypatch.setattr(pdf, "WORK", tmp_path / "work")
