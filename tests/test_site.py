@@ -267,6 +267,56 @@ def test_the_theme_switches_to_dark_and_back(page):
     assert seen["dark"] != seen["light"]
 
 
+def test_the_theme_is_chosen_from_the_keyboard(page):
+    page.goto("/nbs/02_math.html")
+    page.locator(".theme-switch-button").focus()
+    page.keyboard.press("Enter")
+    assert holds(page, "document.activeElement.matches('.theme-switch-button[aria-expanded=true]')", 5)
+    for key in ("ArrowDown", "ArrowDown", "ArrowDown", "Enter"):
+        page.keyboard.press(key)
+    assert holds(page, "document.documentElement.dataset.theme === 'dark'", 5)
+    page.evaluate("document.querySelector('.theme-change-button[data-mode=auto]').click()")
+
+
+def test_what_has_the_focus_is_framed_and_the_frame_is_not_cut(page):
+    """Walks through a chapter with the Tab key; a frame that no ancestor cuts stands around every stop inside the text."""
+    look = """() => {
+      const e = document.activeElement, r = e.getBoundingClientRect(), s = getComputedStyle(e);
+      if (!e.closest('article, .bd-header-article') || e.closest('table, .formula') && e.tagName !== 'TABLE' && !e.matches('.formula')) return '';
+      if (s.outlineStyle === 'none' && s.boxShadow === 'none') return 'no frame: ' + e.outerHTML.slice(0, 80);
+      const out = Math.max(0, parseFloat(s.outlineWidth) + parseFloat(s.outlineOffset)) - 0.5;
+      for (let a = e.parentElement; a.tagName !== 'BODY'; a = a.parentElement) {
+        const t = getComputedStyle(a), q = a.getBoundingClientRect();
+        const cuts = t.overflowX !== 'visible' || t.contentVisibility === 'auto';
+        if (cuts && (r.left - out < q.left || r.right + out > q.right)) return 'cut: ' + e.outerHTML.slice(0, 80);
+      }
+      return '';
+    }"""
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.goto("/nbs/10_ner.html")
+        found = set()
+        for _ in range(130):
+            page.keyboard.press("Tab")
+            found.add(page.evaluate(look))
+        assert found == {""}, width
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_a_dark_page_is_printed_dark_on_white_without_what_is_folded(page):
+    page.goto("/nbs/10_ner.html")
+    page.evaluate("document.querySelector('.theme-change-button[data-mode=dark]').click()")
+    theme = "document.documentElement.dataset.theme"
+    page.evaluate(f"addEventListener('beforeprint', () => {{ window.printed = {theme}; }})")
+    page.pdf()
+    assert page.evaluate("printed") == "light" and page.evaluate(theme) == "dark"
+    page.emulate_media(media="print")
+    shown = "[...document.querySelectorAll('div.cell details:not([open])')].filter(d => d.offsetHeight).length"
+    assert page.evaluate(shown) == 0
+    page.emulate_media(media="null")
+    page.evaluate("document.querySelector('.theme-change-button[data-mode=auto]').click()")
+
+
 QUERIES = {
     "LoRA": "11_peft",
     "fit": "04_train",
@@ -297,6 +347,21 @@ def test_search_finds_the_chapter_first(page, query):
     assert holds(page, "document.querySelectorAll('#search-results li a').length > 0", 30)
     first = page.evaluate("document.querySelector('#search-results li a').getAttribute('href')")
     assert QUERIES[query] in first
+
+
+def test_the_field_of_the_search_page_shows_what_was_asked_and_finds_while_one_types(site, page):
+    first = "document.querySelector('#search-results li a').getAttribute('href')"
+    for address in ("/search.html", (site / "search.html").as_uri()):
+        page.goto(f"{address}?q=LoRA")
+        field = page.locator("main input[name=q]")
+        assert field.input_value() == "LoRA" and field.evaluate("e => e === document.activeElement")
+        field.fill("viterbi")
+        assert "10_ner" in page.evaluate(first)
+        page.locator("#search-results li a").first.click()
+        page.wait_for_selector("article h1")
+        page.go_back()
+        assert holds(page, "document.querySelector('main input[name=q]')?.value === 'viterbi'", 5)
+        assert "10_ner" in page.evaluate(first)
 
 
 def test_pages_and_search_work_from_the_disk(site, page):
@@ -407,7 +472,8 @@ TABLE = """<main class=bd-article><table><thead><tr><th>way</th><th>score</th></
 
 def test_columns_sort_numbers_as_numbers(site, page):
     (site / "table.html").write_text(
-        f"<!doctype html><meta charset=utf-8>{TABLE}<script src=_static/book.js></script>", "utf-8"
+        f"<!doctype html><meta charset=utf-8>{TABLE}<link rel=stylesheet href=_static/book.css><script src=_static/book.js></script>",
+        "utf-8",
     )
     page.goto("/table.html")
     order = "[...document.querySelectorAll('tbody tr')].map(r => r.cells[0].textContent).join('')"
@@ -415,6 +481,8 @@ def test_columns_sort_numbers_as_numbers(site, page):
         for wanted in orders:
             page.locator(".sorter").nth(column).press("Enter")
             assert page.evaluate(order) == wanted
+        arrows = [h.evaluate("b => getComputedStyle(b, '::after').content") for h in page.locator(".sorter").all()]
+        assert arrows == ['" ↓"' if i == column else '" ↕"' for i in range(2)]
     assert page.locator("th").nth(0).get_attribute("aria-sort") == "descending"
     (site / "table.html").unlink()
 

@@ -45,7 +45,6 @@ CHROME = {  # what the theme says beside a Chinese page
     ">Show code<": ">显示代码<",
     ">Show code: ": ">显示代码：",
     ">Show code of the study": ">显示实验的代码",
-    "Toggle hidden content": "展开或收起",
 }
 
 
@@ -154,6 +153,7 @@ def repair(page: str) -> str:
     page = UNUSED.sub("", page)
     above, viewport, below = re.split(r'(<meta name="viewport"[^>]*>)', page, maxsplit=1)
     page = above + viewport + re.sub(r'\s*<meta name="viewport"[^>]*>', "", below)
+    page = re.sub(r"<title>(.*?) &#8212; \1</title>", r"<title>\1</title>", page)
     page = re.sub(r'\s*<div id="ethical-ad-placement".*?</div>', "", page, flags=re.S)
     page = page.replace(
         'placeholder="Search..."\n         aria-label="Search..."', 'placeholder="Search" aria-label="Search"'
@@ -168,6 +168,7 @@ def repair(page: str) -> str:
     page = page.replace(
         '<summary><span class="toctree-toggle"', '<summary aria-label="Its pages"><span class="toctree-toggle"'
     )
+    page = page.replace('<summary aria-label="Toggle hidden content">', "<summary>")  # its name is what it shows
     page = re.sub(
         r'<div class="sidebar-primary-items__end[^>]*>\s*<div class="sidebar-primary-item"></div>\s*</div>', "", page
     )
@@ -250,6 +251,14 @@ def calmer(out: Path) -> None:
     elif "[].forEach" not in text:
         raise ValueError(
             f"{script.name}: this version of the theme measures its boxes elsewhere; see tools/finish.py, calmer"
+        )
+    script = out / "_static/scripts/sphinx-book-theme.js"  # a button that is pressed from the keyboard keeps the focus
+    text = script.read_text(encoding="utf-8")
+    if (short := text.replace("(()=>{t.blur()})", "(e=>{e.detail&&t.blur()})")) != text:
+        script.write_text(short, encoding="utf-8")
+    elif "e.detail&&" not in text:
+        raise ValueError(
+            f"{script.name}: this version of the theme takes the focus elsewhere; see tools/finish.py, calmer"
         )
 
 

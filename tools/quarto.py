@@ -30,7 +30,9 @@ def html_of(markdown: str) -> str:
     from markdown_it import MarkdownIt
 
     text = re.sub(r"```\{toctree\}.*?```", "", markdown, flags=re.S)
-    text = re.sub(r"\]\((\w+)\.md\)", r"](\1.html)", re.sub(r"\]\((\.\./nbs/\w+)\.ipynb\)", r"](\1.html)", text))
+    text = re.sub(
+        r"\]\((\w+)\.md(#[^)]*)?\)", r"](\1.html\2)", re.sub(r"\]\((\.\./nbs/\w+)\.ipynb\)", r"](\1.html)", text)
+    )
     page = MarkdownIt("commonmark").enable("table").render(text)
 
     def section(match):

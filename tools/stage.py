@@ -23,7 +23,7 @@ orphan: true
 # This page is not here
 
 The address is mistyped, or the page has moved. [The home page](index.md) lists the chapters, and the search
-finds sections by their words, from the field at the left or <a href="search.html">on its own page</a>.
+<a href="search.html">finds sections by their words</a>.
 """
 
 

@@ -152,7 +152,15 @@
     [...asked.values()][0].before(count);
   };
 
-  const enrich = () => { heights(); document.querySelectorAll("article table, main table").forEach(sortable); filter(); quiz(); };
+  // paper is white: a dark page is printed in the light theme
+  const paper = () => {
+    const root = document.documentElement;
+    let theme = "";
+    addEventListener("beforeprint", () => { theme ||= root.dataset.theme; root.dataset.theme = "light"; });
+    addEventListener("afterprint", () => { if (theme) root.dataset.theme = theme; theme = ""; });
+  };
+
+  const enrich = () => { heights(); document.querySelectorAll("article table, main table").forEach(sortable); filter(); quiz(); paper(); };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", enrich); else enrich();
   addEventListener("load", () => reach());
   addEventListener("resize", () => reach());

@@ -88,12 +88,17 @@
       : `<p>No section has these words. Try fewer of them, or look into the <a href="nbs/A7_glossary.html">glossary</a>.</p>`;
   };
 
-  const field = document.querySelector(".bd-search-container input[name=q], input[name=q]");
+  // the page has a field of its own; before it stands that of the dialog, which is hidden
+  const field = document.querySelector("main input[name=q]") || document.querySelector("input[name=q]");
   const query = new URLSearchParams(location.search).get("q") || "";
   window.findSections = (q) => find(q).order.map((i) => sections[i]);  // the tests ask it
   const form = field.closest("form");
   form.addEventListener("submit", (e) => { e.preventDefault(); show(field.value); });
-  field.addEventListener("input", () => show(field.value));
+  field.addEventListener("input", () => {
+    show(field.value);
+    // the way back from a result leads to what was asked last
+    try { history.replaceState(null, "", `?q=${encodeURIComponent(field.value)}`); } catch { /* a page from the disk may not */ }
+  });
   field.value = query;
   field.focus();
   show(query);
