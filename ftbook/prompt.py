@@ -162,35 +162,6 @@ def plain_scores(
                 out[i, k] = -paid.mean() if normalize else -paid.sum()
     return out
 
-# %% ../nbs/12_prompt.ipynb #27010346
-def _pieces(tokenizer, prompt, texts, shots) -> tuple:
-    """The end-of-text piece, the pieces that all questions begin with, those
-    of each question after that, and those of each label.
-    """
-    if isinstance(texts, str):
-        raise TypeError(
-            f"texts is one str, {texts[:40]!r}; put a single text into a list"
-        )
-    start = tokenizer.get_vocab().get("<|endoftext|>")
-    if start is None:
-        raise ValueError(
-            "the tokenizer has no piece <|endoftext|>, with which a prompt "
-            "begins; use the tokenizer that belongs to the decoder"
-        )
-    before = prompt.before(shots)
-    asks = [prompt.ask(text, shots)[len(before) :] for text in texts]
-    first, *rest = encode([before, *prompt.words, *asks], tokenizer)
-    words, asks = rest[: len(prompt.words)], rest[len(prompt.words) :]
-    return start, first, asks, words
-
-
-def _check_context(model, pieces: int) -> None:
-    if pieces > model.sizes.context:
-        raise ValueError(
-            f"the longest prompt has {pieces} pieces, the context holds "
-            f"{model.sizes.context}: give fewer examples or cut the texts"
-        )
-
 # %% ../nbs/12_prompt.ipynb #7f31cfa2
 def label_scores(
     model: Any,
@@ -447,7 +418,7 @@ def _gaps(model, tokenizer, asks: list[str], size: int) -> Tensor:
 
 # %% ../nbs/12_prompt.ipynb #d3586c57
 def pair_loss(vectors: Tensor, labels: Tensor) -> Tensor:
-    """Squared error of the cosines of all pairs, equation (12.4).
+    """Squared error of the cosines of all pairs, equation (12.3).
 
     Two texts of one class should have the cosine 1, others 0. Both kinds
     of pairs weigh the same, however many there are.
@@ -606,3 +577,32 @@ class _Even:
             turn = [g[i] for i in range(size) for g in mixed if i < len(g)]
             rows = torch.from_numpy(np.array(turn[:size]))
             yield {k: v[rows] for k, v in self.inputs.items()}
+
+# %% ../nbs/12_prompt.ipynb #27010346
+def _pieces(tokenizer, prompt, texts, shots) -> tuple:
+    """The end-of-text piece, the pieces that all questions begin with, those
+    of each question after that, and those of each label.
+    """
+    if isinstance(texts, str):
+        raise TypeError(
+            f"texts is one str, {texts[:40]!r}; put a single text into a list"
+        )
+    start = tokenizer.get_vocab().get("<|endoftext|>")
+    if start is None:
+        raise ValueError(
+            "the tokenizer has no piece <|endoftext|>, with which a prompt "
+            "begins; use the tokenizer that belongs to the decoder"
+        )
+    before = prompt.before(shots)
+    asks = [prompt.ask(text, shots)[len(before) :] for text in texts]
+    first, *rest = encode([before, *prompt.words, *asks], tokenizer)
+    words, asks = rest[: len(prompt.words)], rest[len(prompt.words) :]
+    return start, first, asks, words
+
+
+def _check_context(model, pieces: int) -> None:
+    if pieces > model.sizes.context:
+        raise ValueError(
+            f"the longest prompt has {pieces} pieces, the context holds "
+            f"{model.sizes.context}: give fewer examples or cut the texts"
+        )

@@ -37,24 +37,18 @@ from ..texts import TextClassifier, encode_texts
 from ..train import Settings
 
 __all__ = [
-    "PROMPTS",
-    "TASKS",
-    "COUNTS",
-    "METHODS",
-    "SIZES",
-    "TEMPLATES",
-    "WORDS",
     "part",
     "decoder",
     "encoder",
     "asked",
     "run",
     "rows",
+    "measured",
     "run_words",
     "run_shots",
-    "CLOZES",
     "run_cloze",
     "items",
+    "said",
     "run_thought",
     "main",
 ]
@@ -269,6 +263,18 @@ def rows(task: str) -> list[dict]:
 def _chosen(method: str, name: str) -> float:
     found = results.load_study(CHAPTER, f"map_{TASKS[0]}")
     return found.row("accuracy", method=method, labels=COUNTS[-2])[name]
+
+
+def measured() -> list[str]:
+    """The tasks whose map is stored."""
+    found = []
+    for task in PROMPTS:
+        try:
+            results.load_study(CHAPTER, f"map_{task}")
+        except KeyError:
+            continue
+        found.append(task)
+    return found
 
 
 def _map(task: str) -> None:
