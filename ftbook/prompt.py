@@ -365,7 +365,9 @@ def cloze_scores(
             for word in prompt.words
         ]
     out = torch.zeros(len(texts), len(words))
+    late = prompt.template.index("{text}") < prompt.template.index("{label}")
     for size in {len(word) for word in words}:
+        part = slice(-size, None) if late else slice(size)
         gap = " ".join([mask] * size)
         asks = [_fitted(model, tokenizer, prompt, t, gap) for t in texts]
         which = [k for k, word in enumerate(words) if len(word) == size]
@@ -373,7 +375,7 @@ def cloze_scores(
         order = sorted(range(len(asks)), key=lambda i: len(asks[i]))
         for at in range(0, len(order), batch_size):
             rows = order[at : at + batch_size]
-            found = _gaps(model, tokenizer, [asks[i] for i in rows], size)
+            found = _gaps(model, tokenizer, [asks[i] for i in rows], part)
             picked = found[:, torch.arange(size), wanted]
             out[torch.tensor(rows)[:, None], torch.tensor(which)] = picked.mean(
                 -1
@@ -401,9 +403,9 @@ def _fitted(model, tokenizer, prompt: Prompt, text: str, gap: str) -> str:
 
 
 @torch.no_grad()
-def _gaps(model, tokenizer, asks: list[str], size: int) -> Tensor:
-    """Log-probabilities of the vocabulary at the masks, (B, size, V); masks
-    that the text itself holds come first and are passed over.
+def _gaps(model, tokenizer, asks: list[str], part: slice) -> Tensor:
+    """Log-probabilities of the vocabulary at the masks of the template, (B,
+    size, V): the last or the first ones, as the text may hold others.
     """
     most = model.config.max_position_embeddings
     inputs = encode_texts(asks, tokenizer, most)
@@ -412,7 +414,7 @@ def _gaps(model, tokenizer, asks: list[str], size: int) -> Tensor:
     with evaluating(model):
         hidden = model.base_model(**inputs).last_hidden_state
         holes = inputs["input_ids"] == tokenizer.mask_token_id
-        places = torch.stack([h.nonzero()[-size:, 0] for h in holes])
+        places = torch.stack([h.nonzero()[part, 0] for h in holes])
         rows = torch.arange(len(asks), device=device)[:, None]
         return model.cls(hidden[rows, places]).float().log_softmax(-1)
 

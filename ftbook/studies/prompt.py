@@ -81,9 +81,11 @@ SIZES = runtime.pick(
     quick={"valid": 12, "test": 12}, cpu={"valid": 200, "test": 300}
 )
 SEEDS = runtime.pick(quick=(1, 2), cpu=(1, 2, 3))
-RATES = runtime.pick(quick=[3e-4, 1e-3], cpu=[1e-4, 3e-4, 1e-3, 3e-3])
+RATES = runtime.pick(
+    quick=[3e-4, 1e-3], cpu=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+)
 DECAYS = runtime.pick(
-    quick=[1.0, 10.0], cpu=[0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4]
+    quick=[1.0, 10.0], cpu=[0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5]
 )
 METHODS = (
     "majority",
