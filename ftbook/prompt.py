@@ -129,6 +129,35 @@ class Prompt:
         first = self.before(shots)
         return first + (self.between if first else "") + self.filled(text, "")
 
+# %% ../nbs/12_prompt.ipynb #27010346
+def _pieces(tokenizer, prompt, texts, shots) -> tuple:
+    """The end-of-text piece, the pieces that all questions begin with, those
+    of each question after that, and those of each label.
+    """
+    if isinstance(texts, str):
+        raise TypeError(
+            f"texts is one str, {texts[:40]!r}; put a single text into a list"
+        )
+    start = tokenizer.get_vocab().get("<|endoftext|>")
+    if start is None:
+        raise ValueError(
+            "the tokenizer has no piece <|endoftext|>, with which a prompt "
+            "begins; use the tokenizer that belongs to the decoder"
+        )
+    before = prompt.before(shots)
+    asks = [prompt.ask(text, shots)[len(before) :] for text in texts]
+    first, *rest = encode([before, *prompt.words, *asks], tokenizer)
+    words, asks = rest[: len(prompt.words)], rest[len(prompt.words) :]
+    return start, first, asks, words
+
+
+def _check_context(model, pieces: int) -> None:
+    if pieces > model.sizes.context:
+        raise ValueError(
+            f"the longest prompt has {pieces} pieces, the context holds "
+            f"{model.sizes.context}: give fewer examples or cut the texts"
+        )
+
 # %% ../nbs/12_prompt.ipynb #903df1b1
 def plain_scores(
     model: Any,
@@ -579,32 +608,3 @@ class _Even:
             turn = [g[i] for i in range(size) for g in mixed if i < len(g)]
             rows = torch.from_numpy(np.array(turn[:size]))
             yield {k: v[rows] for k, v in self.inputs.items()}
-
-# %% ../nbs/12_prompt.ipynb #27010346
-def _pieces(tokenizer, prompt, texts, shots) -> tuple:
-    """The end-of-text piece, the pieces that all questions begin with, those
-    of each question after that, and those of each label.
-    """
-    if isinstance(texts, str):
-        raise TypeError(
-            f"texts is one str, {texts[:40]!r}; put a single text into a list"
-        )
-    start = tokenizer.get_vocab().get("<|endoftext|>")
-    if start is None:
-        raise ValueError(
-            "the tokenizer has no piece <|endoftext|>, with which a prompt "
-            "begins; use the tokenizer that belongs to the decoder"
-        )
-    before = prompt.before(shots)
-    asks = [prompt.ask(text, shots)[len(before) :] for text in texts]
-    first, *rest = encode([before, *prompt.words, *asks], tokenizer)
-    words, asks = rest[: len(prompt.words)], rest[len(prompt.words) :]
-    return start, first, asks, words
-
-
-def _check_context(model, pieces: int) -> None:
-    if pieces > model.sizes.context:
-        raise ValueError(
-            f"the longest prompt has {pieces} pieces, the context holds "
-            f"{model.sizes.context}: give fewer examples or cut the texts"
-        )
