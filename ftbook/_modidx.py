@@ -1617,6 +1617,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ftbook.studies.prompt._ordered': ('prompt.html#_ordered', 'ftbook/studies/prompt.py'),
                                        'ftbook.studies.prompt._prompts': ('prompt.html#_prompts', 'ftbook/studies/prompt.py'),
                                        'ftbook.studies.prompt._right': ('prompt.html#_right', 'ftbook/studies/prompt.py'),
+                                       'ftbook.studies.prompt._samples': ('prompt.html#_samples', 'ftbook/studies/prompt.py'),
                                        'ftbook.studies.prompt._shots': ('prompt.html#_shots', 'ftbook/studies/prompt.py'),
                                        'ftbook.studies.prompt._steps': ('prompt.html#_steps', 'ftbook/studies/prompt.py'),
                                        'ftbook.studies.prompt._thought': ('prompt.html#_thought', 'ftbook/studies/prompt.py'),

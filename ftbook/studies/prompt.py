@@ -268,14 +268,16 @@ def _chosen(method: str, name: str) -> float:
 
 
 def measured() -> list[str]:
-    """The tasks whose map is stored."""
+    """The tasks whose map is stored, up to its last row."""
     found = []
     for task in PROMPTS:
         try:
-            results.load_study(CHAPTER, f"map_{task}")
+            have = results.load_study(CHAPTER, f"map_{task}").rows("accuracy")
         except KeyError:
             continue
-        found.append(task)
+        last = max(r["labels"] for r in have)
+        if any(r["method"] == "full" and r["labels"] == last for r in have):
+            found.append(task)
     return found
 
 
@@ -467,7 +469,7 @@ ITEMS = runtime.pick(quick=2, cpu=40)
 
 
 @functools.cache
-def said(seed: int, thinking: bool) -> list[str]:
+def said(seed: int, thinking: bool, number: int = ITEMS) -> list[str]:
     """What the decoder writes after each question, up to the end of line."""
     model, tokenizer = decoder()
     shown, n = runtime.pick(quick=(0, 4), cpu=(4, 44 if thinking else 6))
@@ -475,7 +477,7 @@ def said(seed: int, thinking: bool) -> list[str]:
         f"Q: {q}\nA: {work if thinking else f'The answer is {answer}.'}\n\n"
         for q, work, answer in items(1000, shown)
     )
-    asks = [f"{begin}Q: {q}\nA:" for q, _, _ in items(seed, ITEMS)]
+    asks = [f"{begin}Q: {q}\nA:" for q, _, _ in items(seed, number)]
     pieces = causal.encode(asks, tokenizer)
     found = [""] * len(asks)
     for length in {len(p) for p in pieces}:
@@ -516,12 +518,22 @@ def _thought() -> None:
     )
 
 
+def _samples() -> None:
+    """What is written for the first five problems of the first seed."""
+    model_says = {
+        way: said(SEEDS[0], way != "at once", 5)
+        for way in ("at once", "step by step")
+    }
+    results.record(CHAPTER, "samples", model_says)
+
+
 def main(*names: str) -> None:
-    """Fill in what is missing of "map_TASK" for each task, "prompts", "cloze"
-    and "thought".
+    """Fill in what is missing of "map_TASK" for each task, "prompts", "cloze",
+    "thought" and "samples".
     """
     known: dict[str, Any] = {
         f"map_{task}": functools.partial(_map, task) for task in TASKS
     }
-    known |= {"prompts": _prompts, "cloze": _cloze, "thought": _thought}
+    known |= {"prompts": _prompts, "cloze": _cloze}
+    known |= {"thought": _thought, "samples": _samples}
     run_named(known, names)
