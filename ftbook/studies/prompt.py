@@ -360,7 +360,7 @@ def run_shots(
     """Which sentences one draw of examples in one order gets right."""
     return _right(_ordered(draw, order, split), split, calibrated)
 
-
+# %% ../../nbs/12_prompt.ipynb #f3b34015
 def _prompts() -> None:
     both: Any = (False, True)
     several = runtime.pick(quick=2, cpu=6)
