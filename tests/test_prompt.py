@@ -360,14 +360,14 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     study.main()
     stored = json.loads((tmp_path / "12_prompt.json").read_text())["quick"]
-    assert {"map_sst2", "map_cr", "wordings", "examples", "cloze", "thought"} <= set(stored)
+    assert {"map_sst2", "map_cr", "longer_cr", "wordings", "examples", "cloze", "thought"} <= set(stored)
     assert study.measured() == ["sst2", "cr"]
     for task in study.TASKS:
         found = results.load_study(study.CHAPTER, f"map_{task}")
         assert {r["method"] for r in found.rows("accuracy")} == set(study.METHODS)
         assert all(len(r["values"]) == 2 for r in found.rows("accuracy", method="SetFit"))
-    for name in ("run", "run_words", "run_shots", "run_cloze", "run_thought"):
+    for name in ("run", "run_longer", "run_words", "run_shots", "run_cloze", "run_thought"):
         monkeypatch.setattr(study, name, lambda **_: pytest.fail("it ran again"))
     study.main()
-    with pytest.raises(ValueError, match="no study 'map_mr'; use map_sst2, map_cr, prompts, cloze, thought, samples"):
+    with pytest.raises(ValueError, match="no study 'map_mr'; use map_sst2, map_cr, longer, prompts, cloze, thought, samples"):
         study.main("map_mr")

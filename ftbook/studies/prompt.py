@@ -44,6 +44,7 @@ __all__ = [
     "run",
     "rows",
     "measured",
+    "run_longer",
     "run_words",
     "run_shots",
     "run_cloze",
@@ -293,6 +294,40 @@ def _map(task: str) -> None:
         n=SIZES,
     )
 
+# %% ../../nbs/12_prompt.ipynb #c20d3460
+def run_longer(
+    seed: int, split: str, task: str, method: str, steps: int
+) -> dict[str, np.ndarray]:
+    """One way that trains, with more batches than the map gives it."""
+    torch.set_num_threads(1)
+    few = part(task, "train").per_class(COUNTS[-2], seed=seed)
+    held, lr = part(task, split), _chosen(method, "lr")
+    if method == "full":
+        guess: Any = _full(task, split, few, lr, seed, steps)
+    else:
+        fitted = SetFit(*encoder(), steps=steps, lr=lr, seed=seed)
+        guess = fitted.fit(few.texts, few.y).predict(held.texts)
+    return {"accuracy": guess == held.y.numpy()}
+
+
+LONGER = runtime.pick(quick=3, cpu=100)
+
+
+def _longer(task: str) -> None:
+    results.study(
+        run_longer,
+        [
+            {"task": task, "method": method, "steps": LONGER}
+            for method in METHODS[-2:]
+        ],
+        chapter=CHAPTER,
+        name=f"longer_{task}",
+        choose="accuracy",
+        budget=f"{LONGER} batches of 16 sentences",
+        seeds=SEEDS,
+        n={"test": SIZES["test"]},
+    )
+
 # %% ../../nbs/12_prompt.ipynb #dd0bf3ba
 TEMPLATES = {
     "Review: … Sentiment:": REVIEW.template,
@@ -528,12 +563,13 @@ def _samples() -> None:
 
 
 def main(*names: str) -> None:
-    """Fill in what is missing of "map_TASK" for each task, "prompts", "cloze",
-    "thought" and "samples".
+    """Fill in what is missing of "map_TASK" for each task, "longer",
+    "prompts", "cloze", "thought" and "samples".
     """
     known: dict[str, Any] = {
         f"map_{task}": functools.partial(_map, task) for task in TASKS
     }
+    known |= {"longer": functools.partial(_longer, TASKS[-1])}
     known |= {"prompts": _prompts, "cloze": _cloze}
     known |= {"thought": _thought, "samples": _samples}
     run_named(known, names)
