@@ -361,7 +361,7 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     study.main()
     stored = json.loads((tmp_path / "12_prompt.json").read_text())["quick"]
     assert {"map_sst2", "map_cr", "longer_cr", "wordings", "examples", "cloze", "thought"} <= set(stored)
-    assert study.measured() == ["sst2", "cr"]
+    assert {"sst2", "cr"} <= set(study.measured())
     for task in study.TASKS:
         found = results.load_study(study.CHAPTER, f"map_{task}")
         assert {r["method"] for r in found.rows("accuracy")} == set(study.METHODS)
