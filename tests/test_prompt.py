@@ -369,5 +369,7 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     for name in ("run", "run_longer", "run_words", "run_shots", "run_cloze", "run_thought"):
         monkeypatch.setattr(study, name, lambda **_: pytest.fail("it ran again"))
     study.main()
-    with pytest.raises(ValueError, match="no study 'map_mr'; use map_sst2, map_cr, longer, prompts, cloze, thought, samples"):
+    with pytest.raises(
+        ValueError, match="no study 'map_mr'; use map_sst2, map_cr, longer, prompts, cloze, thought, samples"
+    ):
         study.main("map_mr")
