@@ -1903,6 +1903,179 @@ register(
     )
 )
 
+# %% ../nbs/A1_data.ipynb #5b0e7d12
+def _parts_of(
+    texts: list[str], y: list[int], sizes: dict[str, int], split: str
+) -> tuple[list[str], Tensor]:
+    """One part of texts that are shuffled once and cut in the order of sizes."""
+    order = np.random.default_rng(0).permutation(len(texts))
+    start = 0
+    for name, size in sizes.items():
+        if name == split:
+            break
+        start += size
+    rows = order[start : start + sizes[split]]
+    return [texts[i] for i in rows], torch.tensor([y[i] for i in rows])
+
+
+def _read_subj(
+    files: dict[str, Path], split: str, **options: Any
+) -> tuple[list[str], Tensor]:
+    texts, y = [], []
+    for label, name in enumerate(("subj.objective", "subj.subjective")):
+        lines = files[name].read_text(encoding="latin-1").splitlines()
+        found = [line.strip() for line in lines if line.strip()]
+        texts += found
+        y += [label] * len(found)
+    return _parts_of(texts, y, card("subj").splits, split)
+
+# %% ../nbs/A1_data.ipynb #5b0e7d13
+register(
+    Card(
+        name="subj",
+        title="Subjectivity (SUBJ)",
+        task="sentences about films in English, objective or subjective",
+        origin=(
+            "plot summaries of the Internet Movie Database (objective) and "
+            "snippets of reviews from Rotten Tomatoes (subjective), gathered by"
+            " B. Pang and L. Lee; https://github.com/FreedomIntelligence/qnn"
+        ),
+        license="none stated; cite the paper below",
+        splits={"train": 7000, "valid": 1000, "test": 2000},
+        flaws=(
+            (
+                "no official parts: the 10,000 sentences are shuffled once with"
+                " a fixed seed"
+            ),
+            (
+                "labels are those of the site, not of a reader: a summary may "
+                "praise, and a review may tell the plot"
+            ),
+            "lower-cased and tokenized with blanks, as SST-2 is",
+        ),
+        cite=(
+            "B. Pang, L. Lee (2004). A Sentimental Education: Sentiment "
+            "Analysis Using Subjectivity Summarization Based on Minimum Cuts. "
+            "ACL. https://doi.org/10.3115/1218955.1218990"
+        ),
+        variants={
+            "sentences": _served(
+                (
+                    _RAW
+                    + "FreedomIntelligence/qnn/a45c6ae2535d12a191858907ead860eefd499f16/data/SUBJ/",
+                    _RAW + "FreedomIntelligence/qnn/master/data/SUBJ/",
+                ),
+                (
+                    (
+                        "subj.objective",
+                        "d8ccd43f1674f1c17e4ab717564e3561cfb719b0db4cfb19e5677427c68ff8a1",
+                        672430,
+                    ),
+                    (
+                        "subj.subjective",
+                        "274c2ffe59c204dc4df779848561786f59a98cc20dda3cfdd7d9f76a4f730710",
+                        634654,
+                    ),
+                ),
+                "subj",
+            )
+        },
+        classes=("objective", "subjective"),
+    ),
+    _read_subj,
+)
+
+# %% ../nbs/A1_data.ipynb #5b0e7d14
+_QUESTIONS = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
+
+
+def _read_trec(
+    files: dict[str, Path], split: str, **options: Any
+) -> tuple[list[str], Tensor]:
+    name = "TREC_10.label" if split == "test" else "train_5500.label"
+    lines = files[name].read_text(encoding="latin-1").splitlines()
+    rows = [line.split(" ", 1) for line in lines if line.strip()]
+    wrong = [
+        i
+        for i, row in enumerate(rows, 1)
+        if len(row) != 2 or row[0].split(":")[0] not in _QUESTIONS
+    ]
+    if wrong:
+        raise ValueError(
+            f"{files[name]}: line {wrong[0]} is not 'CLASS:fine question' with "
+            f"a class of {', '.join(_QUESTIONS)}: {lines[wrong[0] - 1]!r}"
+        )
+    texts = [text.strip() for _, text in rows]
+    y = [_QUESTIONS.index(row[0].split(":")[0]) for row in rows]
+    if split == "test":
+        return texts, torch.tensor(y)
+    sizes = {k: v for k, v in card("trec").splits.items() if k != "test"}
+    return _parts_of(texts, y, sizes, split)
+
+# %% ../nbs/A1_data.ipynb #5b0e7d15
+register(
+    Card(
+        name="trec",
+        title="TREC questions",
+        task="English questions, 6 classes of what is asked for",
+        origin=(
+            "questions of the TREC conferences and of users, labeled by X. Li "
+            "and D. Roth; https://github.com/FreedomIntelligence/qnn"
+        ),
+        license="none stated; cite the paper below",
+        splits={"train": 4952, "valid": 500, "test": 500},
+        flaws=(
+            (
+                "no official validation part: 500 of the 5,452 training "
+                "questions are set aside once with a fixed seed"
+            ),
+            (
+                "86 questions of the training file and 9 of the test part ask "
+                "for an abbreviation"
+            ),
+            (
+                "training questions repeat one another in many wordings, and "
+                "the test part comes from another year"
+            ),
+        ),
+        cite=(
+            "X. Li, D. Roth (2002). Learning Question Classifiers. COLING. "
+            "https://aclanthology.org/C02-1150"
+        ),
+        variants={
+            "coarse": _served(
+                (
+                    _RAW
+                    + "FreedomIntelligence/qnn/a45c6ae2535d12a191858907ead860eefd499f16/data/TREC/",
+                    _RAW + "FreedomIntelligence/qnn/master/data/TREC/",
+                ),
+                (
+                    (
+                        "train_5500.label",
+                        "8bd6e79493f43bbd22c364587366a1dced54e1e31259eaa92721a0f526031116",
+                        333379,
+                    ),
+                    (
+                        "TREC_10.label",
+                        "86ad53c8fc9d397ab2f4be7c967d8efb470b260140557d3e57afad69d1b88b76",
+                        23269,
+                    ),
+                ),
+                "trec",
+            )
+        },
+        classes=(
+            "abbreviation",
+            "description",
+            "entity",
+            "human",
+            "location",
+            "number",
+        ),
+    ),
+    _read_trec,
+)
+
 # %% ../nbs/A1_data.ipynb #fe911d5c
 register(
     Card(

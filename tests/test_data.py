@@ -53,7 +53,19 @@ def files_under(folder):
 
 
 def test_every_card_is_complete():
-    wanted = {"digits", "fashion_mnist", "cifar10", "hymenoptera", "wnut17", "conll2003", "sst2", "cr", "wikitext2"}
+    wanted = {
+        "digits",
+        "fashion_mnist",
+        "cifar10",
+        "hymenoptera",
+        "wnut17",
+        "conll2003",
+        "sst2",
+        "cr",
+        "subj",
+        "trec",
+        "wikitext2",
+    }
     assert wanted <= set(data.names())
     for name in data.names():
         card = data.card(name)
@@ -507,6 +519,32 @@ def test_customer_reviews_are_shuffled_once_and_cut_into_three_parts(fake):
     for part in parts:
         assert part.classes == ["negative", "positive"]
         assert all((int(t.split()[1]) >= 1368) == y for t, y in zip(part.texts, part.y.tolist(), strict=True))
+
+
+def test_subjectivity_is_shuffled_once_and_cut_into_three_parts(fake):
+    lines = [f"sentence {i} . \n".encode() for i in range(10_000)]
+    files = {"subj.objective": b"".join(lines[:5000]), "subj.subjective": b"".join(lines[5000:])}
+    fake("subj", "sentences", files)
+    parts = [data.load("subj", split) for split in ("train", "valid", "test")]
+    assert [len(part) for part in parts] == [7000, 1000, 2000]
+    assert len({text for part in parts for text in part.texts}) == 10_000
+    for part in parts:
+        assert part.classes == ["objective", "subjective"]
+        assert all((int(t.split()[1]) >= 5000) == y for t, y in zip(part.texts, part.y.tolist(), strict=True))
+
+
+def test_trec_keeps_its_test_part_and_sets_validation_questions_aside(fake):
+    kinds = ["ABBR:exp", "DESC:def", "ENTY:food", "HUM:ind", "LOC:city", "NUM:date"]
+    lines = [f"{kinds[i % 6]} Question {i % 6} {i} caf\xe9 ?\n".encode("latin-1") for i in range(5452)]
+    fake("trec", "coarse", {"train_5500.label": b"".join(lines), "TREC_10.label": lines[4] + lines[0]})
+    train, valid, test = (data.load("trec", split) for split in ("train", "valid", "test"))
+    assert [len(train), len(valid)] == [4952, 500] and not set(train.texts) & set(valid.texts)
+    assert test.texts == ["Question 4 4 café ?", "Question 0 0 café ?"] and test.y.tolist() == [4, 0]
+    for part in (train, valid):
+        assert all(int(t.split()[1]) == y for t, y in zip(part.texts, part.y.tolist(), strict=True))
+    fake("trec", "coarse", {"train_5500.label": lines[0] + b"WHAT:kind Who is it ?\n"})
+    with pytest.raises(ValueError, match="line 2 is not 'CLASS:fine question' with a class of ABBR, DESC"):
+        data.load("trec")
 
 
 def test_wikitext_is_read_from_files_and_archives(fake):
