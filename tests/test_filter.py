@@ -117,9 +117,11 @@ def test_of_a_long_definition_the_signature_stays():
     assert 'def open(self, *, wide: bool = False) -> "Box":' in shown and "__init__(self, size" in shown
     assert "_private" not in shown and "x1" not in shown
     for target in ("quarto", "sphinx"):
-        opening, body = transform({"cells": [code(LONG)], "metadata": {}}, target)["cells"]
+        opening, body = transform({"cells": [code(f"#| export\n{LONG}")], "metadata": {}}, target)["cells"]
         assert opening["cell_type"] == "markdown" and "".join(opening["source"]).startswith("```python\n@decorated")
         assert "Show the whole code" in str(body)
+        (alone,) = transform({"cells": [code(LONG)], "metadata": {}}, target)["cells"]
+        assert "Show code" in str(alone), "a chapter's own helper is no library: one need not know how it is called"
 
 
 @pytest.mark.parametrize("data", [{"image/png": "AA=="}, {"text/html": ["<figure>", "<img alt='a'></figure>"]}])

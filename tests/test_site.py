@@ -218,26 +218,35 @@ def test_code_of_80_columns_fits_and_none_scrolls_on_a_desktop(tour):
     assert unlike(wide, "sideways") == {} and unlike(wide, "wrapped") == {}
 
 
-def test_the_height_of_what_is_not_laid_out_yet_is_guessed_well(pages, page):
-    page.set_viewport_size({"width": 1280, "height": 900})
+@pytest.fixture
+def visitor(page, address):
+    """A page of somebody who comes for the first time: nothing is remembered."""
+    context = page.context.browser.new_context(viewport={"width": 1280, "height": 900}, base_url=address)
+    yield context.new_page()
+    context.close()
+
+
+def test_the_height_of_what_is_not_laid_out_yet_is_guessed_well(pages, visitor):
     for name in [p for p in pages if p.startswith("nbs/")][::4]:
-        page.goto(f"/{name}")
-        guessed = page.evaluate("document.documentElement.scrollHeight")
-        page.add_style_tag(content="section { content-visibility: visible !important; }")
-        real = page.evaluate("document.documentElement.scrollHeight")
+        visitor.goto(f"/{name}")
+        guessed = visitor.evaluate("document.documentElement.scrollHeight")
+        visitor.add_style_tag(content="section { content-visibility: visible !important; }")
+        real = visitor.evaluate("document.documentElement.scrollHeight")
         assert 0.75 < guessed / real < 1.33, (name, guessed, real)
+        visitor.evaluate("sessionStorage.clear()")
 
 
-def test_a_reload_keeps_the_place(page):
-    at = """() => [...document.querySelectorAll('article h2, article p')].find(e => e.getBoundingClientRect().bottom > 90)?.textContent"""
-    page.goto("/nbs/04_train.html")
+def test_a_reload_keeps_the_place(visitor):
+    at = "() => [...document.querySelectorAll('article h2, article p')].find(e => e.getBoundingClientRect().bottom > 90).textContent"
+    visitor.goto("/nbs/04_train.html")
     for _ in range(12):
-        page.mouse.wheel(0, 1500)
-        page.wait_for_timeout(50)
-    before = page.evaluate(at)
-    page.reload()
-    page.wait_for_timeout(300)
-    assert page.evaluate("scrollY") > 5000 and page.evaluate(at) == before
+        visitor.mouse.wheel(0, 1500)
+        visitor.wait_for_timeout(50)
+    visitor.wait_for_timeout(600)  # the wheel runs out
+    place, before = visitor.evaluate("scrollY"), visitor.evaluate(at)
+    visitor.reload()
+    visitor.wait_for_timeout(600)
+    assert place > 5000 and abs(visitor.evaluate("scrollY") - place) < 40 and visitor.evaluate(at) == before
 
 
 def test_pages_are_light(tour):

@@ -378,7 +378,7 @@ def collapsed(nb: dict) -> list:
 
 
 def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bool = False) -> list:
-    """A code cell without directives, below the signatures of what is folded in it; [] where the reader does not see it.
+    """A code cell without directives, below the signatures of the library's definitions in it; [] where readers do not see it.
 
     `early` says that no figure stands above it: a page opens with a picture and not with the code that draws it.
     `rest` says that it is of "The rest of the module", which one looks up: there the names of the definitions stand on the fold.
@@ -393,7 +393,7 @@ def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bo
     study = is_study(options)
     exported = options.keys() & {"export", "exports"}
     named = [n.name for n in tree_of(lines) if isinstance(n, DEFINITION) and n.name[0] != "_" and exported]
-    short = [] if study or rest or options.get("code-fold") == "false" else outline(lines)
+    short = outline(lines) if exported and not (study or rest or options.get("code-fold") == "false") else []
     opening = early and not exported
     long = sum(bool(line.strip()) for line in lines) > LONG
     if folds(options, lines, bool(short or opening or rest or long)):
