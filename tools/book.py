@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from .env import locked
 from .settings import ROOT
 
 INPUTS = (
@@ -115,7 +116,8 @@ def main() -> int:
     ):  # pages that are kept would be as the old tools left them
         shutil.rmtree(out)
         shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
-    if {"sphinx": sphinx, "quarto": quarto}[builder](out):
+    BUILD.mkdir(parents=True, exist_ok=True)
+    if locked(str(BUILD), lambda: {"sphinx": sphinx, "quarto": quarto}[builder](out)):  # two builds share build/book/
         raise SystemExit(f"book: {builder} found the problems above; warnings count as errors")
     from .pages import problems
 
