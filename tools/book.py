@@ -111,13 +111,17 @@ def main() -> int:
         return 0
     print(f"book: building {shown}/ with {builder} from the outputs stored in nbs/ (nothing is executed)", flush=True)
     makers = state(builder, ("tools/*.py", "site/*.py"))
-    if (
-        stamp.exists() and makers != (out / ".builder").read_text()
-    ):  # pages that are kept would be as the old tools left them
-        shutil.rmtree(out)
-        shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
+
+    def build() -> int:
+        if (
+            stamp.exists() and makers != (out / ".builder").read_text()
+        ):  # kept pages would be as the old tools left them
+            shutil.rmtree(out)
+            shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
+        return {"sphinx": sphinx, "quarto": quarto}[builder](out)
+
     BUILD.mkdir(parents=True, exist_ok=True)
-    if locked(str(BUILD), lambda: {"sphinx": sphinx, "quarto": quarto}[builder](out)):  # two builds share build/book/
+    if locked(str(BUILD), build):  # two builds at a time share build/book/
         raise SystemExit(f"book: {builder} found the problems above; warnings count as errors")
     from .pages import problems
 

@@ -47,12 +47,6 @@ def _site_only(node) -> bool:
     return node.name in SITE_ONLY or "hidden" in node.attrs or not SITE_ONLY_CLASSES.isdisjoint(node.get("class", ()))
 
 
-def _code(cell) -> list:
-    """The lines of a cell's code, without their indents."""
-    found = cell.select_one("div.cell_input pre")
-    return [line.strip() for line in found.get_text().strip().split("\n")] if found else []
-
-
 def _cleaned(file: Path) -> BeautifulSoup:
     """What a page says, without what only a browser needs."""
     page = file.read_text(encoding="utf-8")
