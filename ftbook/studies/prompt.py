@@ -210,7 +210,7 @@ def run(
     y = part(task, split).y.numpy()
     if method == "majority":
         guess: Any = np.full(len(y), int(part(task, "train").y.mode().values))
-    elif method.startswith("prompt"):
+    elif method in ("prompt", "prompt, calibrated"):
         scores, empty = asked(task, split, labels, seed if labels else 0)
         if method != "prompt":
             scores = calibrate(scores, empty)
