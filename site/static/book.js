@@ -58,7 +58,7 @@
     try { known = JSON.parse(sessionStorage.getItem(key)) || {}; } catch { /* private window */ }
     for (const e of sections) if (known[e.id]) e.style.containIntrinsicBlockSize = `auto ${known[e.id]}px`;
     addEventListener("pagehide", () => {
-      for (const e of sections) known[e.id] = e.offsetHeight;
+      for (const e of sections) known[e.id] = e.getBoundingClientRect().height;
       try { sessionStorage.setItem(key, JSON.stringify(known)); } catch { /* private window */ }
     });
   };
