@@ -6,6 +6,7 @@ import gzip
 import html
 import http.server
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -253,6 +254,20 @@ def test_a_reload_keeps_the_place(visitor):
     assert holds(visitor, f"Math.abs(scrollY - {place}) < 40 && Math.abs(({top})({first}) - {before}) < 40", 10)
 
 
+def test_scripts_wait_for_the_text_and_code_has_no_marks_that_show_nothing(page, site, pages):
+    for name in pages:
+        text = (site / name).read_text(encoding="utf-8")
+        early = [s for s in re.findall(r"<script [^>]*src=[^>]*>", text) if " defer " not in s]
+        assert len(early) == 1 and "documentation_options" in early[0], (name, early)
+        assert not re.search(r'<span class="[npw]">', text), name
+    page.goto("/nbs/10_ner.html")
+    for mode in ("dark", "light"):
+        page.evaluate(f"document.querySelector('.theme-change-button[data-mode={mode}]').click()")
+        assert holds(page, f"document.documentElement.dataset.theme === '{mode}'", 5)
+        color = "c => { const p = document.querySelector('.highlight pre'); const s = document.createElement('span'); s.className = c; p.append(s); return getComputedStyle(s).color }"
+        assert {page.evaluate(color, c) for c in "npw"} == {page.evaluate(color, "nothing")}
+
+
 def test_pages_are_light(tour):
     """Bytes as a server compresses them."""
     heavy = {
@@ -360,6 +375,18 @@ def test_search_finds_the_chapter_first(page, query):
     assert holds(page, "document.querySelectorAll('#search-results li a').length > 0", 30)
     first = page.evaluate("document.querySelector('#search-results li a').getAttribute('href')")
     assert QUERIES[query] in first
+
+
+def test_a_search_result_shows_formulas_in_plain_signs(site):
+    from tools.finish import spoken
+
+    assert spoken(r"s_k = \frac{1}{m}\sum_{j=1}^m \log p_\theta(w_j \mid c)") == "s_k = 1/m Σ_j=1^m log p_θ(w_j | c)"
+    assert (
+        spoken(r"\begin{aligned} \Lambda &\leq 10^{-3} \\ d &\to \mathrm{KL}(p \| q) \end{aligned}")
+        == "Λ ≤ 10^-3 d → KL(p | q)"
+    )
+    index = (site / "sections.js").read_text(encoding="utf-8")
+    assert "p_θ" in index and not re.search(r"\\(?:frac|mathrm|theta)", index)
 
 
 def test_the_field_of_the_search_page_shows_what_was_asked_and_finds_while_one_types(site, page):

@@ -162,7 +162,7 @@
 
   const enrich = () => { heights(); document.querySelectorAll("article table, main table").forEach(sortable); filter(); quiz(); paper(); };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", enrich); else enrich();
-  addEventListener("load", () => reach());
+  addEventListener("load", () => setTimeout(reach)); // a task of its own, as each script is
   addEventListener("resize", () => reach());
   addEventListener("toggle", (event) => { if (event.target.open) reach(event.target); }, true);
   addEventListener("contentvisibilityautostatechange", (event) => { if (!event.skipped) reach(event.target); }, true);
