@@ -366,6 +366,8 @@ QUERIES = {
     "AdamW": "03_optim",
     "glosary": "A7_glossary",
     "warmup": "03_optim",
+    "catastrophic forgeting": "A7_glossary",
+    "gradient cliping": "15_regularize",
 }
 
 

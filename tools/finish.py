@@ -44,6 +44,7 @@ CHROME = {  # what the theme says beside a Chinese page
     "></i>Dark<": "></i>深色<",
     "Show the whole code": "显示完整代码",
     ">Show code<": ">显示代码<",
+    ">Show code: checks<": ">显示代码：检验<",
     ">Show code: ": ">显示代码：",
     ">Show code of the study": ">显示实验的代码",
 }
@@ -174,6 +175,7 @@ OURS = re.compile(r'\s*<script defer src="[^"]*/(?:book|play)\.js[^"]*"></script
 PLAIN = re.compile(
     r'<span class="[npw]">([^<]*)</span>|<span></span>(?=<)'
 )  # as the text around it: half of a page's elements
+HELD = re.compile(r"([(\[“‘]?)(<span class=\"math\"><math .*?</math></span>)((?:[,.;:!?)\]”’%]|-\w+)*)", re.S)
 WAITS = re.compile(r'<script src=(?!"[^"]*/documentation_options\.js)')
 
 
@@ -183,6 +185,9 @@ def repair(page: str) -> str:
     page = WAITS.sub("<script defer src=", page)  # each then runs in a task of its own: a phone can scroll in between
     page = OURS.sub("", page).replace("</body>", "".join(OURS.findall(page)) + "\n</body>")  # the theme's come first
     page = PLAIN.sub(lambda m: m[1] or "", page)
+    page = HELD.sub(
+        lambda m: f'<span class="held">{m[0]}</span>' if m[1] or m[3] else m[0], page
+    )  # no line begins with its comma
     above, viewport, below = re.split(r'(<meta name="viewport"[^>]*>)', page, maxsplit=1)
     page = above + viewport + re.sub(r'\s*<meta name="viewport"[^>]*>', "", below)
     page = re.sub(r"<title>(.*?) &#8212; \1</title>", r"<title>\1</title>", page)
@@ -319,7 +324,7 @@ def finish_page(file: Path, out: Path) -> Reader:
     if DONE in page:
         return said
     page = repair(page)
-    if file.parent.name in ("nbs", "zh"):
+    if file.parent.name in ("nbs", "zh", "api"):
         page = linked(page, api_names(file.stem))
     if file == out / "search.html":
         page = searching(page)

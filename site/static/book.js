@@ -38,7 +38,7 @@
   // what scrolls inside its box can be reached and scrolled with the keyboard; a section far away is measured when it comes near
   const laid = (e) => !e.checkVisibility || e.checkVisibility({ contentVisibilityAuto: true });
   const reach = (where = document) => {
-    const boxes = [...where.querySelectorAll("article pre, article table, article .formula, main pre, main table")].filter(laid);
+    const boxes = [...where.querySelectorAll("article pre, article table, article .formula, article figure.wide, main pre, main table")].filter(laid);
     const formulas = [...where.querySelectorAll("article span.math")].filter(laid);
     for (const formula of formulas) formula.classList.remove("wide");
     // all is measured before anything is changed: what is seen is laid out once
