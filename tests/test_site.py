@@ -209,6 +209,31 @@ def test_a_wide_equation_keeps_its_number(tour):
     assert sum(one["numbers"] for one in tour.values()) > 50 * len(WIDTHS)
 
 
+def test_no_line_begins_with_the_comma_of_a_formula(site):
+    held = re.compile(r'<span class="held">[(\[“‘]?<span class="math"><math .*?</math></span>[^<]*</span>', re.S)
+    for file in (site / "nbs").glob("*.html"):
+        left = held.sub("", file.read_text(encoding="utf-8"))
+        assert not re.search(r"</math></span>[,.;:?!)]", left), file.name
+
+
+def test_pictures_use_the_width_of_a_phone_and_wide_ones_move_in_their_box(page):
+    boxes = """() => [...document.querySelectorAll('article figure.plot')].map(f => ({
+      drawn: Number(f.querySelector('img').getAttribute('width')), shown: f.querySelector('img').clientWidth,
+      room: f.clientWidth, moves: f.scrollWidth > f.clientWidth && f.tabIndex === 0 }))"""
+    page.set_viewport_size({"width": 390, "height": 844})
+    for name in ("index", "nbs/02_math", "nbs/04_train", "zh/01_background"):
+        page.goto(f"/{name}.html")
+        page.add_style_tag(content="section { content-visibility: visible !important; }")
+        page.evaluate("dispatchEvent(new Event('resize'))")
+        for one in page.evaluate(boxes):
+            assert one["room"] >= 340 and one["shown"] >= min(one["drawn"], one["room"]) - 1, (name, one)
+            assert one["moves"] == (one["drawn"] > 720) and one["shown"] >= 0.54 * one["drawn"] * one["moves"], (
+                name,
+                one,
+            )
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+
 def test_no_page_scrolls_sideways(tour):
     assert {p: one["overhang"] for p, one in tour.items() if one["overhang"] > 0} == {}
     assert unlike(tour, "hidden") == {}, "what lies left of its box cannot be scrolled to"
@@ -431,6 +456,10 @@ def test_every_public_name_has_an_entry_that_the_text_links_to(site):
         for entry in listed(ast.parse(file.read_text(encoding="utf-8"))):
             assert f'id="{entry.lower().strip("_").replace("_", "-")}"' in text, (name, entry)
     assert 'href="../api/finetune.html#tune"' in (site / "nbs" / "08_finetune.html").read_text(encoding="utf-8")
+    train = (site / "api" / "train.html").read_text(encoding="utf-8")
+    assert train.count('href="../api/checkpoint.html#checkpoint"') and train.count(
+        'href="../api/train.html#earlystopping"'
+    )
 
 
 def test_the_book_can_be_read_by_programs(site):
@@ -527,6 +556,14 @@ def test_columns_sort_numbers_as_numbers(site, page):
         assert arrows == ['" ↓"' if i == column else '" ↕"' for i in range(2)]
     assert page.locator("th").nth(0).get_attribute("aria-sort") == "descending"
     (site / "table.html").unlink()
+
+
+def test_a_table_without_titles_has_no_bar_above_it(pages, page):
+    bare = "[...document.querySelectorAll('article thead')].filter(t => !t.textContent.trim()).length"
+    for name in ("nbs/A1_data.html", "nbs/A2_models.html"):
+        page.goto(f"/{name}")
+        assert page.evaluate(bare) == 0, name
+        assert page.evaluate("[...document.querySelectorAll('article table')].filter(t => !t.tHead).length") > 3
 
 
 def test_the_glossary_filters_in_both_languages(page):

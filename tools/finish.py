@@ -175,6 +175,9 @@ OURS = re.compile(r'\s*<script defer src="[^"]*/(?:book|play)\.js[^"]*"></script
 PLAIN = re.compile(
     r'<span class="[npw]">([^<]*)</span>|<span></span>(?=<)'
 )  # as the text around it: half of a page's elements
+BARE = re.compile(
+    r'<thead>\s*<tr[^>]*>(?:\s*<td class="head"></td>)+\s*</tr>\s*</thead>\s*'
+)  # a table of facts has no header
 HELD = re.compile(r"([(\[“‘]?)(<span class=\"math\"><math .*?</math></span>)((?:[,.;:!?)\]”’%]|-\w+)*)", re.S)
 WAITS = re.compile(r'<script src=(?!"[^"]*/documentation_options\.js)')
 
@@ -202,6 +205,7 @@ def repair(page: str) -> str:
     )
     page = re.sub(r'(<button class="btn search-button-field[^>]*?) title="Search" aria-label="Search"', r"\1", page)
     page = page.replace('<th class="head"><p></p></th>', '<td class="head"></td>')
+    page = BARE.sub("", page)
     page = page.replace(
         '<summary><span class="toctree-toggle"', '<summary aria-label="Its pages"><span class="toctree-toggle"'
     )
