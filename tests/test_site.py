@@ -549,6 +549,20 @@ TABLE = """<main class=bd-article><table><thead><tr><th>way</th><th>score</th></
 <tr><td>c</td><td>\u22123</td></tr></tbody></table></main>"""
 
 
+def test_one_switch_below_the_promise_opens_all_folded_code_and_is_remembered(visitor):
+    states = "[...new Set([...document.querySelectorAll('div.cell details')].map(d => d.open))]"
+    visitor.goto("/nbs/02_math.html")
+    assert visitor.evaluate(states) == [False]
+    assert visitor.evaluate("document.querySelector('.code-switch').previousElementSibling.matches('h1 + p')")
+    for opened, wanted in (("true", True), ("false", False)):
+        visitor.locator(".code-switch").press("Enter")
+        assert visitor.locator(".code-switch").get_attribute("aria-pressed") == opened
+        assert visitor.evaluate(states) == [wanted]
+        visitor.goto("/nbs/01_background.html")
+        assert visitor.evaluate(states) == [wanted], "another page knows it"
+        visitor.goto("/nbs/02_math.html")
+
+
 def test_columns_sort_numbers_as_numbers(site, page):
     (site / "table.html").write_text(
         f"<!doctype html><meta charset=utf-8>{TABLE}<link rel=stylesheet href=_static/book.css><script src=_static/book.js></script>",

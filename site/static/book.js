@@ -25,7 +25,8 @@
       label();
     };
     button.addEventListener("click", () => { all = !all; keep(all); apply(); });
-    title.insertAdjacentElement("afterend", button);
+    const promise = title.nextElementSibling?.matches("p") ? title.nextElementSibling : title;  // a page begins with what it is for
+    promise.insertAdjacentElement("afterend", button);
     const exported = document.querySelector("div.cell.tag_export");
     if (exported) {
       const legend = document.createElement("p");
