@@ -323,10 +323,12 @@ def _file_rows(card: Card) -> list[str]:
     rows = []
     for variant, files in card.variants.items():
         for file in files:
-            made = file.recipe.origins[0].urls[0] if file.recipe else ""
+            origins = file.recipe.origins if file.recipe else ()
             hosts = [f"[{u.split('/')[2]}]({u})" for u in file.urls]
-            if made and not hosts:
-                hosts = [f"made from [{made.split('/')[2]}]({made})"]
+            if origins and not hosts:
+                url, more = origins[0].urls[0], len(origins) - 1
+                also = f" and {more} more files" if more else ""
+                hosts = [f"made from [{url.split('/')[2]}]({url}){also}"]
             rows.append(
                 f"| {variant} | `{file.path}` | "
                 f"{_human_size(file.size)} | `{file.sha256[:12]}…` | "
