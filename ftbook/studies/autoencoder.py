@@ -210,9 +210,10 @@ SPOILED = {"autoencoder": "none", "masked autoencoder": "mask"}
 ON_VIEWS = {"SimCLR": SimCLR, "DINO": DINO}
 FEATURES = ["untrained", *SPOILED, *ON_VIEWS]
 STRENGTHS = runtime.pick(quick=[0.1, 1.0], cpu=[1e-3, 1e-2, 0.1, 1.0, 10, 100])
-VIEW_RATES = RATES[1:]  # of the pretext task
-FINE = [float(f"{m}e{k}") for k in range(-3, 2) for m in (1, 1.8, 3.2, 5.6)]
-FINE = FINE[: len(VIEW_RATES) * len(STRENGTHS[1:])]
+# rates of the pretext task; two views ask for larger ones
+VIEW_RATES = [*RATES[1:], 0.1, 0.3]
+FINE = [float(f"{m}e{k}") for k in range(-3, 4) for m in (1, 1.8, 3.2, 5.6)]
+FINE = FINE[: 5 * len(STRENGTHS[1:])]
 
 
 def _view(x):
@@ -277,13 +278,15 @@ def _views(executor: Any = None) -> Any:
     from as many strengths.
     """
     middle = VIEW_LABELS[len(VIEW_LABELS) // 2]
-    together = {"lr": VIEW_RATES, "C": STRENGTHS[1:]}
     alone = {"lr": results.ChosenFor(labels=middle), "C": FINE}
-    rows: list[Any] = [
-        {"features": f, "labels": n} | (together if n == middle else alone)
-        for f in FEATURES[1:]
-        for n in VIEW_LABELS
-    ]
+    rows: list[Any] = []
+    for f in FEATURES[1:]:
+        rates = VIEW_RATES[1:] if f in ON_VIEWS else VIEW_RATES[:-1]
+        together = {"lr": rates, "C": STRENGTHS[1:]}
+        rows += [
+            {"features": f, "labels": n} | (together if n == middle else alone)
+            for n in VIEW_LABELS
+        ]
     weak = runtime.pick(quick=STRENGTHS, cpu=[1.0, 10, 100])
     strong = runtime.pick(quick=STRENGTHS, cpu=[0.01, 0.1, 1.0])
     for n in VIEW_LABELS:
