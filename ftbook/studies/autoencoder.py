@@ -315,4 +315,4 @@ def main(*names: str, executor: Any = None) -> None:
         "baselines": _baselines,
         "views": _views,
     }
-    run_named(known, names, executor)
+    run_named(known, names, executor)  # type: ignore[arg-type]
