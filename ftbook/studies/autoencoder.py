@@ -310,9 +310,9 @@ def _views(executor: Any = None) -> Any:
 # %% ../../nbs/05_autoencoder.ipynb #3c31f519
 def main(*names: str, executor: Any = None) -> None:
     """Run some studies, by default all; stored runs are not run again."""
-    known = {
+    known: dict[str, Any] = {
         **{name: functools.partial(_tuned, name) for name in PRETEXT},
         "baselines": _baselines,
         "views": _views,
     }
-    run_named(known, names, executor)  # type: ignore[arg-type]
+    run_named(known, names, executor)
