@@ -60,7 +60,7 @@ RATES = {
     "full": [1e-4, 2e-4, 4e-4, 8e-4],
     "LoRA": [1e-3, 2e-3, 4e-3, 8e-3],
     "LoRA on query, value": [2e-3, 4e-3, 8e-3, 1.6e-2],
-    "(IA)³": [1e-2, 2e-2, 4e-2, 8e-2],
+    "(IA)³": [2e-2, 4e-2, 8e-2, 1.6e-1],
     "head": [1e-2, 3e-2, 1e-1, 3e-1],
 }  # of the ways that are compared; of the others only costs are measured
 HALF = ", half the rate"
