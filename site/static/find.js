@@ -29,6 +29,7 @@
     return above[b.length];
   };
 
+  const STEM = 0.7;
   const stem = (word) => word.replace(/(ing|ings|ed|es|e|s)$/, "");
 
   // how well a word of the book answers a word of the query: 1 the same, less for its beginning, least for a slip
@@ -36,15 +37,20 @@
     if (word === asked) return 1;
     if (word === `${asked}s` || asked === `${word}s`) return 0.9;
     if (asked.length > 1 && word.startsWith(asked)) return 0.5;
-    if (asked.length > 3 && stem(asked) === stem(word)) return 0.7;
+    if (asked.length > 3 && stem(asked) === stem(word)) return STEM;
     return 0;
   };
   const matches = (asked) => {
     const found = new Map();
-    for (const word of vocabulary) { const s = near(word, asked); if (s) found.set(word, s); }
-    if (found.size || asked.length < 4) return found;
+    let begun = false;  // the word itself, or one that begins with it; "forgeting" shares its stem with "forgets" and is a slip
+    for (const word of vocabulary) {
+      const s = near(word, asked);
+      if (s) found.set(word, s);
+      begun ||= s > 0 && s !== STEM;
+    }
+    if (begun || asked.length < 4) return found;
     for (const slips of [1, 2]) {
-      for (const word of vocabulary) if (word.length > 3 && distance(word, asked) <= slips) found.set(word, 0.3 / slips);
+      for (const word of vocabulary) if (word.length > 3 && !found.has(word) && distance(word, asked) <= slips) found.set(word, 0.3 / slips);
       if (found.size) break;
     }
     return found;
