@@ -124,8 +124,10 @@ def _tagger(bits=32):
 def _reviews():
     """Sentences of SST-2 to fit a probe to, and those it is scored on."""
     quick, n = runtime.profile() == "quick", runtime.pick(quick=20, cpu=400)
-    both = (data.load("sst2", s, bundled=quick) for s in ("train", "valid"))
-    return [part.split([n, len(part) - n], seed=0)[0] for part in both]
+    parts: list[Any] = [
+        data.load("sst2", s, bundled=quick) for s in ("train", "valid")
+    ]
+    return [part.split([n, len(part) - n], seed=0)[0] for part in parts]
 
 
 def probe(body):
