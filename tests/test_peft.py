@@ -1841,8 +1841,8 @@ def test_a_decoder_answers_on_every_base(base):
 def test_logits_are_computed_where_an_answer_stands_and_nowhere_else():
     y = torch.tensor([1, 0, 1])
     (batch,) = study.asks(["a fine film", "dull", "what a joy it was"], y)
-    model, tokenizer = study.prompt.decoder()
-    words = study.causal.encode(list(study.prompt.PROMPTS[study.TASK].words), tokenizer)
+    model, tokenizer = study._decoder()
+    words = study.causal.encode(list(study.PROMPT.words), tokenizer)
     answers = sorted(words[k] for k in y.tolist())
     rows = zip(batch["ids"], batch["scored"], strict=True)
     assert sorted(ids[where].tolist() for ids, where in rows) == answers
@@ -1872,7 +1872,7 @@ def test_the_study_chooses_a_rate_for_every_way_and_others_take_it(tmp_path, mon
     monkeypatch.setattr(study, "run", run)
     monkeypatch.setattr(study, "run_decoder", answer)
     monkeypatch.setattr(study, "probe", lambda body: np.ones(3))
-    monkeypatch.setattr(study, "forgetting", lambda net: 3.0)
+    monkeypatch.setattr(study, "_forgetting", lambda net: 3.0)
     threads = torch.get_num_threads()
     try:
         study.main("methods", "labels", "ranks", "decoder")

@@ -17,10 +17,8 @@ __all__ = [
     "shuffle_types",
     "fine_tuned",
     "corpora",
-    "sums",
     "scores",
     "run",
-    "shape_tags",
     "run_model",
     "main",
     "recall_by",
@@ -202,7 +200,7 @@ def _base(name: str) -> tuple:
     return models.load(name, bundled=runtime.profile() == "quick")
 
 
-def sums(found: EntityScores) -> dict:
+def _sums(found: EntityScores) -> dict:
     """F1, precision and recall of test sentences, as sums over each."""
     hits, pred, true = found.per_sentence().sum(1).T
     ratios = {"f1": (2 * hits, pred + true)}
@@ -224,7 +222,7 @@ def scores(tagger: NERTagger, corpus: Corpus) -> dict:
     for name, steps in (("", iob2_transitions(labels)), ("_argmax", None)):
         ids = decode(words, lengths, steps)
         n = entity_f1(gold, ids, labels=labels, lengths=lengths)
-        whole = sums(n)
+        whole = _sums(n)
         found |= whole if not name else {"test_f1_argmax": whole["test_f1"]}
     tags, ends = np.array(labels, object)[ids], np.cumsum(lengths)
     spelled = [tags[e - n : e] for e, n in zip(ends, lengths, strict=True)]
@@ -334,24 +332,21 @@ def _seen(words):
     return rows
 
 
-def shape_tags(train_set: Corpus, C: float, corpus: Corpus) -> EntityScores:
-    """What a logistic regression on `_seen`, fitted to one corpus, finds in
-    another; C is the inverse of its penalty.
+def run_model(seed, split, model, C=None, parts=None, **how):
+    """One run of the study `models`; the linear model does without a seed.
+
+    It takes other `parts` too: sentences to train, choose and test by.
     """
+    if C is None:
+        return run(seed, split, model=model, **how, **LONG)
+    train_set, valid, test = parts or corpora()
     solver = LogisticRegression(C=C, max_iter=300)
     linear = make_pipeline(DictVectorizer(), solver)
     linear.fit(sum(map(_seen, train_set.words), []), sum(train_set.tags, []))
-    tags = [linear.predict(_seen(w)).tolist() for w in corpus.words]
-    return entity_f1(corpus.tags, [to_iob2(t, "IOB2")[0] for t in tags])
-
-
-def run_model(seed, split, model, C=None, **how):
-    """One run of the study `models`; the linear model does without a seed."""
-    if C is None:
-        return run(seed, split, model=model, **how, **LONG)
-    train_set, valid, test = corpora()
-    found = shape_tags(train_set, C, valid if split == "valid" else test)
-    return {"valid_f1": found.f1} if split == "valid" else sums(found)
+    scored = valid if split == "valid" else test
+    tags = [linear.predict(_seen(w)).tolist() for w in scored.words]
+    found = entity_f1(scored.tags, [to_iob2(t, "IOB2")[0] for t in tags])
+    return {"valid_f1": found.f1} if split == "valid" else _sums(found)
 
 # %% ../../nbs/10_ner.ipynb #424802b4
 def _study(name, rows, run, about, executor):

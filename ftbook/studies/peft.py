@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from .. import causal, data, models, peft, results, runtime
 from ..corpus import Corpus
 from ..ner import BucketBatches, NERTagger, token_classifier
-from ..prompt import label_scores
-from . import ner, prompt, run_named
+from ..prompt import CONTENT_FREE, Prompt, calibrate, label_scores
+from . import ner, run_named
 from ..texts import sentence_vectors
 from ..train import Settings, fit
 
@@ -124,10 +124,10 @@ def _tagger(bits=32):
 def _reviews():
     """Sentences of SST-2 to fit a probe to, and those it is scored on."""
     quick, n = runtime.profile() == "quick", runtime.pick(quick=20, cpu=400)
-    parts: list[Any] = [
+    both: Any = (
         data.load("sst2", s, bundled=quick) for s in ("train", "valid")
-    ]
-    return [part.split([n, len(part) - n], seed=0)[0] for part in parts]
+    )
+    return [part.split([n, len(part) - n], seed=0)[0] for part in both]
 
 
 def probe(body):
@@ -156,8 +156,8 @@ def run(seed, split, method, lr=None, C=None, size=SIZE, r=8):
     """
     few, scored = _few(seed, size), _scored(split)
     if C is not None:
-        found = ner.shape_tags(few, C, scored)
-        return {"valid_f1": found.f1} if split == "valid" else ner.sums(found)
+        parts = few, scored, scored
+        return ner.run_model(seed, split, method, C, parts=parts)
     runtime.seed_everything(seed)
     forgets = method in PROBED
     if method.endswith(HALF):
@@ -190,13 +190,51 @@ LABELS = runtime.pick(quick=2, cpu=16)  # of each class
 PASSES = runtime.pick(quick=1, cpu=3)
 STEPS = [3e-4, 1e-3, 3e-3]  # the rates of LoRA
 FILE = "the file's 4 bits"
+SIZES = runtime.pick(
+    quick={"valid": 12, "test": 12}, cpu={"valid": 200, "test": 300}
+)
+PROMPT = runtime.pick(
+    quick=Prompt("Review: {text}\nSentiment:{label}", (" bad", " good")),
+    cpu=Prompt(
+        "Question: {text}\nAnswer type:{label}",
+        (
+            " abbreviation",
+            " description",
+            " entity",
+            " person",
+            " location",
+            " number",
+        ),
+    ),
+)
+
+
+@functools.cache
+def _decoder():
+    """SmolLM2 and its tokenizer; in bfloat16 where the processor has it."""
+    from transformers import AutoTokenizer
+
+    folder = models.path(runtime.pick(quick="decoder_mini_en", cpu="smollm2"))
+    model = causal.load_decoder(folder)
+    if runtime.native_bf16() and runtime.profile() != "quick":
+        model = model.to(torch.bfloat16)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@functools.cache
+def _part(split):
+    """The questions that are scored, drawn once; of "train", all."""
+    whole: Any = data.load(TASK, split, bundled=runtime.profile() == "quick")
+    if split == "train":
+        return whole
+    return whole.split([SIZES[split], len(whole) - SIZES[split]], seed=0)[0]
 
 
 def asks(texts, y, size=8, seed=0):
     """Batches of prompts with their answers: pieces, and which are scored."""
-    tokenizer, given = prompt.decoder()[1], prompt.PROMPTS[TASK]
-    words = causal.encode(list(given.words), tokenizer)
-    asked = causal.encode([given.ask(t) for t in texts], tokenizer)
+    tokenizer = _decoder()[1]
+    words = causal.encode(list(PROMPT.words), tokenizer)
+    asked = causal.encode([PROMPT.ask(t) for t in texts], tokenizer)
     pairs = zip(asked, y.tolist(), strict=True)
     whole = [(ask, words[k]) for ask, k in pairs]
     rows = sorted(whole, key=lambda r: len(r[0]))
@@ -234,7 +272,7 @@ def _base(base):
     """A fresh decoder: float32 to train whole, else bfloat16 or in codes."""
     if base == "32 bits" and runtime.profile() != "quick":
         return causal.load_decoder(models.path("smollm2"))
-    net = copy.deepcopy(prompt.decoder()[0])
+    net = copy.deepcopy(_decoder()[0])
     if base == FILE:
         exact = net
         if runtime.profile() != "quick":
@@ -256,7 +294,7 @@ def _adapted(base):
 def _tuned(seed, base, lr):
     """A decoder that answers as so many labels of each class taught it."""
     runtime.seed_everything(seed)
-    few = prompt.part(TASK, "train").per_class(LABELS, seed=seed)
+    few = _part("train").per_class(LABELS, seed=seed)
     net = _adapted(base)
     about: Any = {"lr": lr, "epochs": PASSES, "seed": seed}
     batches = asks(few.texts, few.y, seed=seed)
@@ -270,11 +308,11 @@ def _wikipedia():
     quick = runtime.profile() == "quick"
     lines: Any = data.load("wikitext2", "valid", bundled=quick)
     text = "\n".join(lines)[: runtime.pick(quick=2_000, cpu=40_000)]
-    (pieces,) = causal.encode([text], prompt.decoder()[1])
+    (pieces,) = causal.encode([text], _decoder()[1])
     return pieces[: runtime.pick(quick=128, cpu=2_048)]
 
 
-def forgetting(net):
+def _forgetting(net):
     """Nats that a decoder pays for a piece of Wikipedia."""
     size = {"window": runtime.pick(quick=32, cpu=128), "batch_size": 4}
     return float(np.mean(causal.losses(net, [_wikipedia()], 0, **size)[0]))
@@ -284,27 +322,59 @@ def decoder_rows():
     """What needs no training, bag of words, and LoRA on either base."""
     plain = ("majority", "prompt", "prompt, calibrated")
     made: list = [results.Baseline(method=m, base="") for m in plain]
-    words = {"method": "bag of words", "base": "", "C": prompt.DECAYS}
+    words = {
+        "method": "bag of words",
+        "base": "",
+        "C": [10.0**k for k in range(-2, 6)],
+    }
     made.append(results.Baseline(SEEDS, **words))
     made.append({"method": "LoRA", "base": "16 bits", "lr": STEPS})
     taken = results.ChosenFor(base="16 bits")
     return [*made, {"method": "LoRA", "base": FILE, "lr": taken}]
 
 
+def _untrained(split, method):
+    """Guesses of the most frequent class, or of the prompt alone."""
+    scored = _part(split)
+    if method == "majority":
+        return torch.full_like(scored.y, int(_part("train").y.mode().values))
+    model, tokenizer = _decoder()
+    found = label_scores(model, tokenizer, PROMPT, scored.texts)
+    if method == "prompt, calibrated":
+        empty = label_scores(model, tokenizer, PROMPT, CONTENT_FREE)
+        found = calibrate(found, empty)
+    return found.argmax(1)
+
+
+def _bag_of_words(split, few, C):
+    """Guesses of a logistic regression on weighted counts of words."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    bag = TfidfVectorizer(token_pattern=r"\S+", lowercase=True)
+    fitted = LogisticRegression(C=C, max_iter=2000)
+    fitted.fit(bag.fit_transform(few.texts), few.y.numpy())
+    return torch.tensor(fitted.predict(bag.transform(_part(split).texts)))
+
+
 def run_decoder(seed, split, method, base, lr=None, C=None):
     """Which questions are answered right one way; on test data what the
     decoder forgot as well.
     """
-    if lr is None:
-        return prompt.run(seed, split, TASK, method, LABELS if C else 0, C=C)
     torch.set_num_threads(1)
-    net = _tuned(seed, base, lr)
-    scored, given = prompt.part(TASK, split), prompt.PROMPTS[TASK]
-    said = label_scores(net, prompt.decoder()[1], given, scored.texts)
-    found: Any = {"accuracy": (said.argmax(1) == scored.y).numpy()}
-    if split == "test":
-        found["text_loss"] = forgetting(net)
-    return found
+    scored, found = _part(split), {}
+    if C is not None:
+        few = _part("train").per_class(LABELS, seed=seed)
+        said = _bag_of_words(split, few, C)
+    elif lr is None:
+        said = _untrained(split, method)
+    else:
+        net = _tuned(seed, base, lr)
+        if split == "test":
+            found["text_loss"] = _forgetting(net)
+        answers = label_scores(net, _decoder()[1], PROMPT, scored.texts)
+        said = answers.argmax(1)
+    return found | {"accuracy": (said == scored.y).numpy()}
 
 # %% ../../nbs/11_peft.ipynb #4c5109ed
 def _step(net, batch, half=False):
@@ -363,7 +433,7 @@ def _costs(executor=None):
 
 def _decoder_costs(executor=None):
     """Of one step with eight questions, on each base of the decoder."""
-    few = prompt.part(TASK, "train").per_class(LABELS, seed=1)
+    few = _part("train").per_class(LABELS, seed=1)
     batch, nets = asks(few.texts, few.y)[0], {}
     for base in ("32 bits", "16 bits", FILE):
         net = _base(base) if base == "32 bits" else _adapted(base)
@@ -430,13 +500,13 @@ def _labels(executor=None):
     _study("labels", run, few, executor, budget=budget)
 
 
-def _decoder(executor=None):
+def _decoder_study(executor=None):
     budget = f"{LABELS} labels of each class, {PASSES} epochs of batches of 8, "
     budget += f"{len(STEPS)} learning rates tried with two seeds"
-    about: Any = {"choose": "accuracy", "n": prompt.SIZES, "budget": budget}
+    about: Any = {"choose": "accuracy", "n": SIZES, "budget": budget}
     about["mode"] = {"text_loss": "min"}
     _study("decoder", run_decoder, decoder_rows(), executor, **about)
-    results.record(CHAPTER, "text_before", forgetting(prompt.decoder()[0]))
+    results.record(CHAPTER, "text_before", _forgetting(_decoder()[0]))
 
 # %% ../../nbs/11_peft.ipynb #8a214149
 def _ranks(executor=None):
@@ -451,7 +521,7 @@ def _ranks(executor=None):
 def main(*names, executor=None):
     """Run all studies, or those named, on one core each."""
     known = {
-        "methods": _methods, "decoder": _decoder, "costs": _costs,
+        "methods": _methods, "decoder": _decoder_study, "costs": _costs,
         "decoder_costs": _decoder_costs, "spectrum": _spectrum,
         "labels": _labels, "ranks": _ranks,
     }  # fmt: skip
