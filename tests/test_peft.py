@@ -1841,7 +1841,7 @@ def test_a_decoder_answers_on_every_base(base):
 def test_logits_are_computed_where_an_answer_stands_and_nowhere_else():
     y = torch.tensor([1, 0, 1])
     (batch,) = study.asks(["a fine film", "dull", "what a joy it was"], y)
-    model, tokenizer = study._decoder()
+    model, tokenizer = study.decoder()
     words = study.causal.encode(list(study.PROMPT.words), tokenizer)
     answers = sorted(words[k] for k in y.tolist())
     rows = zip(batch["ids"], batch["scored"], strict=True)

@@ -30,8 +30,8 @@ from ..texts import sentence_vectors
 from ..train import Settings, fit
 
 __all__ = [
-    "METHODS", "rows", "probe", "run", "asks", "Answers", "decoder_rows",
-    "run_decoder", "main",
+    "METHODS", "rows", "probe", "run", "decoder", "part", "asks", "Answers",
+    "decoder_rows", "run_decoder", "main",
 ]  # fmt: skip
 
 # %% ../../nbs/11_peft.ipynb #cb6df205
@@ -193,24 +193,25 @@ FILE = "the file's 4 bits"
 SIZES = runtime.pick(
     quick={"valid": 12, "test": 12}, cpu={"valid": 200, "test": 300}
 )
+KINDS = Prompt(
+    "Question: {text}\nAnswer type:{label}",
+    (
+        " abbreviation",
+        " description",
+        " entity",
+        " person",
+        " location",
+        " number",
+    ),
+)
 PROMPT = runtime.pick(
     quick=Prompt("Review: {text}\nSentiment:{label}", (" bad", " good")),
-    cpu=Prompt(
-        "Question: {text}\nAnswer type:{label}",
-        (
-            " abbreviation",
-            " description",
-            " entity",
-            " person",
-            " location",
-            " number",
-        ),
-    ),
+    cpu=KINDS,
 )
 
 
 @functools.cache
-def _decoder():
+def decoder():
     """SmolLM2 and its tokenizer; in bfloat16 where the processor has it."""
     from transformers import AutoTokenizer
 
@@ -222,9 +223,11 @@ def _decoder():
 
 
 @functools.cache
-def _part(split):
-    """The questions that are scored, drawn once; of "train", all."""
-    whole: Any = data.load(TASK, split, bundled=runtime.profile() == "quick")
+def part(task, split):
+    """The sentences of a split that are scored, drawn at random once; of
+    "train", all.
+    """
+    whole: Any = data.load(task, split, bundled=runtime.profile() == "quick")
     if split == "train":
         return whole
     return whole.split([SIZES[split], len(whole) - SIZES[split]], seed=0)[0]
@@ -232,7 +235,7 @@ def _part(split):
 
 def asks(texts, y, size=8, seed=0):
     """Batches of prompts with their answers: pieces, and which are scored."""
-    tokenizer = _decoder()[1]
+    tokenizer = decoder()[1]
     words = causal.encode(list(PROMPT.words), tokenizer)
     asked = causal.encode([PROMPT.ask(t) for t in texts], tokenizer)
     pairs = zip(asked, y.tolist(), strict=True)
@@ -272,7 +275,7 @@ def _base(base):
     """A fresh decoder: float32 to train whole, else bfloat16 or in codes."""
     if base == "32 bits" and runtime.profile() != "quick":
         return causal.load_decoder(models.path("smollm2"))
-    net = copy.deepcopy(_decoder()[0])
+    net = copy.deepcopy(decoder()[0])
     if base == FILE:
         exact = net
         if runtime.profile() != "quick":
@@ -294,7 +297,7 @@ def _adapted(base):
 def _tuned(seed, base, lr):
     """A decoder that answers as so many labels of each class taught it."""
     runtime.seed_everything(seed)
-    few = _part("train").per_class(LABELS, seed=seed)
+    few = part(TASK, "train").per_class(LABELS, seed=seed)
     net = _adapted(base)
     about: Any = {"lr": lr, "epochs": PASSES, "seed": seed}
     batches = asks(few.texts, few.y, seed=seed)
@@ -308,7 +311,7 @@ def _wikipedia():
     quick = runtime.profile() == "quick"
     lines: Any = data.load("wikitext2", "valid", bundled=quick)
     text = "\n".join(lines)[: runtime.pick(quick=2_000, cpu=40_000)]
-    (pieces,) = causal.encode([text], _decoder()[1])
+    (pieces,) = causal.encode([text], decoder()[1])
     return pieces[: runtime.pick(quick=128, cpu=2_048)]
 
 
@@ -335,10 +338,12 @@ def decoder_rows():
 
 def _untrained(split, method):
     """Guesses of the most frequent class, or of the prompt alone."""
-    scored = _part(split)
+    scored = part(TASK, split)
     if method == "majority":
-        return torch.full_like(scored.y, int(_part("train").y.mode().values))
-    model, tokenizer = _decoder()
+        return torch.full_like(
+            scored.y, int(part(TASK, "train").y.mode().values)
+        )
+    model, tokenizer = decoder()
     found = label_scores(model, tokenizer, PROMPT, scored.texts)
     if method == "prompt, calibrated":
         empty = label_scores(model, tokenizer, PROMPT, CONTENT_FREE)
@@ -354,7 +359,7 @@ def _bag_of_words(split, few, C):
     bag = TfidfVectorizer(token_pattern=r"\S+", lowercase=True)
     fitted = LogisticRegression(C=C, max_iter=2000)
     fitted.fit(bag.fit_transform(few.texts), few.y.numpy())
-    return torch.tensor(fitted.predict(bag.transform(_part(split).texts)))
+    return torch.tensor(fitted.predict(bag.transform(part(TASK, split).texts)))
 
 
 def run_decoder(seed, split, method, base, lr=None, C=None):
@@ -362,9 +367,9 @@ def run_decoder(seed, split, method, base, lr=None, C=None):
     decoder forgot as well.
     """
     torch.set_num_threads(1)
-    scored, found = _part(split), {}
+    scored, found = part(TASK, split), {}
     if C is not None:
-        few = _part("train").per_class(LABELS, seed=seed)
+        few = part(TASK, "train").per_class(LABELS, seed=seed)
         said = _bag_of_words(split, few, C)
     elif lr is None:
         said = _untrained(split, method)
@@ -372,7 +377,7 @@ def run_decoder(seed, split, method, base, lr=None, C=None):
         net = _tuned(seed, base, lr)
         if split == "test":
             found["text_loss"] = _forgetting(net)
-        answers = label_scores(net, _decoder()[1], PROMPT, scored.texts)
+        answers = label_scores(net, decoder()[1], PROMPT, scored.texts)
         said = answers.argmax(1)
     return found | {"accuracy": (said == scored.y).numpy()}
 
@@ -433,7 +438,7 @@ def _costs(executor=None):
 
 def _decoder_costs(executor=None):
     """Of one step with eight questions, on each base of the decoder."""
-    few = _part("train").per_class(LABELS, seed=1)
+    few = part(TASK, "train").per_class(LABELS, seed=1)
     batch, nets = asks(few.texts, few.y)[0], {}
     for base in ("32 bits", "16 bits", FILE):
         net = _base(base) if base == "32 bits" else _adapted(base)
@@ -506,7 +511,7 @@ def _decoder_study(executor=None):
     about: Any = {"choose": "accuracy", "n": SIZES, "budget": budget}
     about["mode"] = {"text_loss": "min"}
     _study("decoder", run_decoder, decoder_rows(), executor, **about)
-    results.record(CHAPTER, "text_before", _forgetting(_decoder()[0]))
+    results.record(CHAPTER, "text_before", _forgetting(decoder()[0]))
 
 # %% ../../nbs/11_peft.ipynb #8a214149
 def _ranks(executor=None):
