@@ -1,6 +1,7 @@
 """What the readers' copy of a notebook keeps and drops: tools/filter.py."""
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -245,13 +246,20 @@ def test_the_rest_of_a_module_shows_names():
     assert labels({"cells": cells, "metadata": {}}) == [None, "Show code: f", None]
 
 
+def test_a_fold_says_what_lies_in_it():
+    many = "\n\n\n".join(f"def _f{i}():\n    return {i}" for i in range(6))
+    cells = [text("## The rest of the module"), code(many), code("for x in (1, 2):\n    assert x"), code("print(1)")]
+    wanted = ["Show code: _f0, _f1, _f2, _f3, …", "Show code: checks", "Show code"]
+    assert labels({"cells": cells, "metadata": {}}) == wanted
+
+
 def test_a_study_and_a_long_cell_are_folded_and_a_directive_opens_what_the_chapter_is_about():
     long = "\n".join(f"x{i} = {i}" for i in range(26))
     study, helper = "def run(seed):\n    return seed\n\n\nROWS = []", "def _helper():\n    return 1"
     cells = [code(f"#| export studies.ner\n{study}"), code(study), code(long), code(long[:-9])]
     cells += [code(helper), code(f"#| code-fold: false\n{helper}"), code(f"#| code-fold: false\n{LONG}")]
     nb = {"cells": cells, "metadata": {}}
-    assert labels(nb) == ["Show code of the study: run", None, "Show code", None, "Show code", None, None]
+    assert labels(nb) == ["Show code of the study: run", None, "Show code", None, "Show code: _helper", None, None]
     assert not any(c["cell_type"] == "markdown" for c in transform(nb, "sphinx")["cells"]), (
         "no signature above open code"
     )
@@ -294,5 +302,45 @@ def test_jupyterlab_and_colab_close_what_the_page_folds():
         "tags": ["slow"],
     }  # closed by hand: it checks, so it opens
     done = with_cells({"cells": cells, "metadata": {}}, "01_background.ipynb")["cells"]
+    drawn = {
+        **code("ax = draw()"),
+        "id": "drawn",
+        "outputs": [{"output_type": "display_data", "data": {"image/png": "iVBO"}}],
+    }
+    first = {**code("rows = load()"), "id": "first"}
+    many = {**code("\n".join(f"x{i} = {i}" for i in range(26))), "id": "many"}
+    assert collapsed({"cells": [first, drawn, {**first, "id": "below"}, many]}) == ["first", "drawn", "many"]
     hidden = [c["id"] for c in done if c["metadata"].get("jupyter", {}).get("source_hidden")]
     assert hidden == ["ftbook01", *closed] and done[5]["metadata"] == {"tags": ["slow"]}
+
+
+def test_on_a_phone_a_picture_of_several_panels_keeps_legible_text():
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="{w}pt" height="90pt" viewBox="0 0 {w} 90"></svg>'
+    outputs = [{"output_type": "display_data", "data": {"image/svg+xml": svg.format(w=w)}} for w in (480, 660)]
+    outputs.append(
+        {"output_type": "display_data", "data": {"text/html": '<img alt="Nine panels." width="900" src="x.png">'}}
+    )
+    kept = transform({"cells": [{**code("draw()"), "outputs": outputs}], "metadata": {}}, "sphinx")["cells"][0][
+        "outputs"
+    ]
+    opened = ["".join(o["data"]["text/html"]).split("<img")[0] for o in kept]
+    assert opened == [
+        '<figure class="plot">',
+        *(f'<figure class="plot wide" style="--least: {n}px">' for n in (493, 504)),
+    ]
+
+
+def test_words_in_a_formula_are_set_apart_from_letters_beside_them():
+    def row(tex):
+        return re.sub("</?(math|mrow)[^>]*>", "", formula(tex))
+
+    thin, none = 'lspace="0.167em"', 'rspace="0"'
+    assert f'<mo {thin} rspace="0.167em">log</mo><mi>p</mi>' in row(r"p_c \log p")
+    assert f'<mo lspace="0" {none}>max</mo><mo stretchy="false">(' in row(r"\max(z, 0)")
+    assert '<mo lspace="0" rspace="0.167em">arg</mo><msub><mo lspace="0" rspace="0.167em">min</mo>' in row(
+        r"\operatorname{arg}\min_\theta L"
+    )
+    assert row(r"x_{\max}") == f'<msub><mi>x</mi><mo lspace="0" {none}>max</mo></msub>'
+    assert f"<mo {thin} {none}>exp</mo>" in row(r"2\exp\left(x\right)")
+    with pytest.raises(ValueError, match="may align"):
+        formula(r"\begin{aligned} a &= b \end{aligned}")

@@ -254,3 +254,9 @@ def test_the_first_cell_says_what_to_do_where_the_repository_is_not_to_be_had(co
     run = colab("7.7.1")()
     assert run.returncode and f"could not be installed from git+{settings()['repository']}@" in run.stderr
     assert "pip wheel --no-deps ." in run.stderr and "upload the file ftbook-*.whl" in run.stderr
+
+
+def test_bundled_tokenizers_are_of_classes_that_an_older_transformers_has_too(root):
+    """Colab's transformers stays where it is, and may be of the version before."""
+    found = {json.loads(f.read_text())["tokenizer_class"] for f in root.glob("ftbook/assets/*/tokenizer_config.json")}
+    assert found == {"BertTokenizer", "PreTrainedTokenizerFast"}

@@ -30,6 +30,7 @@ FLOORS = [
     ["images"],
     ["tags"],
     ["corpus"],
+    ["derive"],
     ["data"],
     ["models"],
     ["losses", "optim", "texts"],
@@ -534,4 +535,11 @@ def test_the_reference_says_what_every_name_is():
     assert "- **on\\_step\\_end(run)**: After every optimizer step." in pages["train.md"], (
         "terms and what is said of them"
     )
+    assert pages == api.pages(), "a page is the same, however often it is asked for"
+    run, tuning = (
+        pages[f"{m}.md"].partition(f"\n## {n}\n")[2] for m, n in (("train", "Run"), ("peft", "PrefixTuning"))
+    )
+    assert "    history: History = field" in run[:900] and "    _loss" not in run, "what is set later is no argument"
+    assert "length: int" in tuning[:200] and "builder" not in tuning[:300], "fields of the class below it, too"
+    assert "    bits: int = 4," in pages["peft.md"] and "    *,\n    loss='cross_entropy'," in pages["train.md"]
     assert 'STRATEGIES: dict[str, Strategy | TwoStage] = {\n    "head": ' in pages["finetune.md"]

@@ -6,6 +6,7 @@ import gzip
 import html
 import http.server
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,12 @@ def site(root, tmp_path_factory) -> Path:
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
+
+    def send_head(self):
+        del self.headers[
+            "If-Modified-Since"
+        ]  # "not modified" has no body: the tour weighs what comes, whoever came before
+        return super().send_head()
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +215,31 @@ def test_a_wide_equation_keeps_its_number(tour):
     assert sum(one["numbers"] for one in tour.values()) > 50 * len(WIDTHS)
 
 
+def test_no_line_begins_with_the_comma_of_a_formula(site):
+    held = re.compile(r'<span class="held">[(\[“‘]?<span class="math"><math .*?</math></span>[^<]*</span>', re.S)
+    for file in (site / "nbs").glob("*.html"):
+        left = held.sub("", file.read_text(encoding="utf-8"))
+        assert not re.search(r"</math></span>[,.;:?!)]", left), file.name
+
+
+def test_pictures_use_the_width_of_a_phone_and_wide_ones_move_in_their_box(page):
+    boxes = """() => [...document.querySelectorAll('article figure.plot')].map(f => ({
+      drawn: Number(f.querySelector('img').getAttribute('width')), shown: f.querySelector('img').clientWidth,
+      room: f.clientWidth, moves: f.scrollWidth > f.clientWidth && f.tabIndex === 0 }))"""
+    page.set_viewport_size({"width": 390, "height": 844})
+    for name in ("index", "nbs/02_math", "nbs/04_train", "zh/01_background"):
+        page.goto(f"/{name}.html")
+        page.add_style_tag(content="section { content-visibility: visible !important; }")
+        page.evaluate("dispatchEvent(new Event('resize'))")
+        for one in page.evaluate(boxes):
+            assert one["room"] >= 340 and one["shown"] >= min(one["drawn"], one["room"]) - 1, (name, one)
+            assert one["moves"] == (one["drawn"] > 720) and one["shown"] >= 0.54 * one["drawn"] * one["moves"], (
+                name,
+                one,
+            )
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+
 def test_no_page_scrolls_sideways(tour):
     assert {p: one["overhang"] for p, one in tour.items() if one["overhang"] > 0} == {}
     assert unlike(tour, "hidden") == {}, "what lies left of its box cannot be scrolled to"
@@ -251,6 +283,20 @@ def test_a_reload_keeps_the_place(visitor):
     before = visitor.evaluate(top, first)
     visitor.reload()
     assert holds(visitor, f"Math.abs(scrollY - {place}) < 40 && Math.abs(({top})({first}) - {before}) < 40", 10)
+
+
+def test_scripts_wait_for_the_text_and_code_has_no_marks_that_show_nothing(page, site, pages):
+    for name in pages:
+        text = (site / name).read_text(encoding="utf-8")
+        early = [s for s in re.findall(r"<script [^>]*src=[^>]*>", text) if " defer " not in s]
+        assert len(early) == 1 and "documentation_options" in early[0], (name, early)
+        assert not re.search(r'<span class="[npw]">', text), name
+    page.goto("/nbs/10_ner.html")
+    for mode in ("dark", "light"):
+        page.evaluate(f"document.querySelector('.theme-change-button[data-mode={mode}]').click()")
+        assert holds(page, f"document.documentElement.dataset.theme === '{mode}'", 5)
+        color = "c => { const p = document.querySelector('.highlight pre'); const s = document.createElement('span'); s.className = c; p.append(s); return getComputedStyle(s).color }"
+        assert {page.evaluate(color, c) for c in "npw"} == {page.evaluate(color, "nothing")}
 
 
 def test_pages_are_light(tour):
@@ -362,6 +408,28 @@ def test_search_finds_the_chapter_first(page, query):
     assert QUERIES[query] in first
 
 
+def test_a_slip_in_one_of_two_words_finds_what_the_words_find(page):
+    page.goto("/search.html")
+    for slip, meant in (
+        ("catastrophic forgeting", "catastrophic forgetting"),
+        ("gradient cliping", "gradient clipping"),
+    ):
+        first = [page.evaluate("q => (findSections(q)[0] || [])[0]", q) for q in (slip, meant)]
+        assert first[0] and first[0] == first[1], first
+
+
+def test_a_search_result_shows_formulas_in_plain_signs(site):
+    from tools.finish import spoken
+
+    assert spoken(r"s_k = \frac{1}{m}\sum_{j=1}^m \log p_\theta(w_j \mid c)") == "s_k = 1/m Σ_j=1^m log p_θ(w_j | c)"
+    assert (
+        spoken(r"\begin{aligned} \Lambda &\leq 10^{-3} \\ d &\to \mathrm{KL}(p \| q) \end{aligned}")
+        == "Λ ≤ 10^-3 d → KL(p | q)"
+    )
+    index = (site / "sections.js").read_text(encoding="utf-8")
+    assert "p_θ" in index and not re.search(r"\\(?:frac|mathrm|theta)", index)
+
+
 def test_the_field_of_the_search_page_shows_what_was_asked_and_finds_while_one_types(site, page):
     first = "document.querySelector('#search-results li a').getAttribute('href')"
     for address in ("/search.html", (site / "search.html").as_uri()):
@@ -402,6 +470,10 @@ def test_every_public_name_has_an_entry_that_the_text_links_to(site):
         for entry in listed(ast.parse(file.read_text(encoding="utf-8"))):
             assert f'id="{entry.lower().strip("_").replace("_", "-")}"' in text, (name, entry)
     assert 'href="../api/finetune.html#tune"' in (site / "nbs" / "08_finetune.html").read_text(encoding="utf-8")
+    train = (site / "api" / "train.html").read_text(encoding="utf-8")
+    assert train.count('href="../api/checkpoint.html#checkpoint"') and train.count(
+        'href="../api/train.html#earlystopping"'
+    )
 
 
 def test_the_book_can_be_read_by_programs(site):
@@ -483,6 +555,20 @@ TABLE = """<main class=bd-article><table><thead><tr><th>way</th><th>score</th></
 <tr><td>c</td><td>\u22123</td></tr></tbody></table></main>"""
 
 
+def test_one_switch_below_the_promise_opens_all_folded_code_and_is_remembered(visitor):
+    states = "[...new Set([...document.querySelectorAll('div.cell details')].map(d => d.open))]"
+    visitor.goto("/nbs/02_math.html")
+    assert visitor.evaluate(states) == [False]
+    assert visitor.evaluate("document.querySelector('.code-switch').previousElementSibling.matches('h1 + p')")
+    for opened, wanted in (("true", True), ("false", False)):
+        visitor.locator(".code-switch").press("Enter")
+        assert visitor.locator(".code-switch").get_attribute("aria-pressed") == opened
+        assert visitor.evaluate(states) == [wanted]
+        visitor.goto("/nbs/01_background.html")
+        assert visitor.evaluate(states) == [wanted], "another page knows it"
+        visitor.goto("/nbs/02_math.html")
+
+
 def test_columns_sort_numbers_as_numbers(site, page):
     (site / "table.html").write_text(
         f"<!doctype html><meta charset=utf-8>{TABLE}<link rel=stylesheet href=_static/book.css><script src=_static/book.js></script>",
@@ -495,9 +581,17 @@ def test_columns_sort_numbers_as_numbers(site, page):
             page.locator(".sorter").nth(column).press("Enter")
             assert page.evaluate(order) == wanted
         arrows = [h.evaluate("b => getComputedStyle(b, '::after').content") for h in page.locator(".sorter").all()]
-        assert arrows == ['" ↓"' if i == column else '" ↕"' for i in range(2)]
+        assert arrows == ['"↓"' if i == column else '"↕"' for i in range(2)]
     assert page.locator("th").nth(0).get_attribute("aria-sort") == "descending"
     (site / "table.html").unlink()
+
+
+def test_a_table_without_titles_has_no_bar_above_it(pages, page):
+    bare = "[...document.querySelectorAll('article thead')].filter(t => !t.textContent.trim()).length"
+    for name in ("nbs/A1_data.html", "nbs/A2_models.html"):
+        page.goto(f"/{name}")
+        assert page.evaluate(bare) == 0, name
+        assert page.evaluate("[...document.querySelectorAll('article table')].filter(t => !t.tHead).length") > 3
 
 
 def test_the_glossary_filters_in_both_languages(page):

@@ -4,6 +4,7 @@
 """
 
 import ast
+import copy
 import re
 from functools import cache
 from pathlib import Path
@@ -78,35 +79,69 @@ def markdown(docstring: str) -> str:
     return "\n\n".join(out)
 
 
-def signature(node) -> str:
-    """How it is called: a class by its `__init__`, a dataclass by its fields."""
+def _without_self(arguments: ast.arguments) -> ast.arguments:
+    """The arguments of a method as its caller sees them; the tree itself is kept and stays as it is."""
+    seen = copy.copy(arguments)
+    seen.args = arguments.args[arguments.args[:1] != [] and arguments.args[0].arg in ("self", "cls") :]
+    return seen
+
+
+def _is_set_later(field: ast.AnnAssign) -> bool:
+    """Whether no caller gives a field of a dataclass its value: field(init=False), or ClassVar."""
+    given = field.value.keywords if isinstance(field.value, ast.Call) else []
+    return "ClassVar" in ast.unparse(field.annotation) or any(
+        k.arg == "init" and not ast.literal_eval(k.value) for k in given
+    )
+
+
+def _fields(node: ast.ClassDef, made: dict) -> dict:
+    """Name -> text of the fields that a dataclass is made with: those of the classes below it first."""
+    found: dict = {}
+    for base in node.bases:
+        if isinstance(below := made.get(getattr(base, "id", "")), ast.ClassDef):
+            found |= _fields(below, made)
+    own = [m for m in node.body if isinstance(m, ast.AnnAssign) and not _is_set_later(m)]
+    return found | {ast.unparse(m.target): ast.unparse(m) for m in own}
+
+
+def signature(node, made: dict) -> str:
+    """How it is called: a class by its `__init__`, a dataclass by its fields; `made` has the module's definitions by name."""
     if not isinstance(node, ast.ClassDef):
-        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-        return wrapped(node.name, node.args, returns)
-    made = next((m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"), None)
-    if made:
-        made.args.args = made.args.args[1:]
-        return "class " + wrapped(node.name, made.args, "")
-    fields = [ast.unparse(m) for m in node.body if isinstance(m, ast.AnnAssign)]
+        return wrapped(node.name, _arguments(node.args), f" -> {ast.unparse(node.returns)}" if node.returns else "")
+    init = next((m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"), None)
+    if init:
+        return "class " + wrapped(node.name, _arguments(_without_self(init.args)), "")
+    fields = list(_fields(node, made).values())
     if fields and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
-        return f"class {node.name}(\n    " + ",\n    ".join(fields) + ",\n)"
+        return "class " + wrapped(node.name, fields, "")
     return f"class {node.name}"
 
 
-def wrapped(name: str, arguments: ast.arguments, returns: str) -> str:
+def _arguments(given: ast.arguments) -> list:
+    """The arguments of a call as they are written, with the marks / and * between them."""
+
+    def one(arg, default=None, stars=""):
+        kind = f": {ast.unparse(arg.annotation)}" if arg.annotation else ""
+        value = "" if default is None else f" = {ast.unparse(default)}" if kind else f"={ast.unparse(default)}"
+        return f"{stars}{arg.arg}{kind}{value}"
+
+    before = [*given.posonlyargs, *given.args]
+    defaults = [None] * (len(before) - len(given.defaults)) + given.defaults
+    out = [one(*pair) for pair in zip(before, defaults, strict=True)]
+    if given.posonlyargs:
+        out.insert(len(given.posonlyargs), "/")
+    if given.vararg:
+        out.append(one(given.vararg, stars="*"))
+    elif given.kwonlyargs:
+        out.append("*")
+    out += [one(*pair) for pair in zip(given.kwonlyargs, given.kw_defaults, strict=True)]
+    return out + ([one(given.kwarg, stars="**")] if given.kwarg else [])
+
+
+def wrapped(name: str, pieces: list, returns: str) -> str:
     """A signature, an argument a line where one line would be long."""
-    text = f"{name}({ast.unparse(arguments)}){returns}"
-    if len(text) <= 80:
-        return text
-    pieces, depth, piece = [], 0, ""
-    for letter in ast.unparse(arguments):
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and not depth:
-            pieces.append(piece.strip())
-            piece = ""
-        else:
-            piece += letter
-    return f"{name}(\n    " + ",\n    ".join([*pieces, piece.strip()]) + f",\n){returns}"
+    text = f"{name}({', '.join(pieces)}){returns}"
+    return text if len(text) <= 80 else f"{name}(\n    " + ",\n    ".join(pieces) + f",\n){returns}"
 
 
 def methods(node) -> list:
@@ -114,9 +149,8 @@ def methods(node) -> list:
     found = []
     for m in node.body if isinstance(node, ast.ClassDef) else []:
         if isinstance(m, DEFINITION) and not m.name.startswith("_"):
-            m.args.args = m.args.args[1:] if m.args.args and m.args.args[0].arg in ("self", "cls") else m.args.args
             is_property = any("property" in ast.unparse(d) for d in m.decorator_list)
-            call = m.name if is_property else f"{m.name}({ast.unparse(m.args)})"
+            call = m.name if is_property else f"{m.name}({', '.join(_arguments(_without_self(m.args)))})"
             found.append((call, (ast.get_docstring(m) or "").strip().split("\n")[0]))
     return found
 
@@ -164,7 +198,7 @@ def page(name: str, file: Path) -> str:
                     value(entry, tree, source) or "A value that the module sets; its chapter says what it holds."
                 )
             continue
-        out.append(f"```python\n{signature(node)}\n```")
+        out.append(f"```python\n{signature(node, made)}\n```")
         out.append(markdown(ast.get_docstring(node) or ""))
         if found := methods(node):
             out.append("\n".join(f"- `{call}`: {escaped(said)}" if said else f"- `{call}`" for call, said in found))
@@ -193,14 +227,16 @@ def built_in(file: Path) -> set:
     return {m[1] for m in MARK.finditer(file.read_text(encoding="utf-8"))}
 
 
-def names(chapter: str = "") -> dict:
-    """`module.name` -> address of its entry, seen from a chapter's page; of the modules that the chapter builds also `name`."""
+def names(page: str = "") -> dict:
+    """`module.name` -> address of its entry, seen from the page of a chapter or of a module; of the modules that the chapter builds, or
+    of that module, also `name`.
+    """
     found = {}
     for name, file in modules().items():
         for entry in listed(parsed(file)):
             address = f"../api/{name}.html#{entry.lower().replace('_', '-')}"
             found[f"{name}.{entry}"] = address
-            if chapter in built_in(file):
+            if page == name or page in built_in(file):
                 found.setdefault(entry, address)
         found[f"ftbook.{name}"] = f"../api/{name}.html"
     return found

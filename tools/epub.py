@@ -49,6 +49,7 @@ th p, td p { margin: 0; }
 .admonition.hide { border: 0; padding: 0; }
 details > summary { font-size: 0.85em; }
 .eqno { float: right; }
+.held { white-space: nowrap; }
 .formula { overflow-x: auto; }
 nav ol { list-style: none; padding-left: 1em; }
 """

@@ -43,6 +43,8 @@ SHOWS = {
 PLAY = "application/vnd.ftbook.play+json"  # what ftbook.plot.widget keeps for the page
 VOID = re.compile(r"""<(img|br|hr|input|wbr|col)\b((?:[^<>"']|"[^"]*"|'[^']*')*?)\s*/?>""")
 LONG = 25  # lines of code that stand open on the page
+# a picture of more pixels than WIDE does not shrink further than to the share LEGIBLE; site/static/play.js knows both
+WIDE, LEGIBLE = 720, 0.56
 DEFINITION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 
 
@@ -144,6 +146,13 @@ def size_of(data: bytes, mime: str) -> dict:
     return {"width": round(scale * float(box[1])), "height": round(scale * float(box[2]))} if box else {}
 
 
+def framed(width: float) -> str:
+    """The tag that opens a figure. On a phone a wide one, of several panels, moves in its box: shrunk to the screen it has no legible text."""
+    if width <= WIDE:
+        return '<figure class="plot">'
+    return f'<figure class="plot wide" style="--least: {round(LEGIBLE * width)}px">'
+
+
 def figure(output: dict, mime: str, save=None) -> str:
     """An image output as HTML; `save(bytes, suffix)` may store it as a file and return its address."""
     raw = "".join(output["data"][mime])
@@ -155,7 +164,7 @@ def figure(output: dict, mime: str, save=None) -> str:
     size = "".join(f' {k}="{v}"' for k, v in known.items())
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return (
-        f'<figure class="plot"><img src="{address}" alt="{html.escape(alt_of(output, mime), quote=True)}"'
+        f'{framed(known.get("width", 0))}<img src="{address}" alt="{html.escape(alt_of(output, mime), quote=True)}"'
         f' loading="lazy"{size} />{text}</figure>'
     )
 
@@ -253,7 +262,8 @@ def shown(output: dict, target: str, save=None):
         if save:
             text = INLINE.sub(lambda m: _saved(base64.b64decode(m[2]), m[1], save, m.string), text)
         if text.startswith("<img "):
-            text = f'<figure class="plot">{text}</figure>'
+            wide = re.search(r'<img [^>]*\bwidth="(\d+)"', text)
+            text = f"{framed(int(wide[1]) if wide else 0)}{text}</figure>"
         data = raw_html(text, target)
     elif mime:
         data = raw_html(figure(output, mime, save), target)
@@ -304,6 +314,15 @@ def is_folded(lines: list) -> bool:
     if named and all(n.name.startswith("_") for n in named) and not any(map(_shows, body)):
         return not any(isinstance(n, (ast.Assert, ast.Expr, ast.For, ast.With, ast.Try)) for n in body)
     return not named and _shows(body[-1]) and not any(isinstance(n, ast.Assert) for n in body)
+
+
+def checks(lines: list) -> bool:
+    """Whether a cell asserts something: so it says what it is for, where it is folded."""
+    return any(isinstance(n, ast.Assert) for statement in tree_of(lines) for n in ast.walk(statement))
+
+
+def is_long(lines: list) -> bool:
+    return sum(bool(line.strip()) for line in lines) > LONG
 
 
 def _first_line(node) -> str:
@@ -359,10 +378,11 @@ def folds(options: dict, lines: list, also: bool) -> bool:
 def collapsed(nb: dict) -> list:
     """The ids of the code cells that JupyterLab and Colab show closed.
 
-    As on the page: what is not for readers, imports, private helpers, what only draws or says, and the rest of the module. A long
-    definition stays open there: a closed cell would show its first line and not its signature.
+    As on the page: what is not for readers, imports, private helpers, what only draws or says, what stands before the first picture,
+    long cells, and the rest of the module. A long definition stays open there: a closed cell would show its first line and not its
+    signature.
     """
-    found, rest = [], False
+    found, rest, early = [], False, any(map(is_drawn, nb["cells"]))
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
             rest = is_rest(lines_of(cell["source"]), rest)
@@ -372,8 +392,11 @@ def collapsed(nb: dict) -> list:
                 options.get("include"),
                 options.get("echo"),
             )
-            if unseen or folds(options, lines, rest):
+            defines = any(isinstance(n, DEFINITION) for n in tree_of(lines))
+            also = rest or (early and not options.keys() & {"export", "exports"}) or (is_long(lines) and not defines)
+            if unseen or folds(options, lines, also):
                 found.append(cell["id"])
+            early = early and not is_drawn(cell)
     return found
 
 
@@ -392,14 +415,15 @@ def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bo
     tags, meta = list(cell.get("metadata", {}).get("tags", [])), {}
     study = is_study(options)
     exported = options.keys() & {"export", "exports"}
-    named = [n.name for n in tree_of(lines) if isinstance(n, DEFINITION) and n.name[0] != "_" and exported]
+    made = [n.name for n in tree_of(lines) if isinstance(n, DEFINITION)]
+    named = [n for n in made if n[0] != "_" and exported]
     short = outline(lines) if exported and not (study or rest or options.get("code-fold") == "false") else []
     opening = early and not exported
-    long = sum(bool(line.strip()) for line in lines) > LONG
-    if folds(options, lines, bool(short or opening or rest or long)):
+    if folds(options, lines, bool(short or opening or rest or is_long(lines))):
         options["code-fold"] = "true"
         label = "Show the whole code" if short else "Show code of the study" if study else "Show code"
-        options.setdefault("code-summary", ": ".join([label, *([", ".join(named)] if named and not short else [])]))
+        said = named or (made[:4] + ["…"] * (len(made) > 4)) or (["checks"] if checks(lines) else [])
+        options.setdefault("code-summary", ": ".join([label, *([", ".join(said)] if said and not short else [])]))
     if target == "quarto":
         lines = [f"#| {k}: {v}" for k, v in options.items() if k in QUARTO and v] + lines
     else:

@@ -9,6 +9,7 @@ import hashlib
 import html
 import json
 import re
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -43,6 +44,7 @@ CHROME = {  # what the theme says beside a Chinese page
     "></i>Dark<": "></i>深色<",
     "Show the whole code": "显示完整代码",
     ">Show code<": ">显示代码<",
+    ">Show code: checks<": ">显示代码：检验<",
     ">Show code: ": ">显示代码：",
     ">Show code of the study": ">显示实验的代码",
 }
@@ -58,8 +60,29 @@ def policy(page: str) -> str:
     )
 
 
+SIGNS = dict(zip("times cdot leq le geq ge neq approx to infty pm sum in mid".split(), "×·≤≤≥≥≠≈→∞±Σ∈|", strict=True))
+FUNCTIONS = {"log", "ln", "exp", "max", "min", "arg"}
+
+
+def spoken(formula: str) -> str:
+    """A formula's LaTeX as a search result shows it: Greek letters and signs, no commands and no braces."""
+
+    def sign(match):
+        name = match[1]
+        case = "CAPITAL" if name[0].isupper() else "SMALL"
+        try:
+            return unicodedata.lookup(f"GREEK {case} LETTER {name.upper().replace('LAMBDA', 'LAMDA')}")
+        except KeyError:
+            return f" {name} " if name in FUNCTIONS else SIGNS.get(name, " ")
+
+    text = re.sub(r"\\(?:begin|end|text|operatorname)\b\*?(?:\{(?:aligned|cases|array|matrix)\})?", " ", formula)
+    text = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2 ", text)
+    text = re.sub(r"\\([a-zA-Z]+)", sign, text)
+    return " ".join(re.sub(r"[{}]", "", re.sub(r"\\[^|]|[&~]", " ", text)).replace("\\", "").split())
+
+
 class Reader(HTMLParser):
-    """The sections of a page in one pass: [anchor, title, words, names defined] from title to title; formulas as their LaTeX."""
+    """The sections of a page in one pass: [anchor, title, words, names defined] from title to title; formulas in plain signs."""
 
     EMPTY = {"img", "br", "hr", "input", "meta", "link", "source", "wbr", "col"}
 
@@ -78,7 +101,7 @@ class Reader(HTMLParser):
         quiet = tag in {"script", "style", "math"} or "headerlink" in (a.get("class") or "")
         if self.skipped or quiet:
             if quiet and tag == "math" and self.sections and not self.skipped:
-                self.handle_data(f" {a.get('alttext', '')} ")
+                self.handle_data(f" {spoken(a.get('alttext', ''))} ")
             self.skipped += 1
             return
         if tag == "section":
@@ -148,9 +171,23 @@ def head(page: str, said: Reader, address: str) -> str:
     return "\n    ".join(lines)
 
 
+OURS = re.compile(r'\s*<script defer src="[^"]*/(?:book|play)\.js[^"]*"></script>')
+# marks that look as the text around them: half of a page's elements
+PLAIN = re.compile(r'<span class="[npw]">([^<]*)</span>|<span></span>(?=<)')
+# the empty header of a table of facts
+BARE = re.compile(r'<thead>\s*<tr[^>]*>(?:\s*<td class="head"></td>)+\s*</tr>\s*</thead>\s*')
+# a formula with the signs beside it: no line begins with its comma
+HELD = re.compile(r"([(\[“‘]?)(<span class=\"math\"><math .*?</math></span>)((?:[,.;:!?)\]”’%]|-\w+)*)", re.S)
+WAITS = re.compile(r'<script src=(?!"[^"]*/documentation_options\.js)')
+
+
 def repair(page: str) -> str:
     """What the theme writes and a reader, a reader's screen reader or a slow line would trip over."""
     page = UNUSED.sub("", page)
+    page = WAITS.sub("<script defer src=", page)  # each then runs in a task of its own: a phone can scroll in between
+    page = OURS.sub("", page).replace("</body>", "".join(OURS.findall(page)) + "\n</body>")  # the theme's come first
+    page = PLAIN.sub(lambda m: m[1] or "", page)
+    page = HELD.sub(lambda m: f'<span class="held">{m[0]}</span>' if m[1] or m[3] else m[0], page)
     above, viewport, below = re.split(r'(<meta name="viewport"[^>]*>)', page, maxsplit=1)
     page = above + viewport + re.sub(r'\s*<meta name="viewport"[^>]*>', "", below)
     page = re.sub(r"<title>(.*?) &#8212; \1</title>", r"<title>\1</title>", page)
@@ -165,6 +202,7 @@ def repair(page: str) -> str:
     )
     page = re.sub(r'(<button class="btn search-button-field[^>]*?) title="Search" aria-label="Search"', r"\1", page)
     page = page.replace('<th class="head"><p></p></th>', '<td class="head"></td>')
+    page = BARE.sub("", page)
     page = page.replace(
         '<summary><span class="toctree-toggle"', '<summary aria-label="Its pages"><span class="toctree-toggle"'
     )
@@ -287,7 +325,7 @@ def finish_page(file: Path, out: Path) -> Reader:
     if DONE in page:
         return said
     page = repair(page)
-    if file.parent.name in ("nbs", "zh"):
+    if file.parent.name in ("nbs", "zh", "api"):
         page = linked(page, api_names(file.stem))
     if file == out / "search.html":
         page = searching(page)

@@ -31,7 +31,7 @@ NEEDS = {
     "08_finetune": "sst2 cr hymenoptera minilm efficientnet_lite0",
     "09_vision": "cifar10 hymenoptera efficientnet_lite0 weights/mobilenet_v2",
     "10_ner": "wnut17 minilm",
-    "11_peft": "wnut17 sst2 wikitext2 minilm",
+    "11_peft": "wnut17 sst2 trec wikitext2 minilm smollm2",
     "12_prompt": "sst2 cr subj trec minilm smollm2",
     "15_regularize": "trec sst2 minilm",
     "16_augment": "cifar10 sst2 wnut17",

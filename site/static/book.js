@@ -25,7 +25,8 @@
       label();
     };
     button.addEventListener("click", () => { all = !all; keep(all); apply(); });
-    title.insertAdjacentElement("afterend", button);
+    const promise = title.nextElementSibling?.matches("p") ? title.nextElementSibling : title;  // a page begins with what it is for
+    promise.insertAdjacentElement("afterend", button);
     const exported = document.querySelector("div.cell.tag_export");
     if (exported) {
       const legend = document.createElement("p");
@@ -38,7 +39,7 @@
   // what scrolls inside its box can be reached and scrolled with the keyboard; a section far away is measured when it comes near
   const laid = (e) => !e.checkVisibility || e.checkVisibility({ contentVisibilityAuto: true });
   const reach = (where = document) => {
-    const boxes = [...where.querySelectorAll("article pre, article table, article .formula, main pre, main table")].filter(laid);
+    const boxes = [...where.querySelectorAll("article pre, article table, article .formula, article figure.wide, main pre, main table")].filter(laid);
     const formulas = [...where.querySelectorAll("article span.math")].filter(laid);
     for (const formula of formulas) formula.classList.remove("wide");
     // all is measured before anything is changed: what is seen is laid out once
@@ -162,7 +163,7 @@
 
   const enrich = () => { heights(); document.querySelectorAll("article table, main table").forEach(sortable); filter(); quiz(); paper(); };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", enrich); else enrich();
-  addEventListener("load", () => reach());
+  addEventListener("load", () => setTimeout(reach)); // a task of its own, as each script is
   addEventListener("resize", () => reach());
   addEventListener("toggle", (event) => { if (event.target.open) reach(event.target); }, true);
   addEventListener("contentvisibilityautostatechange", (event) => { if (!event.skipped) reach(event.target); }, true);

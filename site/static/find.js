@@ -9,8 +9,8 @@
     .flatMap((w) => (HAN.test(w) && w.length > 1 ? [...w].slice(1).map((c, i) => w[i] + c) : [w]));
   const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
   const titles = sections.map(([, page, title]) => [split(page), split(title)]);
-  // chapters explain; the glossary, the reference and the other appendices are for looking up
-  const place = sections.map(([address]) => (/A7_|api\//.test(address) ? 0.45 : /nbs\/A|^index/.test(address) ? 0.75 : 1));
+  // chapters explain; the glossary, the reference and the other appendices are for looking up, and so is what is left of a module
+  const place = sections.map(([address]) => (/A7_|api\/|#the-rest-of-the-module/.test(address) ? 0.45 : /nbs\/A|^index/.test(address) ? 0.75 : 1));
 
   const CHINESE = sections.map(([address]) => address.startsWith("zh/"));  // an English query is for the English pages
 
@@ -29,6 +29,7 @@
     return above[b.length];
   };
 
+  const STEM = 0.7;
   const stem = (word) => word.replace(/(ing|ings|ed|es|e|s)$/, "");
 
   // how well a word of the book answers a word of the query: 1 the same, less for its beginning, least for a slip
@@ -36,15 +37,20 @@
     if (word === asked) return 1;
     if (word === `${asked}s` || asked === `${word}s`) return 0.9;
     if (asked.length > 1 && word.startsWith(asked)) return 0.5;
-    if (asked.length > 3 && stem(asked) === stem(word)) return 0.7;
+    if (asked.length > 3 && stem(asked) === stem(word)) return STEM;
     return 0;
   };
   const matches = (asked) => {
     const found = new Map();
-    for (const word of vocabulary) { const s = near(word, asked); if (s) found.set(word, s); }
-    if (found.size || asked.length < 4) return found;
+    let begun = false;  // the word itself, or one that begins with it; "forgeting" shares its stem with "forgets" and is a slip
+    for (const word of vocabulary) {
+      const s = near(word, asked);
+      if (s) found.set(word, s);
+      begun ||= s > 0 && s !== STEM;
+    }
+    if (begun || asked.length < 4) return found;
     for (const slips of [1, 2]) {
-      for (const word of vocabulary) if (word.length > 3 && distance(word, asked) <= slips) found.set(word, 0.3 / slips);
+      for (const word of vocabulary) if (word.length > 3 && !found.has(word) && distance(word, asked) <= slips) found.set(word, 0.3 / slips);
       if (found.size) break;
     }
     return found;

@@ -1,6 +1,7 @@
 // The controls of a page choose among drawings made when the chapter ran (tools/filter.py, `playable`). No kernel, no request; works from file://.
 (() => {
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
+  const WIDE = 720, LEGIBLE = 0.56;  // as in tools/filter.py
   const make = (tag, text, attributes = {}) => {
     const node = document.createElement(tag);
     node.textContent = text;
@@ -18,7 +19,8 @@
     }).join("\n");
 
     const picture = (part) => {
-      const figure = make("figure", "", { class: "plot" });
+      const figure = make("figure", "", { class: part.width > WIDE ? "plot wide" : "plot" });
+      if (part.width > WIDE) figure.style.setProperty("--least", `${Math.round(LEGIBLE * part.width)}px`);
       const source = "svg" in part ? `data:image/svg+xml,${encodeURIComponent(text(part.svg))}` : part.image;
       figure.append(make("img", "", { src: source, alt: part.alt || "", width: part.width }));
       if (part.caption) figure.append(make("figcaption", part.caption));
