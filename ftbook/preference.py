@@ -40,9 +40,36 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .causal import Decoder, generate
 from .compute import evaluating
+
+# %% ../nbs/14_preference.ipynb #14a00005
+def policy_gradient(logits: Tensor, target: Tensor) -> Tensor:
+    """REINFORCE, equation (14.1): the surrogate whose gradient is the policy's.
+
+    Parameters
+    ----------
+    logits : Tensor (B, A)
+        Scores of the actions.
+    target : Tensor (B, 2)
+        Action number and advantage.
+
+    References
+    ----------
+    R. J. Williams (1992), Simple statistical gradient-following algorithms for
+    connectionist reinforcement learning, doi:10.1007/BF00992696.
+
+    Examples
+    --------
+    >>> loss = policy_gradient(torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]))
+    >>> round(loss.item(), 4)  # -2 log(1/2)
+    1.3863
+    """
+    action, advantage = target[:, 0].long(), target[:, 1]
+    paid = F.cross_entropy(logits.float(), action, reduction="none")
+    return (advantage * paid).mean()
 
 # %% ../nbs/14_preference.ipynb #14a00003
 class CartPole:
@@ -164,32 +191,6 @@ def play(
             env.step(action)
     return torch.stack(seen), torch.stack(done), torch.stack(running)
 
-# %% ../nbs/14_preference.ipynb #14a00005
-def policy_gradient(logits: Tensor, target: Tensor) -> Tensor:
-    """REINFORCE, equation (14.1): the surrogate whose gradient is the policy's.
-
-    Parameters
-    ----------
-    logits : Tensor (B, A)
-        Scores of the actions.
-    target : Tensor (B, 2)
-        Action number and advantage.
-
-    References
-    ----------
-    R. J. Williams (1992), Simple statistical gradient-following algorithms for
-    connectionist reinforcement learning, doi:10.1007/BF00992696.
-
-    Examples
-    --------
-    >>> loss = policy_gradient(torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]))
-    >>> round(loss.item(), 4)  # -2 log(1/2)
-    1.3863
-    """
-    action, advantage = target[:, 0].long(), target[:, 1]
-    paid = F.cross_entropy(logits.float(), action, reduction="none")
-    return (advantage * paid).mean()
-
 # %% ../nbs/14_preference.ipynb #14a00006
 class Episodes:
     """Batches for `fit`: what the policy has just done in N games.
@@ -293,108 +294,6 @@ def _pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
             "worse one in turn"
         )
     return rows[::2], rows[1::2]
-
-# %% ../nbs/14_preference.ipynb #14a00008
-class Policy(nn.Module):
-    """A decoder that says how likely given answers are.
-
-    The vocabulary is scored where a piece of an answer is paid for, nowhere
-    else.
-
-    Parameters
-    ----------
-    model : ftbook.causal.Decoder
-        Perhaps with an adapter of `ftbook.peft` in it.
-
-    Examples
-    --------
-    >>> from ftbook.causal import Sizes
-    >>> policy = Policy(Decoder(Sizes(vocab=50, width=16, layers=1)))
-    >>> ids, scored = join_answers([[1, 2]], [[3, 4, 5]])
-    >>> policy(ids, scored).shape
-    torch.Size([1, 5])
-    """
-
-    def __init__(self, model: Decoder):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, scored: Tensor) -> Tensor:
-        """Log-probability of each piece of the answers.
-
-        Parameters
-        ----------
-        ids : Tensor (B, T)
-            Prompts with their answers, padded on the right.
-        scored : Tensor (B, T) of bool
-            The pieces of the answers.
-
-        Returns
-        -------
-        Tensor (B, T), float32
-            In nats; 0 where no piece of an answer is.
-        """
-        logits = self.model(ids[:, :-1], scored[:, 1:]).float()
-        paid = F.cross_entropy(logits, ids[scored], reduction="none")
-        out = torch.zeros(ids.shape, device=ids.device)
-        return out.masked_scatter(scored, -paid)
-
-# %% ../nbs/14_preference.ipynb #14a00009
-def join_answers(
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    pad: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Prompts with their answers as one tensor, padded on the right.
-
-    Returns
-    -------
-    ids : Tensor (B, T)
-    scored : Tensor (B, T) of bool
-        True at the pieces of the answers.
-
-    Examples
-    --------
-    >>> ids, scored = join_answers([[1, 2], [1]], [[3], [4, 5, 6]])
-    >>> ids.tolist()
-    [[1, 2, 3, 0], [1, 4, 5, 6]]
-    >>> scored.int().tolist()
-    [[0, 0, 1, 0], [0, 1, 1, 1]]
-    """
-    if len(prompts) != len(answers) or not len(prompts):
-        raise ValueError(
-            f"{len(prompts)} prompts and {len(answers)} answers; give one "
-            "answer for each prompt, at least one"
-        )
-    if not all(map(len, prompts)) or not all(map(len, answers)):
-        raise ValueError(
-            "a prompt or an answer has no piece; begin prompts with the "
-            "end-of-text piece, and end answers with it"
-        )
-    longest = max(
-        len(p) + len(a) for p, a in zip(prompts, answers, strict=True)
-    )
-    ids = torch.full((len(prompts), longest), pad)
-    scored = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
-        ids[row, : len(p) + len(a)] = torch.tensor([*p, *a])
-        scored[row, len(p) : len(p) + len(a)] = True
-    return ids, scored
-
-
-def score_answers(
-    policy: Policy, ids: Tensor, scored: Tensor, *, batch_size: int = 64
-) -> Tensor:
-    """`policy(ids, scored)` without gradients, some rows at a time: (B, T)."""
-    device = next(policy.parameters()).device
-    with evaluating(policy):
-        parts = [
-            policy(i.to(device), s.to(device)).cpu()
-            for i, s in zip(
-                ids.split(batch_size), scored.split(batch_size), strict=True
-            )
-        ]
-    return torch.cat(parts)
 
 # %% ../nbs/14_preference.ipynb #14a00010
 def ipo(
@@ -508,6 +407,117 @@ def _check_positive(**given: float) -> None:
     for name, value in given.items():
         if not value > 0:
             raise ValueError(f"{name}={value}: it must be greater than 0")
+
+# %% ../nbs/14_preference.ipynb #14a00008
+class Policy(nn.Module):
+    """A decoder that says how likely given answers are.
+
+    The vocabulary is scored where a piece of an answer is paid for, nowhere
+    else.
+
+    Parameters
+    ----------
+    model : ftbook.causal.Decoder
+        Perhaps with an adapter of `ftbook.peft` in it.
+
+    Examples
+    --------
+    >>> from ftbook.causal import Sizes
+    >>> policy = Policy(Decoder(Sizes(vocab=50, width=16, layers=1)))
+    >>> ids, scored = join_answers([[1, 2]], [[3, 4, 5]])
+    >>> policy(ids, scored).shape
+    torch.Size([1, 5])
+    """
+
+    def __init__(self, model: Decoder):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, scored: Tensor) -> Tensor:
+        """Log-probability of each piece of the answers.
+
+        Parameters
+        ----------
+        ids : Tensor (B, T)
+            Prompts with their answers, padded on the right.
+        scored : Tensor (B, T) of bool
+            The pieces of the answers.
+
+        Returns
+        -------
+        Tensor (B, T), float32
+            In nats; 0 where no piece of an answer is.
+        """
+        with _attention(ids):
+            logits = self.model(ids[:, :-1], scored[:, 1:]).float()
+        paid = F.cross_entropy(logits, ids[scored], reduction="none")
+        out = torch.zeros(ids.shape, device=ids.device)
+        return out.masked_scatter(scored, -paid)
+
+
+def _attention(ids: Tensor):
+    """On a CPU the fused kernel's backward pass takes longer for short texts
+    than the whole rest of the step; the plain one is quicker there.
+    """
+    short = ids.device.type == "cpu" and ids.shape[1] <= 128
+    return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
+
+# %% ../nbs/14_preference.ipynb #14a00009
+def join_answers(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    pad: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Prompts with their answers as one tensor, padded on the right.
+
+    Returns
+    -------
+    ids : Tensor (B, T)
+    scored : Tensor (B, T) of bool
+        True at the pieces of the answers.
+
+    Examples
+    --------
+    >>> ids, scored = join_answers([[1, 2], [1]], [[3], [4, 5, 6]])
+    >>> ids.tolist()
+    [[1, 2, 3, 0], [1, 4, 5, 6]]
+    >>> scored.int().tolist()
+    [[0, 0, 1, 0], [0, 1, 1, 1]]
+    """
+    if len(prompts) != len(answers) or not len(prompts):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(answers)} answers; give one "
+            "answer for each prompt, at least one"
+        )
+    if not all(map(len, prompts)) or not all(map(len, answers)):
+        raise ValueError(
+            "a prompt or an answer has no piece; begin prompts with the "
+            "end-of-text piece, and end answers with it"
+        )
+    longest = max(
+        len(p) + len(a) for p, a in zip(prompts, answers, strict=True)
+    )
+    ids = torch.full((len(prompts), longest), pad)
+    scored = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
+        ids[row, : len(p) + len(a)] = torch.tensor([*p, *a])
+        scored[row, len(p) : len(p) + len(a)] = True
+    return ids, scored
+
+
+def score_answers(
+    policy: Policy, ids: Tensor, scored: Tensor, *, batch_size: int = 64
+) -> Tensor:
+    """`policy(ids, scored)` without gradients, some rows at a time: (B, T)."""
+    device = next(policy.parameters()).device
+    with evaluating(policy):
+        parts = [
+            policy(i.to(device), s.to(device)).cpu()
+            for i, s in zip(
+                ids.split(batch_size), scored.split(batch_size), strict=True
+            )
+        ]
+    return torch.cat(parts)
 
 # %% ../nbs/14_preference.ipynb #14a00011
 def group_advantages(
@@ -737,8 +747,11 @@ class Rollouts:
         self.rewards += [part.mean().item() for part in worth.split(size)]
         gain = group_advantages(worth, self.group, scale=self.scale)
         columns = [scored.float(), gain[:, None] * scored]
-        with (self.reference or nullcontext)():
-            columns.append(score_answers(self.policy, ids, scored))
+        if self.reference is None:
+            columns.append(torch.zeros(ids.shape))
+        else:
+            with self.reference():
+                columns.append(score_answers(self.policy, ids, scored))
         if self.every > 1:
             columns.append(score_answers(self.policy, ids, scored))
         return ids, scored, torch.stack(columns, -1)
