@@ -449,7 +449,7 @@ def test_form_and_number_of_a_sum_are_judged_apart(monkeypatch):
 
 
 def test_praise_counts_words_of_the_list():
-    assert study.praise(["Great fun, great!", "a dull film", ""]).tolist() == [1.0, 0.0, 0.0]
+    assert study._praise(["Great fun, great!", "a dull film", ""]).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_pairs_are_as_uneven_as_was_asked():
@@ -489,4 +489,4 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     study.main("length", "sums", "hacked")
     with pytest.raises(ValueError, match="no study 'dpo'; use toy, length, sums, frontier, hacked"):
         study.main("dpo")
-    assert preference.__all__[0] == "CartPole"
+    assert preference.__all__[1] == "CartPole"

@@ -50,11 +50,7 @@ __all__ = [
     "imitate",
     "run_toy",
     "toy_rows",
-    "judge",
-    "openings",
-    "read",
     "adapted",
-    "answers_loss",
     "run",
     "rows",
     "run_hacked",
@@ -187,7 +183,7 @@ def _mixed() -> tuple[list[str], Tensor]:
 
 
 @functools.cache
-def judge() -> Any:
+def _judge() -> Any:
     """Reads texts, gives the probability that each is positive: MiniLM, tuned
     on 1,600 sentences as in chapter 8.
     """
@@ -223,7 +219,7 @@ def _second() -> Any:
 
 
 @functools.cache
-def openings(split: str) -> Tensor:
+def _openings(split: str) -> Tensor:
     """How reviews begin, (N, 1 + START) pieces, the end-of-text piece first."""
     texts = part("sst2", split).texts
     if split == "train":
@@ -236,7 +232,7 @@ def openings(split: str) -> Tensor:
     return torch.tensor([[0, *p] for p in cut[: COUNTS[split]]])
 
 
-def read(ids: Tensor | list) -> list[str]:
+def _read(ids: Tensor | list) -> list[str]:
     """The reviews as the judge reads them: without the word "Review"."""
     found = decoder()[1].batch_decode(ids, skip_special_tokens=True)
     return [" ".join(t.removeprefix("Review:").split()) or "." for t in found]
@@ -256,13 +252,13 @@ def adapted(seed: int) -> tuple[Policy, peft.Adapter]:
 
 def _kindness(split: str, judged: Any = None) -> Any:
     """The reward: how positive the judge finds prompt and answer."""
-    asked = openings(split).tolist()
+    asked = _openings(split).tolist()
 
     def reward(rows: Tensor, answers: list) -> Any:
         both = [
             asked[r] + a for r, a in zip(rows.tolist(), answers, strict=True)
         ]
-        return (judged or judge())(read(both))
+        return (judged or _judge())(_read(both))
 
     return reward
 
@@ -293,14 +289,14 @@ def _scored(
     policy: Policy, adapter: peft.Adapter, split: str, seed: int, label: str
 ) -> dict[str, np.ndarray]:
     """Let the policy continue every opening of a split once, and measure."""
-    asked = openings(split)
+    asked = _openings(split)
     ids = generate(policy.model, asked, NEW, seed=1000 + seed)
     kl, paid = _apart(policy, adapter, ids, asked.shape[1])
-    texts = read(ids)
-    words = [w for t in read(ids[:, asked.shape[1] :]) for w in t.split()]
+    texts = _read(ids)
+    words = [w for t in _read(ids[:, asked.shape[1] :]) for w in t.split()]
     if split == "test" and seed == SEEDS[0]:
         results.record(CHAPTER, f"samples {label}", texts[:5])
-    kind = judge()(texts).numpy()
+    kind = _judge()(texts).numpy()
     return {
         "reward": kind,
         "kl": kl.numpy(),
@@ -320,7 +316,7 @@ def _written(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     of each group first: ids, scored, log-probabilities, rewards.
     """
     policy, _ = adapted(seed)
-    asked = openings("train")
+    asked = _openings("train")
     rows = torch.arange(len(asked)).repeat_interleave(GROUP)
     ids = torch.cat(
         [
@@ -331,13 +327,13 @@ def _written(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scored = torch.zeros(ids.shape, dtype=torch.bool)
     scored[:, asked.shape[1] :] = True
     paid = score_answers(policy, ids, scored).sum(1)
-    worth = judge()(read(ids)).view(-1, GROUP)
+    worth = _judge()(_read(ids)).view(-1, GROUP)
     order = worth.argsort(1, descending=True)
     order = (order + GROUP * torch.arange(len(asked))[:, None]).flatten()
     return ids[order], scored[order], paid[order], worth.flatten()[order]
 
 
-def answers_loss(logp: Tensor, scored: Tensor) -> Tensor:
+def _answers_loss(logp: Tensor, scored: Tensor) -> Tensor:
     """Supervised fine-tuning: nats per piece of the answers."""
     return -logp.sum() / scored.sum()
 
@@ -353,7 +349,7 @@ def _best_of(policy: Policy, lr: float, seed: int) -> None:
     fit(
         policy,
         best,
-        loss=answers_loss,
+        loss=_answers_loss,
         epochs=EPOCHS,
         settings=PLAN,
         **about,
@@ -396,7 +392,7 @@ def _grpo(
     """STEPS batches of 8 answers to each of 4 prompts."""
     batches = Rollouts(
         policy,
-        openings("train"),
+        _openings("train"),
         _kindness("train", judged),
         reference=adapter.disable,
         prompts_per_batch=runtime.pick(quick=2, cpu=4),
@@ -421,7 +417,7 @@ def _chosen_of_n(split: str, seed: int) -> tuple[Tensor, Tensor]:
     """Rewards of the most answers that best-of-n takes, (N, n), and the
     answers, without any training.
     """
-    asked, most = openings(split), max(N_BEST)
+    asked, most = _openings(split), max(N_BEST)
     rows = torch.arange(len(asked)).repeat_interleave(most)
     model = decoder()[0]
     ids = torch.cat(
@@ -430,7 +426,7 @@ def _chosen_of_n(split: str, seed: int) -> tuple[Tensor, Tensor]:
             for i, r in enumerate(rows.split(96))
         ]
     )
-    return judge()(read(ids)).view(-1, most), ids.view(len(asked), most, -1)
+    return _judge()(_read(ids)).view(-1, most), ids.view(len(asked), most, -1)
 
 
 def run(
@@ -448,8 +444,8 @@ def run(
         worth, ids = _chosen_of_n(split, seed)
         best = worth[:, :best_of].argmax(1)
         kept = ids[torch.arange(len(ids)), best]
-        texts, first = read(kept), openings(split).shape[1]
-        words = [w for t in read(kept[:, first:]) for w in t.split()]
+        texts, first = _read(kept), _openings(split).shape[1]
+        words = [w for t in _read(kept[:, first:]) for w in t.split()]
         kind = worth[:, :best_of].max(1).values.numpy()
         kl = np.full(len(kind), np.log(best_of) - 1 + 1 / best_of)
         policy, adapter = adapted(seed)
@@ -513,7 +509,7 @@ def _frontier() -> None:
         name: float(
             (torch.as_tensor(f(texts) > 0.5) == (y == 1)).float().mean()
         )
-        for name, f in (("judge", judge()), ("second", _second()))
+        for name, f in (("judge", _judge()), ("second", _second()))
     }
     results.record(CHAPTER, "judges", right | {"n": len(texts)})
 
@@ -521,7 +517,7 @@ def _frontier() -> None:
 PRAISE = "best great good fun funny moving perfect beautiful love enjoyable"
 
 
-def praise(texts: list[str]) -> Tensor:
+def _praise(texts: list[str]) -> Tensor:
     """The easy reward: the share of words that are on a list of praise."""
     known = set(PRAISE.split())
     found = []
@@ -542,12 +538,12 @@ def run_hacked(
     torch.set_num_threads(1)
     policy, adapter = adapted(seed)
     if pay != "nothing":
-        _grpo(policy, adapter, 1e-3, beta, seed, 1, LONGER, praise)
+        _grpo(policy, adapter, 1e-3, beta, seed, 1, LONGER, _praise)
     label = "reference" if pay == "nothing" else f"praise, {beta:g}"
-    asked = openings(split)
+    asked = _openings(split)
     ids = generate(policy.model, asked, NEW, seed=1000 + seed)
     told = _scored(policy, adapter, split, seed, label)
-    return told | {"praise": praise(read(ids)).numpy()}
+    return told | {"praise": _praise(_read(ids)).numpy()}
 
 
 def _hacked() -> None:
@@ -628,7 +624,7 @@ def _tested(policy: Policy, split: str, seed: int) -> dict[str, np.ndarray]:
         told[f"{name}accuracy"] = form & right
     return told
 
-
+# %% ../../nbs/14_preference.ipynb #14b00011
 def run_sums(
     seed: int, split: str, way: str, lr: float = 0.0
 ) -> dict[str, np.ndarray]:
@@ -656,7 +652,7 @@ def run_sums(
         fit(
             policy,
             told,
-            loss=answers_loss,
+            loss=_answers_loss,
             epochs=epochs,
             settings=plan,
             **about,
