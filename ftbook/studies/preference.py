@@ -162,10 +162,10 @@ def _toy() -> None:
 
 # %% ../../nbs/14_preference.ipynb #14b00004
 START = 6  # pieces that a review begins with, "Review:" included
-NEW = runtime.pick(quick=4, cpu=12)  # pieces that are written
+NEW = runtime.pick(quick=4, cpu=10)  # pieces that are written
 COUNTS = runtime.pick(
     quick={"judge": 16, "train": 8, "valid": 6, "test": 8},
-    cpu={"judge": 1600, "train": 96, "valid": 64, "test": 96},
+    cpu={"judge": 1000, "train": 80, "valid": 64, "test": 80},
 )
 GROUP = runtime.pick(quick=2, cpu=4)  # answers to a prompt, drawn beforehand
 QUICK = runtime.profile() == "quick"
@@ -185,7 +185,7 @@ def _mixed() -> tuple[list[str], Tensor]:
 @functools.cache
 def _judge() -> Any:
     """Reads texts, gives the probability that each is positive: MiniLM, tuned
-    on 1,600 sentences as in chapter 8.
+    on 1,000 sentences as in chapter 8.
     """
     torch.set_num_threads(1)
     net, (texts, y), n = classifier(0), _mixed(), COUNTS["judge"]
@@ -272,7 +272,7 @@ def _apart(
     """
     kl, paid = [], []
     with evaluating(policy):
-        for some in ids.split(16):
+        for some in ids.split(32):
             where = torch.zeros(some.shape, dtype=torch.bool)
             where[:, first:] = True
             places = some[:, :-1], where[:, 1:]
@@ -376,7 +376,7 @@ def _dpo(policy: Policy, lr: float, beta: float, seed: int) -> None:
     fit(policy, _pairs_of(seed), loss=loss, epochs=epochs, **about)
 
 
-STEPS = runtime.pick(quick=2, cpu=12)
+STEPS = runtime.pick(quick=2, cpu=10)
 
 
 def _grpo(
@@ -406,9 +406,9 @@ def _grpo(
     fit(policy, batches, loss=loss, lr=lr, seed=seed, settings=PLAN)
 
 # %% ../../nbs/14_preference.ipynb #14b00007
-RATES = runtime.pick(quick=[1e-3, 3e-3], cpu=[3e-4, 1e-3, 3e-3])
+RATES = runtime.pick(quick=[1e-3, 3e-3], cpu=[1e-3, 3e-3, 1e-2])
 N_BEST = runtime.pick(quick=(2, 4), cpu=(2, 4, 8))
-DPO_BETAS = runtime.pick(quick=(0.1,), cpu=(0.03, 0.1, 0.3))
+DPO_BETAS = runtime.pick(quick=(0.1,), cpu=(0.03, 0.1))
 GRPO_BETAS = runtime.pick(quick=(0.1,), cpu=(0.0, 0.1))
 
 
@@ -499,7 +499,7 @@ def _frontier() -> None:
         name="frontier",
         choose="worth",
         mode={"kl": "min", "nats": "min"},
-        budget="384 answers written, 384 rows through the gradient",
+        budget="320 answers written, 320 rows through the gradient",
         seeds=SEEDS,
         n={split: COUNTS[split] for split in ("valid", "test")},
     )
@@ -527,7 +527,7 @@ def _praise(texts: list[str]) -> Tensor:
     return torch.tensor(found)
 
 
-LONGER = runtime.pick(quick=2, cpu=16)
+LONGER = runtime.pick(quick=2, cpu=10)
 HOLDS = runtime.pick(quick=(0.0, 0.1), cpu=(0.0, 0.3))
 
 
@@ -538,7 +538,7 @@ def run_hacked(
     torch.set_num_threads(1)
     policy, adapter = adapted(seed)
     if pay != "nothing":
-        _grpo(policy, adapter, 1e-3, beta, seed, 1, LONGER, _praise)
+        _grpo(policy, adapter, 3e-3, beta, seed, 1, LONGER, _praise)
     label = "reference" if pay == "nothing" else f"praise, {beta:g}"
     asked = _openings(split)
     ids = generate(policy.model, asked, NEW, seed=1000 + seed)
@@ -556,7 +556,7 @@ def _hacked() -> None:
         name="hacked",
         choose="praise",
         mode={"kl": "min", "nats": "min"},
-        budget=f"{LONGER} batches of 32 answers, rate 0.001",
+        budget=f"{LONGER} batches of 32 answers, rate 0.003",
         seeds=SEEDS,
         n={"test": COUNTS["test"]},
     )
@@ -567,7 +567,7 @@ WRITE = 5  # pieces of an answer at most; a line break ends it
 HELD = runtime.pick(
     quick={"valid": 3, "test": 3}, cpu={"valid": 16, "test": 27}
 )
-SUM_STEPS = runtime.pick(quick=2, cpu=20)
+SUM_STEPS = runtime.pick(quick=2, cpu=16)
 SUM_RATES = runtime.pick(quick=[1e-3, 3e-3], cpu=[3e-4, 1e-3, 3e-3])
 
 
