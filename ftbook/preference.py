@@ -523,7 +523,7 @@ def score_answers(
 def group_advantages(
     rewards: Tensor, group: int, *, scale: bool = True
 ) -> Tensor:
-    """Rewards minus the mean of their group, equation (14.6).
+    """Rewards minus the mean of their group, equation (14.4).
 
     Parameters
     ----------
@@ -604,7 +604,7 @@ def ppo_loss(
 def grpo_loss(
     logp: Tensor, target: Tensor, *, clip: float = 0.2, beta: float = 0.0
 ) -> Tensor:
-    """Group relative policy optimization on a batch of `Rollouts`, (14.7).
+    """Group relative policy optimization on a batch of `Rollouts`, (14.6).
 
     Parameters
     ----------
