@@ -1687,6 +1687,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'ftbook.studies.preference._tested': ('preference.html#_tested', 'ftbook/studies/preference.py'),
                                            'ftbook.studies.preference._toy': ('preference.html#_toy', 'ftbook/studies/preference.py'),
                                            'ftbook.studies.preference._uneven': ('preference.html#_uneven', 'ftbook/studies/preference.py'),
+                                           'ftbook.studies.preference._vectors': ( 'preference.html#_vectors',
+                                                                                   'ftbook/studies/preference.py'),
                                            'ftbook.studies.preference._written': ( 'preference.html#_written',
                                                                                    'ftbook/studies/preference.py'),
                                            'ftbook.studies.preference.adapted': ('preference.html#adapted', 'ftbook/studies/preference.py'),

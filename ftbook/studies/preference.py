@@ -71,7 +71,7 @@ SEEDS = runtime.pick(quick=(1, 2), cpu=(1, 2, 3))
 
 # %% ../../nbs/14_preference.ipynb #14b00003
 TOY_SEEDS = runtime.pick(quick=(1, 2), cpu=tuple(range(1, 11)))
-TOY_RATES = runtime.pick(quick=[1e-2, 3e-2], cpu=[3e-3, 1e-2, 3e-2, 1e-1, 3e-1])
+TOY_RATES = runtime.pick(quick=[1e-2, 3e-2], cpu=[3e-3, 1e-2, 3e-2, 1e-1])
 UPDATES = runtime.pick(quick=(1, 2), cpu=(10, 60))
 GAMES = runtime.pick(quick=4, cpu=50)  # that are scored
 LIMIT = runtime.pick(quick=60, cpu=500)
@@ -789,13 +789,24 @@ def run_length(
     }
 
 
+@functools.cache
+def _vectors(split: str) -> dict[str, Tensor]:
+    """MiniLM's vector of every sentence of a split."""
+    texts = part("sst2", split).texts
+    found = sentence_vectors(texts, *encoder()).clone()
+    return dict(zip(texts, found, strict=True))
+
+
 def _seen(
     features: str, fits: list[str], held: list[str]
 ) -> tuple[Tensor, Tensor]:
     """What a reward model sees of texts: counted words, or MiniLM's vectors."""
     if features == "MiniLM":
-        x, held_x = (sentence_vectors(t, *encoder()) for t in (fits, held))
-        return x, held_x
+        every = _vectors("train"), _vectors("test")
+        return tuple(
+            torch.stack([seen[t] for t in texts])
+            for seen, texts in zip(every, (fits, held), strict=True)
+        )  # type: ignore
     from sklearn.feature_extraction.text import CountVectorizer
 
     bag = CountVectorizer(token_pattern=r"\S+", min_df=2)
