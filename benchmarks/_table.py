@@ -20,6 +20,7 @@ ORDER = [
     "lora_inference",
     "ner_prepare",
     "ner_epoch",
+    "run_ner",
     "entity_f1",
     "mlm",
     "optimizers",

@@ -16,6 +16,7 @@ PUBLIC = {
     "images": "ImageSet read_folder",
     "tags": "entity_f1",
     "corpus": "read_conll",
+    "derive": "",
     "data": "TextSet Batches",
     "models": "",
     "losses": "mse bce_with_logits cross_entropy focal label_smoothing distillation_kl info_nce dpo calibration_error",

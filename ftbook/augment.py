@@ -2,7 +2,8 @@
 
 `policy` and `text_policy` give a transform for `Settings(transform=...)` by
 name; every example of a batch has a draw of its own. `MixUp` and `CutMix` mix
-labels too, `augment_tagged` and `replace_mentions` keep tags right.
+labels too, `eda` writes changed copies of a sentence, `augment_tagged` and
+`replace_mentions` keep tags right.
 
 >>> x, y = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
 >>> x, y = policy("crop + flip + mixup", n_classes=2)(x, y)
@@ -17,7 +18,6 @@ __all__ = [
     "random_flip",
     "random_crop",
     "random_resized_crop",
-    "color_jitter",
     "random_erasing",
     "MixUp",
     "CutMix",
@@ -25,6 +25,7 @@ __all__ = [
     "STRENGTHS",
     "policy",
     "changed_predictions",
+    "eda",
     "text_policy",
     "augment_tagged",
     "mention_table",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 # %% ../nbs/16_augment.ipynb #46c5408b
+import functools
+import lzma
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -40,6 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .data import asset
 from .images import ImageSet, add_noise, adjust_color, zoom_in
 from .tags import spans
 from .train import predict
@@ -128,13 +132,13 @@ def random_resized_crop(
     return zoom_in(x, side, center)
 
 # %% ../nbs/16_augment.ipynb #01f420a8
-def color_jitter(x: Tensor, strength: float = 0.4) -> Tensor:
+def _color_jitter(x: Tensor, strength: float = 0.4) -> Tensor:
     """Change brightness, contrast and saturation of each image by factors from
     1 - strength to 1 + strength.
 
     Examples
     --------
-    >>> color_jitter(torch.rand(2, 3, 4, 4)).shape
+    >>> _color_jitter(torch.rand(2, 3, 4, 4)).shape
     torch.Size([2, 3, 4, 4])
     """
     _check_images(x)
@@ -447,6 +451,132 @@ class _Pipeline:
                 x = t(x)
         return (x, y) if self.takes_target else x
 
+# %% ../nbs/16_augment.ipynb #a7c01d11
+_REACH = {
+    "Identity": (0.0, 0.0, 0.0),
+    "ShearX": (0.0, 0.3, 0.99),  # pixels to the side for each one down
+    "ShearY": (0.0, 0.3, 0.99),
+    "TranslateX": (0.0, 150 / 331, 32.0),  # of the side; pixels
+    "TranslateY": (0.0, 150 / 331, 32.0),
+    "Rotate": (0.0, 30.0, 135.0),  # degrees
+    "Brightness": (0.0, 0.9, 0.99),  # factors 1 + m
+    "Color": (0.0, 0.9, 0.99),
+    "Contrast": (0.0, 0.9, 0.99),
+    "Sharpness": (0.0, 0.9, 0.99),
+    "Posterize": (8.0, 4.0, 2.0),  # bits that are kept
+    "Solarize": (1.0, 0.0, 0.0),  # what is brighter is inverted
+    "AutoContrast": (0.0, 0.0, 0.0),
+    "Equalize": (0.0, 0.0, 0.0),
+}
+
+
+def _moved(x: Tensor, name: str, m: Tensor) -> Tensor:
+    """Shear, shift or turn: each pixel looks up the place it comes from."""
+    B, _, H, W = x.shape
+    one, zero, turn = torch.ones_like(m), torch.zeros_like(m), m.deg2rad()
+    cos, sin = turn.cos(), turn.sin()
+    rows = {
+        "ShearX": (one, m, m * H / 2, zero, one, zero),
+        "ShearY": (one, zero, zero, m, one, m * W / 2),
+        "TranslateX": (one, zero, -m.trunc(), zero, one, zero),
+        "TranslateY": (one, zero, zero, zero, one, -m.trunc()),
+        "Rotate": (cos, -sin, zero, sin, cos, zero),
+    }[name]
+    half = torch.tensor([W / 2, H / 2], device=x.device)
+    maps = torch.stack(rows, 1).view(B, 2, 3).transpose(1, 2) / half
+    across, down = (
+        torch.arange(n, device=x.device) - (n - 1) / 2 for n in (W, H)
+    )
+    places = torch.cartesian_prod(down, across).flip(1)
+    grid = F.pad(places, (0, 1), value=1.0)[None] @ maps
+    return F.grid_sample(
+        x, grid.view(B, H, W, 2), mode="nearest", align_corners=False
+    )
+
+# %% ../nbs/16_augment.ipynb #a7c01d12
+def _operate(x: Tensor, name: str, m: Tensor) -> Tensor:
+    """One operation on images (B, C, H, W) in 0..1, a magnitude for each."""
+    from torchvision.transforms.v2 import functional
+
+    if name in ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"):
+        return _moved(x, name, m)
+    one, m4 = torch.ones_like(m), m.view(-1, 1, 1, 1)
+    if name == "Sharpness":  # away from, or towards, a blurred image
+        kernel = torch.ones(1, 1, 3, 3, dtype=x.dtype, device=x.device)
+        kernel[..., 1, 1] = 5
+        kernel = (kernel / 13).expand(x.shape[1], -1, -1, -1)
+        blurred = x.clone()
+        blurred[..., 1:-1, 1:-1] = F.conv2d(x, kernel, groups=x.shape[1])
+        return torch.lerp(blurred, x, 1 + m4).clamp(0, 1)
+    if name == "Posterize":
+        levels = 2 ** m4.round()
+        return (x * levels).floor().clamp(max=levels - 1) / levels
+    return {
+        "Identity": lambda: x,
+        "Brightness": lambda: adjust_color(x, 1 + m, one),
+        "Color": lambda: adjust_color(x, one, one, 1 + m),
+        "Contrast": lambda: adjust_color(x, one, 1 + m),
+        "Solarize": lambda: torch.where(x >= m4, 1 - x, x),
+        "AutoContrast": lambda: functional.autocontrast(x),
+        "Equalize": lambda: functional.equalize(x),
+    }[name]()
+
+# %% ../nbs/16_augment.ipynb #a7c01d14
+class _Operations:
+    """TrivialAugment, or RandAugment, on a batch in 0..1; each image has its
+    own draws.
+
+    Parameters
+    ----------
+    times : int
+        Operations one after another.
+    step : int, optional
+        Their magnitude, 0 to 30, as in RandAugment; None draws it for every
+        image, out of TrivialAugment's wider ranges.
+    """
+
+    def __init__(self, times: int = 1, step: int | None = None):
+        if step is not None and not 0 <= step <= 30:
+            raise ValueError(
+                f"step is {step}; give a magnitude of 0 to 30, or None for "
+                "TrivialAugment"
+            )
+        self.times, self.step = times, step
+
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The operation of every image and its magnitude, (B,) both."""
+        first, narrow, wide = torch.tensor(
+            list(_REACH.values()), device=x.device
+        ).unbind(1)
+        names, last = list(_REACH), wide if self.step is None else narrow
+        if self.step is not None:
+            for name, size in (("X", x.shape[3]), ("Y", x.shape[2])):
+                last[names.index("Translate" + name)] *= size
+        which = torch.randint(len(names), (len(x),), device=x.device)
+        step = torch.randint(31, (len(x),), device=x.device)
+        if self.step is not None:
+            step = torch.full_like(step, self.step)
+        m = first[which] + (last - first)[which] * step / 30
+        back = (torch.rand(len(x), device=x.device) <= 0.5) & (
+            first[which] == 0
+        )
+        return which, torch.where(back, -m, m)
+
+    def change(self, x: Tensor, which: Tensor, m: Tensor) -> Tensor:
+        """Apply operations that were drawn."""
+        _check_images(x)
+        out = x.clone()
+        for k, name in enumerate(_REACH):
+            rows = (which == k).nonzero().flatten()
+            if len(rows):
+                out[rows] = _operate(x[rows], name, m[rows])
+        return out
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = self.change(x, *self.draw(x))
+        return x
+
 # %% ../nbs/16_augment.ipynb #2645734d
 STRENGTHS = {
     "none": 0.0,
@@ -458,6 +588,7 @@ STRENGTHS = {
     "erasing": 0.33,
     "noise": 0.1,
     "randaugment": 0.3,
+    "trivialaugment": 0.0,
     "mixup": 0.2,
     "cutmix": 1.0,
 }
@@ -465,17 +596,15 @@ STRENGTHS = {
 
 def _single(name: str, strength: float, n_classes: int) -> Callable:
     "The transform of one method."
-    if name == "randaugment":
-        from torchvision.transforms import v2
-
-        return Grouped(v2.RandAugment(magnitude=round(30 * strength)), 8)
     return {
         "none": lambda x: x,
+        "randaugment": _Operations(2, round(30 * min(strength, 1.0))),
+        "trivialaugment": _Operations(),
         "flip": lambda x: random_flip(x, strength),
         "upside down": lambda x: random_flip(x, strength, -2),
         "crop": lambda x: random_crop(x, round(strength * x.shape[-1])),
         "zoom": lambda x: random_resized_crop(x, (1 - strength, 1.0)),
-        "color": lambda x: color_jitter(x, strength),
+        "color": lambda x: _color_jitter(x, strength),
         "erasing": lambda x: random_erasing(
             x, area=(min(0.02, strength), strength)
         ),
@@ -486,7 +615,9 @@ def _single(name: str, strength: float, n_classes: int) -> Callable:
 
 # %% ../nbs/16_augment.ipynb #01a181c1
 def policy(
-    name: str, n_classes: int = 10, strength: float | None = None
+    name: str,
+    n_classes: int = 10,
+    strength: float | Mapping[str, float] | None = None,
 ) -> _Pipeline:
     """A transform for `fit` by name.
 
@@ -496,12 +627,13 @@ def policy(
         One of `STRENGTHS`, or several joined by " + ".
     n_classes : int
         For those that mix labels.
-    strength : float, optional
-        Default: `STRENGTHS[name]`. flip, upside down: probability. crop:
-        largest shift over the side. zoom: largest share of the area cut away.
-        color: largest change of a factor. erasing: largest share of the area,
-        in half of the images. noise: standard deviation. randaugment: magnitude
-        / 30. mixup, cutmix: alpha.
+    strength : float or dict name -> float, optional
+        A number is that of the last one named; what is not given is
+        `STRENGTHS[name]`. flip, upside down: probability. crop: largest shift
+        over the side. zoom: largest share of the area cut away. color: largest
+        change of a factor. erasing: largest share of the area, in half of the
+        images. noise: standard deviation. randaugment: magnitude / 30, at
+        most 1. trivialaugment: has none. mixup, cutmix: alpha.
 
     Examples
     --------
@@ -515,14 +647,11 @@ def policy(
             f"unknown augmentation {unknown[0]!r}; use "
             f"{', '.join(STRENGTHS)}, joined by ' + '"
         )
-    return _Pipeline(
-        *(
-            _single(
-                p, STRENGTHS[p] if strength is None else strength, n_classes
-            )
-            for p in parts
-        )
-    )
+    given = strength if isinstance(strength, Mapping) else {}
+    if isinstance(strength, float | int):
+        given = {parts[-1]: strength}
+    strengths = {**STRENGTHS, **given}
+    return _Pipeline(*(_single(p, strengths[p], n_classes) for p in parts))
 
 # %% ../nbs/16_augment.ipynb #18982d25
 @torch.no_grad()
@@ -573,6 +702,93 @@ def changed_predictions(
     return before[right], predict(model, changed, precision="fp32").argmax(
         1
     ).to(before.device)
+
+# %% ../nbs/16_augment.ipynb #a7c02e01
+@functools.cache
+def _thesaurus() -> dict[str, tuple[str, ...]]:
+    """Words and their synonyms, from WordNet 3.0."""
+    with lzma.open(asset("wordnet") / "synonyms.txt.xz", "rt") as lines:
+        pairs = (line.rstrip("\n").split(": ") for line in lines)
+        return {word: tuple(found.split(", ")) for word, found in pairs}
+
+
+def _plain_word(word: str) -> bool:
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    return word not in ENGLISH_STOP_WORDS
+
+# %% ../nbs/16_augment.ipynb #a7c02e02
+_EDITS = ("synonyms", "insertion", "swap", "deletion")
+
+
+def eda(
+    sentence: str,
+    alpha: float = 0.05,
+    copies: int = 16,
+    how: Sequence[str] = _EDITS,
+    synonyms: Mapping[str, Sequence[str]] | None = None,
+    rng: random.Random | None = None,
+) -> list[str]:
+    """Changed copies of a sentence, each by one of EDA's four operations.
+
+    Parameters
+    ----------
+    sentence : str
+        Words with blanks between them.
+    alpha : float
+        The share of words that is changed, at least one; for "deletion" the
+        probability for each word.
+    copies : int
+        The operations take turns.
+    how : sequence of str
+        Of "synonyms" (put one in a word's place), "insertion" (of a synonym
+        at a random place), "swap" (of any two words), "deletion".
+    synonyms : mapping, optional
+        Word -> synonyms; by default those of WordNet for 11,764 frequent
+        words. Stop words have none.
+
+    References
+    ----------
+    J. Wei, K. Zou (2019), arXiv:1901.11196
+
+    Examples
+    --------
+    >>> eda("a dull film", copies=1, how=["swap"], rng=random.Random(0))
+    ['a film dull']
+    """
+    unknown = [name for name in how if name not in _EDITS]
+    if unknown or not how:
+        raise ValueError(
+            f"how is {list(how)}; name one or more of {', '.join(_EDITS)}"
+        )
+    if not 0 < alpha <= 1 or copies < 0:
+        raise ValueError(
+            f"alpha={alpha}, copies={copies}: give a share of the words above "
+            "0, at most 1, and a number of copies >= 0"
+        )
+    table = _thesaurus() if synonyms is None else synonyms
+    rng, words = rng or random.Random(), sentence.split()
+    known = [w for w in dict.fromkeys(words) if _plain_word(w) and table.get(w)]
+    made = []
+    for i in range(copies):
+        kind, new = how[i % len(how)], list(words)
+        n = max(1, int(alpha * len(words)))
+        if kind == "deletion":
+            new = [w for w in words if rng.random() >= alpha]
+            new = new or (words and [rng.choice(words)])
+        elif kind == "swap":
+            for _ in range(n if len(new) > 1 else 0):
+                a, b = rng.sample(range(len(new)), 2)
+                new[a], new[b] = new[b], new[a]
+        else:
+            for word in rng.sample(known, min(n, len(known))):
+                other = rng.choice(table[word])
+                if kind == "synonyms":
+                    new = [other if w == word else w for w in new]
+                else:
+                    new.insert(rng.randint(0, len(new)), other)
+        made.append(" ".join(new))
+    return made
 
 # %% ../nbs/16_augment.ipynb #ef8b024d
 def _word_numbers(batch: Mapping[str, Tensor], vocab: Any) -> Tensor:

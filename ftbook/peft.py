@@ -1938,35 +1938,52 @@ def _normal_float(bits: int = 4) -> Tensor:
 
 # %% ../nbs/11_peft.ipynb #6e08d609
 def _encode_blocks(
-    weight: Tensor, bits: int, block: int
+    weight: Tensor, bits: int, block: int, levels: str = "normal"
 ) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, for 4 bits two to a byte) and a float32 scale per block."""
+    """Codes (uint8, for 4 bits two to a byte) and a float32 scale per block.
+
+    With "even" levels a float16 step and smallest weight per block instead.
+    """
     flat = weight.detach().float().flatten()
     blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    if levels == "even":
+        low, high = blocks.amin(1), blocks.amax(1)
+        step = (high - low) / (2**bits - 1)
+        scale = torch.stack([step, low], 1).half()
+        step, low = scale.float()[..., None].unbind(1)
+        unit = (blocks - low) / step.clamp_min(1e-12)
+        codes = unit.round().clamp(0, 2**bits - 1).to(torch.uint8)
+        return (codes if bits == 8 else _two_to_a_byte(codes)), scale
     scale = blocks.abs().amax(1).clamp_min(1e-12)
     unit = blocks / scale[:, None]
     if bits == 8:
         return (unit * 127).round().add(128).to(torch.uint8), scale
-    levels = _normal_float().to(weight.device)
-    codes = (
-        torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)
-        .to(torch.uint8)
-        .view(-1, 2)
-    )
-    return codes[:, 0] * 16 + codes[:, 1], scale
+    known = _normal_float().to(weight.device)
+    codes = torch.bucketize(unit, (known[1:] + known[:-1]) / 2)
+    return _two_to_a_byte(codes.to(torch.uint8)), scale
+
+
+def _two_to_a_byte(codes: Tensor) -> Tensor:
+    first, second = codes.view(-1, 2).T
+    return first * 16 + second
 
 # %% ../nbs/11_peft.ipynb #c54a41f5
 def _decode_blocks(
     codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int]
 ) -> Tensor:
     """The float32 weights that codes and scales stand for."""
-    if bits == 8:
-        unit = (codes.float() - 128) / 127
+    if bits == 4:
+        codes = torch.stack([codes >> 4, codes & 15], 1)
+    if scale.dim() == 2:  # even levels: a step and the smallest weight
+        step, low = scale.float().T
+        whole = codes.view(len(scale), -1).float() * step[:, None]
+        whole = (whole + low[:, None]).flatten()
     else:
-        unit = _normal_float().to(codes.device)[
-            torch.stack([codes >> 4, codes & 15], 1).int()
-        ]
-    whole = (unit.view(len(scale), -1) * scale[:, None]).flatten()
+        if bits == 8:
+            unit = (codes.float() - 128) / 127
+        else:
+            unit = _normal_float().to(codes.device)[codes.int()]
+        whole = (unit.view(len(scale), -1) * scale[:, None]).flatten()
     return whole[: math.prod(shape)].view(*shape)
 
 # %% ../nbs/11_peft.ipynb #cbbab25e
@@ -1979,17 +1996,27 @@ class _QuantLinear(_Coded):
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, linear: _Weighted, bits: int = 4, block: int = 64):
+    def __init__(
+        self,
+        linear: _Weighted,
+        bits: int = 4,
+        block: int = 64,
+        levels: str = "normal",
+    ):
         super().__init__()
         if bits not in (4, 8) or block < 2 or block % 2:
             raise ValueError(
                 f"bits={bits}, block={block}: bits is 4 or 8, block an even "
                 "number of at least 2"
             )
+        if levels not in ("normal", "even"):
+            raise ValueError(
+                f"levels={levels!r}: use 'normal' (NF4) or 'even' (Q4_1)"
+            )
         self.bits, self.block = bits, block
         self.shape = tuple(linear.weight.shape)
         self.out_features, self.in_features = self.shape
-        codes, scale = _encode_blocks(linear.weight, bits, block)
+        codes, scale = _encode_blocks(linear.weight, bits, block, levels)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.bias: nn.Parameter | None = linear.bias
@@ -2032,17 +2059,40 @@ def quantize(
     bits: int = 4,
     block: int = 64,
     target: _Target = "all-linear",
+    levels: str = "normal",
 ) -> list[str]:
     """Replace linear layers by `_QuantLinear`, in place and before any adapter.
 
     Returns their names. Layers that do more than x W^T + b (hooks, subclasses)
     stay as they are, unless they are named, which is an error.
 
+    Parameters
+    ----------
+    model
+        Its layers are replaced.
+    bits : 4 or 8
+        Of a code.
+    block : int
+        Weights that share a scale; an even number.
+    target
+        Names or patterns, as in `LoRA`.
+    levels : "normal" or "even"
+        Where the codes lie. "normal": quantiles of a normal distribution
+        (NF4; with 8 bits evenly around zero), and a float32 scale. "even":
+        equal steps from the smallest to the largest weight, and two float16
+        numbers; with 4 bits and blocks of 32 this is Q4_1 of a GGUF file.
+
     Raises
     ------
     ValueError
         If the target matches no linear layer, the model has adapters already,
-        or bits or block is not possible.
+        or bits, block or levels is not possible.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(64, 8))
+    >>> quantize(net, bits=4, block=32, levels="even")
+    ['0']
     """
     model = _uncompiled(model)
     places = _walk(model)
@@ -2051,7 +2101,7 @@ def quantize(
             "the model has adapters: quantize the base first, then apply them"
         )
     found = _chosen(model, _Quantization(target), (), _Survey(model, places))
-    new = {id(m): _QuantLinear(m, bits, block) for m in found.values()}
+    new = {id(m): _QuantLinear(m, bits, block, levels) for m in found.values()}
     for _, parent, attribute, module in places:
         if id(module) in new:
             parent._modules[attribute] = new[id(module)]

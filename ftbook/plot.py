@@ -493,7 +493,7 @@ def heatmap(
     matrix : array (rows, columns)
     xlabels, ylabels : names of the columns and of the rows
     fmt : str
-        Format of the numbers; "" writes none.
+        Format of the numbers; "" writes none and draws small cells.
 
     Examples
     --------
@@ -508,7 +508,9 @@ def heatmap(
             f"matrix has shape {m.shape} but there are {len(ylabels)} ylabels "
             f"and {len(xlabels)} xlabels"
         )
-    ax = _axes(ax, 1.4 + 0.62 * m.shape[1], 1.1 + 0.4 * m.shape[0])
+    wide, high = (0.62, 0.4) if fmt else (0.1, 0.1)
+    rows, columns = m.shape if fmt else np.maximum(m.shape, 24)
+    ax = _axes(ax, 1.4 + wide * columns, 1.1 + high * rows)
     image = ax.imshow(m, aspect="auto")
     long = max(len(str(name)) for name in xlabels) > 5
     turn, side = (45, "right") if long else (0, "center")

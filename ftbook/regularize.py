@@ -1,8 +1,9 @@
-"""Regularization: eighteen ways not to learn few labels by heart.
+"""Regularization: twenty ways not to learn few labels by heart.
 
-Terms of the loss (`Penalized` with `penalty` or `l2_sp`), callbacks of `fit`
-(`Proximal`, `DecoupledDecay`, `GradientNoise`, `WeightAverage`), and what is
-attached to a model for a while (`drop_outputs`, `drop_connect`, `mixout`).
+Terms of the loss (`Penalized` with `penalty` or `l2_sp`, `RDrop`), callbacks
+of `fit` (`Proximal`, `DecoupledDecay`, `GradientNoise`, `SAM`,
+`WeightAverage`), and what is attached to a model for a while (`drop_outputs`,
+`drop_connect`, `mixout`).
 
 >>> from ftbook.train import fit
 >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -32,27 +33,26 @@ from .finetune import find_head, select
 from .scoring import resolve_loss
 
 __all__ = [
-    "elastic_net", "Penalized", "penalty", "shrink", "Proximal",
-    "DecoupledDecay", "l2_sp", "drop", "set_dropout", "drop_outputs",
-    "drop_connect", "mixout", "GradientNoise", "WeightAverage",
-    "refresh_batchnorm",
+    "Penalized", "penalty", "Proximal", "DecoupledDecay", "l2_sp", "drop",
+    "set_dropout", "RDrop", "drop_outputs", "drop_connect", "mixout",
+    "GradientNoise", "SAM", "WeightAverage", "refresh_batchnorm",
 ]  # fmt: skip
 
 # %% ../nbs/15_regularize.ipynb #f6ed50fb
-def elastic_net(
+def _elastic_net(
     parameters: Iterable[Tensor], l1: float = 0.0, l2: float = 0.0
 ) -> Tensor:
     """l1 · sum |w| + l2 / 2 · sum w² over all tensors, equation (15.2).
 
     Examples
     --------
-    >>> elastic_net([torch.tensor([1.0, -2.0])], l1=1.0, l2=1.0).item()
+    >>> _elastic_net([torch.tensor([1.0, -2.0])], l1=1.0, l2=1.0).item()
     5.5
     """
     parameters = list(parameters)
     if not parameters:
         raise ValueError(
-            "no parameters were given to elastic_net; check the pattern that "
+            "no parameters were given for the penalty; check the pattern that "
             "selected them"
         )
     total = parameters[0].new_zeros(())
@@ -98,7 +98,7 @@ class Penalized:
     Examples
     --------
     >>> w = torch.tensor([3.0], requires_grad=True)
-    >>> loss = Penalized("mse", lambda: elastic_net([w], l2=2.0))
+    >>> loss = Penalized("mse", lambda: _elastic_net([w], l2=2.0))
     >>> loss(w, torch.tensor([3.0])).item()
     9.0
     >>> with torch.no_grad(): loss(w, torch.tensor([3.0])).item()
@@ -125,7 +125,7 @@ class Penalized:
 def penalty(
     model: nn.Module, *patterns: str, l1: float = 0.0, l2: float = 0.0
 ) -> partial:
-    """`elastic_net` of a model's matrices as a term of `Penalized`.
+    """`_elastic_net` of a model's matrices as a term of `Penalized`.
 
     Parameters
     ----------
@@ -143,17 +143,17 @@ def penalty(
     if not patterns:
         names += sorted(_head_names(model) - undecayed(model))
     parameters = dict(model.named_parameters())
-    return partial(elastic_net, [parameters[n] for n in names], l1=l1, l2=l2)
+    return partial(_elastic_net, [parameters[n] for n in names], l1=l1, l2=l2)
 
 # %% ../nbs/15_regularize.ipynb #57aef1e2
-def shrink(x: Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
+def _shrink(x: Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
     """The proximal operator of l1 · |x| + l2 / 2 · x², equation (15.5).
 
     With l2 = 0 it is soft-thresholding, equation (15.4).
 
     Examples
     --------
-    >>> shrink(torch.tensor([-3.0, 0.5, 2.0]), l1=1.0)
+    >>> _shrink(torch.tensor([-3.0, 0.5, 2.0]), l1=1.0)
     tensor([-2.,  0.,  1.])
     """
     return (x - x.clamp(-l1, l1)) / (1 + l2)
@@ -202,7 +202,7 @@ def _linear_elastic_net(
     momentum = 1.0
     for _ in range(steps):
         if proximal:
-            new = shrink(v - rate * (gram @ v - moment), rate * l1, rate * l2)
+            new = _shrink(v - rate * (gram @ v - moment), rate * l1, rate * l2)
             faster = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
             w, v, momentum = (
                 new,
@@ -253,7 +253,7 @@ class Proximal:
         for w in self.parameters:
             if id(w) in rate and w.requires_grad:
                 lr = rate[id(w)]
-                w.copy_(shrink(w, lr * self.l1, lr * self.l2))
+                w.copy_(_shrink(w, lr * self.l1, lr * self.l2))
 
     def state_dict(self) -> dict:
         return {}
@@ -412,8 +412,8 @@ def l2_sp(
     def term() -> Tensor:
         for n, p in body.items():  # the model may have moved to a GPU since
             start[n] = start[n].to(p.device)
-        away = elastic_net([p - start[n] for n, p in body.items()], l2=alpha)
-        return away + elastic_net(last, l2=beta) if beta else away
+        away = _elastic_net([p - start[n] for n, p in body.items()], l2=alpha)
+        return away + _elastic_net(last, l2=beta) if beta else away
 
     return term
 
@@ -503,6 +503,68 @@ def set_dropout(model: nn.Module, p: float) -> _Attached:
     for layer in layers:
         layer.p = p
     return _Attached(undo)
+
+# %% ../nbs/15_regularize.ipynb #a15rd002
+class RDrop(_Attached):
+    """A loss for `fit` under which two passes with dropout should agree.
+
+    Equation (15.15). In training every batch of `model` is doubled, until
+    `remove` or the end of a with block; validation is plain.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With dropout layers, see `set_dropout`: without noise both passes are
+        equal.
+    alpha : float
+        Weight of the disagreement.
+    loss : str or callable (output, target) -> scalar
+        As `fit` takes it; a mean over the examples.
+
+    References
+    ----------
+    Liang et al. (2021), arXiv:2106.14448
+
+    Examples
+    --------
+    >>> from ftbook.train import fit
+    >>> net = nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 2))
+    >>> data = (torch.randn(8, 4), torch.tensor([0, 1] * 4))
+    >>> with RDrop(net, alpha=1.0) as loss:
+    ...     _ = fit(net, data, loss=loss)
+    """
+
+    def __init__(
+        self, model: nn.Module, alpha: float, loss: Any = "cross_entropy"
+    ):
+        if alpha < 0:
+            raise ValueError(f"alpha is {alpha}; it must be 0 or more")
+        doubled = model.register_forward_pre_hook(_twice, with_kwargs=True)
+        super().__init__([doubled.remove])
+        self.alpha, self.loss = alpha, resolve_loss(loss)
+
+    def __enter__(self) -> "RDrop":
+        return self
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        if len(output) == len(target):  # validation
+            return self.loss(output, target)
+        halves = output.chunk(2)
+        p, q = (half.log_softmax(-1) for half in halves)
+        apart = ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
+        both = sum(self.loss(half, target) for half in halves) / 2
+        return both + self.alpha / 4 * apart
+
+
+def _twice(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    """Every tensor of a training batch after itself once more."""
+    if not module.training:
+        return None
+
+    def double(x):
+        return torch.cat([x, x]) if torch.is_tensor(x) else x
+
+    return tuple(map(double, args)), {k: double(v) for k, v in kwargs.items()}
 
 # %% ../nbs/15_regularize.ipynb #99ee8620
 def drop_outputs(
@@ -808,6 +870,99 @@ def _clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+# %% ../nbs/15_regularize.ipynb #a15sam02
+class SAM(_BeforeStep):
+    """Callback and loss of `fit`: the step's gradient is that of the weights a
+    distance `rho` uphill, equation (15.16).
+
+    Pass it as both. One batch a step, one process, fp32; the second gradient
+    is not clipped.
+
+    Parameters
+    ----------
+    rho : float
+        How far uphill, in the norm of all weights together.
+    loss : str or callable (output, target) -> scalar
+        As `fit` takes it; kept as `plain`.
+
+    References
+    ----------
+    Foret et al. (2021), arXiv:2010.01412
+
+    Examples
+    --------
+    >>> from ftbook.train import fit
+    >>> data = (torch.randn(8, 4), torch.tensor([0, 1] * 4))
+    >>> net, sam = nn.Linear(4, 2), SAM(rho=0.05)
+    >>> _ = fit(net, data, loss=sam, callbacks=[sam])
+    """
+
+    def __init__(self, rho: float = 0.05, loss: Any = "cross_entropy"):
+        if rho < 0:
+            raise ValueError(f"rho is {rho}; a distance is not negative")
+        self.rho, self.plain, self.loss = rho, loss, resolve_loss(loss)
+        self._model: Any = None
+        self._seeing: Any = None
+        self._given: Any = None
+        self._target: Any = None
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self._target = target
+        return self.loss(output, target)
+
+    def on_train_begin(self, run) -> None:
+        _check_sharpness(run, self)
+        super().on_train_begin(run)
+        self._model = run.model
+        hook = run.model.register_forward_pre_hook
+        self._seeing = hook(self._see, with_kwargs=True)
+
+    def close(self, run=None) -> None:
+        super().close(run)
+        if self._seeing is not None:
+            self._seeing.remove()
+        self._model = self._seeing = self._given = self._target = None
+
+    def _see(self, module, args, kwargs) -> None:
+        if torch.is_grad_enabled():
+            self._given = args, kwargs
+
+    def before_step(self, optimizer) -> None:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        moved = [p for p in held if p.grad is not None]
+        before = [p.clone() for p in moved]
+        uphill = [p.grad for p in moved]
+        norm = torch.linalg.vector_norm(
+            torch.stack(torch._foreach_norm(uphill))
+        )
+        torch._foreach_add_(
+            moved, uphill, alpha=self.rho / (float(norm) + 1e-12)
+        )
+        for p in moved:
+            p.grad = None
+        args, kwargs = self._given
+        with torch.enable_grad():
+            self.loss(self._model(*args, **kwargs), self._target).backward()
+        for p, was in zip(moved, before, strict=True):
+            p.copy_(was)
+
+
+def _check_sharpness(run, sam: SAM) -> None:
+    """Refuse runs in which the second pass would not be the first's twin."""
+    if run.loss is not sam:
+        raise ValueError(
+            "SAM is a callback and the loss: pass it as loss= too, or it does "
+            "not see the labels"
+        )
+    several = dist.is_available() and dist.is_initialized()
+    if run.settings.accumulate > 1 or run.precision != "fp32" or several:
+        raise ValueError(
+            f"SAM with accumulate={run.settings.accumulate}, precision "
+            f"{run.precision!r}: its second pass is one fp32 batch in one "
+            'process; use Settings(accumulate=1, precision="fp32")'
+        )
 
 # %% ../nbs/15_regularize.ipynb #c1be0a25
 class WeightAverage:

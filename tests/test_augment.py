@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from ftbook import augment as au
-from ftbook import data, images, mlm, models
+from ftbook import data, images, mlm, models, results
 from ftbook.models import SmallCNN
 from ftbook.scoring import accuracy
 from ftbook.studies import augment as study
@@ -61,7 +61,7 @@ def test_gray_images_keep_their_saturation():
     torch.testing.assert_close(images.adjust_color(x, one, one, 0 * one), x)
 
 
-@pytest.mark.parametrize("name", [n for n in au.STRENGTHS if n not in ("none", "flip", "upside down", "randaugment")])
+@pytest.mark.parametrize("name", [n for n in au.STRENGTHS if n not in ("none", "flip", "upside down")])
 def test_every_image_has_its_own_draw(name):
     same = X[:1].expand(16, -1, -1, -1).contiguous()
     transform = au.policy(name, 5)
@@ -133,6 +133,9 @@ def test_a_policy_joins_changes_and_groups_get_their_own_draws():
         lambda: au.random_resized_crop(X, (0.0, 1.0)),
         lambda: au.MixUp(5, 0),
         lambda: au.Grouped(abs, 0),
+        lambda: au._Operations(1, 31),
+        lambda: au.eda("a film", 0.0),
+        lambda: au.eda("a film", how=["translate"]),
         lambda: au.policy("sharpen"),
         lambda: au.text_policy("synonyms", None, None),
         lambda: au._WordSwap(None, 2),
@@ -306,37 +309,152 @@ def test_replacing_mentions():
     assert au.replace_mentions(*sentences[0], {}, 1.0) == tuple(map(list, sentences[0]))
 
 
-def test_a_run_of_the_study_repeats_and_scores_test_images_only_when_asked():
-    found = [study.run(3, split, "cutmix", 5, 3e-3, steps=3) for split in ("valid", "test", "test")]
-    assert set(found[0]) == {"train_accuracy", "valid_accuracy"}
-    assert found[1] == found[2] and found[1] == {**found[0], "test_accuracy": found[1]["test_accuracy"]}
+def test_trivial_and_rand_augment_equal_torchvision_on_the_same_draws():
+    eight_bit = (X * 255).round() / 255
+    for seed in range(200):
+        one, wide = eight_bit[seed % 16][None], seed % 2 == 0
+        reference = v2.TrivialAugmentWide() if wide else v2.RandAugment(num_ops=1, magnitude=21)
+        torch.manual_seed(seed)
+        want = reference(one)
+        torch.manual_seed(seed)
+        which = torch.randint(len(au._REACH), (1,))
+        name = list(au._REACH)[which]
+        first, narrow, last = au._REACH[name]
+        size = {"TranslateX": 10, "TranslateY": 12}.get(name, 1)
+        last = last if wide else narrow * size
+        m = torch.zeros(1)
+        if first != last:
+            step = torch.randint(31, ()) if wide else torch.tensor(21)
+            m = torch.linspace(first, last, 31)[step].view(1)
+            if first == 0 and torch.rand(()) <= 0.5:
+                m = -m
+        torch.testing.assert_close(au._Operations().change(one, which, m), want, msg=name)
 
 
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_a_run_with_sentences_scores_one_split(split):
-    found = study.run_text(0, split, "swap", labels=6, lr=1e-3)
-    assert list(found) == [f"{split}_accuracy"] and 0 <= found[f"{split}_accuracy"] <= 1
+def test_magnitudes_are_drawn_out_of_their_ranges_and_go_both_ways():
+    x = torch.rand(4000, 1, 6, 4)
+    for transform, column in ((au._Operations(), 2), (au._Operations(2, 30), 1)):
+        which, m = transform.draw(x)
+        assert which.unique().numel() == len(au._REACH)
+        for k, (name, reach) in enumerate(au._REACH.items()):
+            size = {"TranslateX": 4, "TranslateY": 6}.get(name, 1) if column == 1 else 1
+            ends = sorted((reach[0], reach[column] * size))
+            low, high = m[which == k].min(), m[which == k].max()
+            assert low >= (-ends[1] if reach[0] == 0 else ends[0]) - 1e-5 and high <= ends[1] + 1e-5, name
+            assert reach[0] != 0 or ends[1] == 0 or (low < 0 < high), name
+
+
+def test_the_last_of_several_changes_takes_the_strength():
+    torch.manual_seed(0)
+    strong = au.policy("flip + crop", strength=0.0)(X)
+    torch.manual_seed(0)
+    assert torch.equal(strong, au.random_flip(X, 0.5))
+
+
+SENTENCE = "a charming and unpretentious little film about friendship"
+
+
+@pytest.mark.parametrize("kind", au._EDITS)
+def test_eda_changes_as_many_words_as_it_says(kind):
+    plain = SENTENCE.split()
+    table = {"film": ("movie",), "charming": ("delightful",), "little": ("small",), "and": ("plus",)}
+    made = au.eda(SENTENCE, 0.25, 30, [kind], table, random.Random(0))
+    assert len(made) == 30 and len(set(made)) > 1
+    new = {"movie", "delightful", "small"}
+    for text in made:
+        found = text.split()
+        if kind == "synonyms":
+            assert len(found) == 8 and sum(a != b for a, b in zip(plain, found, strict=True)) == 2
+        if kind == "insertion":
+            assert len(found) == 10 and len(new & set(found)) == 2
+        if kind == "swap":
+            assert sorted(found) == sorted(plain)
+        if kind == "deletion":
+            assert 1 <= len(found) <= 8 and set(found) <= set(plain)
+        assert "plus" not in found, "stop words have no synonyms"
+
+
+def test_eda_takes_turns_and_keeps_to_its_seed():
+    one, two = (au.eda(SENTENCE, 0.1, 8, rng=random.Random(3)) for _ in range(2))
+    assert one == two and len(one) == 8
+    assert all(sorted(s.split()) == sorted(SENTENCE.split()) for s in one[2::4])
+    assert au.eda("", copies=4) == [""] * 4 and au.eda("dull", 1.0, 1, ["deletion"]) == ["dull"]
+
+
+def test_synonyms_come_from_wordnet_and_are_never_the_word_itself():
+    table = au._thesaurus()
+    assert "movie" in table["film"] and "movie" in table["films"] and "the" not in table
+    assert all(word not in found and found for word, found in table.items())
+
+
+def test_a_run_of_the_study_repeats_and_scores_the_split_that_is_asked_for():
+    found = [
+        study.run(3, split, "flip + crop + cutmix", 3e-3, 0.3, labels=study.FEW) for split in ("valid", "test", "test")
+    ]
+    _, valid, test = study.photos()
+    assert set(found[0]) == {"accuracy"} and len(found[0]["accuracy"]) == len(valid)
+    assert len(found[1]["accuracy"]) == len(test) and {"train_accuracy", "valid_at_1"} < set(found[1])
+    assert (found[1]["accuracy"] == found[2]["accuracy"]).all()
+    linear = study.run(3, "test", "linear model on pixels", C=1e-3, labels=study.FEW)["accuracy"]
+    assert linear.mean() > 0.5
+
+
+@pytest.mark.parametrize("how", ["none", "EDA", "written", "written, filtered"])
+def test_enlarged_sets_weigh_what_they_say(how, monkeypatch):
+    made = [{"text": f"film {i}", "label": i % 2, "reads": i / 10} for i in range(10)]
+    monkeypatch.setattr(results, "load", lambda *_: made)
+    texts, y, weight = study.enlarged("sst2", 4, 0, how, 0.5)
+    assert len(texts) == len(y) == len(weight) and weight.sum().item() == pytest.approx(8, rel=1e-5)
+    if how == "EDA":
+        assert len(texts) == 8 * (study.COPIES + 1) and weight.unique().numel() == 1
+    if how.startswith("written"):
+        assert weight[8:].sum() / weight[:8].sum() == pytest.approx(0.5, rel=1e-5)
+        assert len(texts) == 8 + (10 if how == "written" else len(study.written(filtered=True)))
+
+
+def test_the_filter_keeps_the_surest_half_of_each_label(monkeypatch):
+    made = [{"text": str(i), "label": i % 2, "reads": i / 10} for i in range(10)]
+    monkeypatch.setattr(results, "load", lambda *_: made)
+    kept = [(r["label"], r["reads"]) for r in study.written(filtered=True)]
+    assert kept == [(0, 0.0), (0, 0.2), (0, 0.4), (1, 0.9), (1, 0.7), (1, 0.5)]
+
+
+def test_written_sentences_are_cut_after_the_first():
+    assert study._first_sentence('"A  fine film. And more<|im_end|>') == "A fine film."
+    assert study._first_sentence("\n\nWhat a film!<|im_end|>") == "What a film!" and study._first_sentence("") == ""
+
+
+@pytest.mark.parametrize("method", ["majority", "bag of words", "probe", "probe + swap", "bag of words + EDA"])
+def test_a_run_with_sentences_scores_one_split(method):
+    for split in ("valid", "test"):
+        right = study.run_words(0, split, "sst2", 4, method, C=1.0, strength=0.2)["accuracy"]
+        assert right.shape == (len(study.sentences("sst2", split)),) and right.dtype == bool
+
+
+@pytest.mark.parametrize("method", ["none", "deletion", "embedding mixup"])
+def test_a_tuned_run_repeats(method):
+    one, two = (study.run_tuned(0, "test", 4, method, 1e-3, 0.2)["accuracy"] for _ in range(2))
+    assert (one == two).all()
 
 
 def test_methods_take_the_rate_that_the_plain_run_chose(tmp_path, monkeypatch):
-    def run(seed, split, method, labels, lr, steps=0):
-        assert method == "none" or split == "test", "only the plain run chooses"
-        return {f"{split}_accuracy": 0.5 - abs(lr - 1e-3) + 0.01 * seed, "train_accuracy": 1.0}
+    def run(seed, split, method, lr=0.0, strength=None, C=None, labels=None, times=1):
+        assert method in ("none", "linear model on pixels") or lr == 3e-3
+        best = 0.5 - abs(lr - 3e-3) - abs((C or 1e-3) - 1e-3) + 0.01 * seed
+        return {"accuracy": best - abs((strength or 0.3) - 0.3), "train_accuracy": 1.0}
 
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     monkeypatch.setattr(study, "run", run)
-    monkeypatch.setattr(study, "run_text", run)
-    study.main("images", "texts", "longer")
+    study.main("images", "images_longer", "few")
     stored = json.loads((tmp_path / "16_augment.json").read_text())["quick"]
-    for name, methods in (("images", study.METHODS), ("texts", study.TEXT_METHODS)):
-        rows = stored[name]["value"]["test_accuracy"]
-        assert [r["method"] for r in rows] == methods and {r["lr"] for r in rows} == {1e-3}
-        assert all(r["seeds"] == study.SEEDS for r in rows) and [r["tried"] for r in rows] == [3] + [1] * (
-            len(rows) - 1
-        )
-        assert {r["seed"] for r in stored[f"{name}.search"]["value"]["runs"]} == {100}
-    assert {r["steps"] for r in stored["longer"]["value"]["test_accuracy"]} == {study.MORE_STEPS}
-    with pytest.raises(ValueError, match="no study 'sounds'; use images, texts, longer, judges"):
+    rows = stored["images"]["value"]["accuracy"]
+    assert [r["method"] for r in rows] == ["linear model on pixels", *study.METHODS]
+    assert {r["lr"] for r in rows[1:]} == {3e-3} and all(r["seeds"] == study.SEEDS for r in rows[1:])
+    assert {r["seed"] for r in stored["images.search"]["value"]["runs"]} == {100}
+    twice = stored["images_longer"]["value"]["accuracy"]
+    assert [r["method"] for r in twice] == study.LONGER and {r["times"] for r in twice} == {2}
+    assert {r["labels"] for r in stored["few"]["value"]["accuracy"]} == {study.FEW}
+    with pytest.raises(ValueError, match="no study 'sounds'; use few, few_longer, images"):
         study.main("sounds")
 
 

@@ -75,7 +75,9 @@ def test_every_card_is_complete():
             assert len({file.path for file in files}) == len(files)
             for file in files:
                 assert re.fullmatch("[0-9a-f]{64}", file.sha256) and file.size > 1000
-                assert all(url.endswith(file.name) and url.startswith("http") for url in file.urls)
+                assert all(url.endswith(file.name.split("wiki.")[-1].replace("tokens", "txt")) for url in file.urls)
+                assert all(url.startswith("http") for url in file.urls)
+                assert name == "digits" or file.urls or all(o.urls for o in file.recipe.origins), "nobody can get it"
                 assert not file.path.startswith("/") and ".." not in file.path
 
 
@@ -111,7 +113,7 @@ def test_cards_show_themselves():
     text = data.card("fashion_mnist")._repr_markdown_()
     assert "<https://arxiv.org/abs/1708.07747>" in text and "train-images-idx3-ubyte.gz" in text and "26 MB" in text
     assert "Known flaws" in text and "raw.githubusercontent.com" in text
-    assert "no address" in data.card("cifar10")._repr_markdown_()
+    assert "made from" in data.card("cifar10")._repr_markdown_()
     assert "variant" not in data.card("digits")._repr_markdown_()
     assert repr(data.card("digits")) == "Card(digits: Digits (scikit-learn))"
     assert data._download_size("digits") == 0 and data._download_size("wiki_excerpt") == 0
@@ -364,14 +366,16 @@ def test_no_network_and_no_cache_says_what_to_put_where(cache, monkeypatch, toy)
     message, full, subset = str(caught.value), *(data.card("cifar10").variants[v][0] for v in ("full", "subset"))
     for file in (full, subset):
         assert str(cache / file.path) in message and file.sha256 in message and f"{file.size:,}" in message
-    assert full.urls[0] in message and "no public address" in message and "FTBOOK_DATA" in message
+    assert full.urls[0] in message and "FTBOOK_DATA" in message
+    assert f"{subset.recipe}, of which data.load('cifar10', variant='subset') makes it" in message
     assert "FTBOOK_OFFLINE is set" in message
     monkeypatch.delenv("FTBOOK_OFFLINE")
     toy("http://127.0.0.1:9/toy.bin")  # nobody listens there
     with pytest.raises(FileNotFoundError, match="tried http://127.0.0.1:9/toy.bin: ConnectionError"):
         data._fetch("toy", progress=False)
+    toy()
     with pytest.raises(FileNotFoundError, match="no address is on record"):
-        data.load("wiki_excerpt")
+        data._fetch("toy", progress=False)
 
 
 def test_cache_folder_that_cannot_be_written(cache, server, toy, monkeypatch):
@@ -383,8 +387,9 @@ def test_cache_folder_that_cannot_be_written(cache, server, toy, monkeypatch):
     assert server.requests == []
 
 
-def test_nothing_is_written_without_a_download(cache):
+def test_nothing_is_written_without_a_download(cache, monkeypatch):
     data.load("digits")
+    monkeypatch.setenv("FTBOOK_OFFLINE", "1")
     with contextlib.suppress(FileNotFoundError):
         data.load("wiki_excerpt")
     assert not cache.exists() or files_under(cache) == []

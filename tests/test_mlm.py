@@ -7,6 +7,7 @@ import time
 from copy import deepcopy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -415,6 +416,24 @@ def test_every_description_is_probed_on_both_splits(features):
     assert (study.run(0, "test", features, 1.0, labels=40)["accuracy"] == right).all()
 
 
+def test_a_network_is_probed_before_and_while_it_reads(monkeypatch):
+    monkeypatch.setattr(mlm, "start_from_counts", lambda model, ids, vocab: None)
+    study._readers.cache_clear()
+    networks = study._readers(0)
+    assert set(networks) == {-1, 0, *study.READ} and not any(m.training for m in networks.values())
+    words = "bert.embeddings.word_embeddings.weight"
+    first, last = (networks[n].state_dict()[words] for n in (0, study.READ[-1]))
+    assert not torch.equal(first, last), "it has read"
+    n = len(study._reviews()["test"])
+    for features, steps in (("pretrained", study.READ[-1]), ("random weights", 0), ("bag of words", 0)):
+        found = study.run_after(0, "test", features, 1.0, steps)
+        assert found["accuracy"].shape == (n,) and 0 <= found["accuracy"].min() <= found["accuracy"].max() <= 1
+        assert ("loss" in found) == (features != "bag of words")
+    assert set(study.run_after(0, "valid", "random weights", 1.0)) == {"accuracy"}
+    study._readers.cache_clear()
+    study._described_after.cache_clear()
+
+
 def test_a_sentence_vector_is_the_mean_of_its_outputs_whatever_stands_beside_it(model, tokenizer):
     model.eval()
     both = sentence_vectors([SENTENCES[0], "Anna"], model, tokenizer)
@@ -433,9 +452,18 @@ def made_up(seed, split, features, strength, *, labels):
     return {"accuracy": (torch.arange(n) % right > 0).double().numpy() - (strength not in (1e-2, 1e1))}
 
 
+def made_up_after(seed, split, features, strength, steps=0):
+    """Scores in place of a probe of a network that has read so much."""
+    n = len(study._reviews()[split])
+    right = np.full(n, 0.6) if features == "pretrained" else np.arange(n) % 2
+    loss = {} if split == "valid" or features == "bag of words" else {"loss": 5.0 - steps}
+    return {"accuracy": right - 0.2 * (strength not in (1e-2, 1e1)), **loss}
+
+
 def test_the_study_has_a_row_for_each_description_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     monkeypatch.setattr(study, "run", made_up)
+    monkeypatch.setattr(study, "run_after", made_up_after)
     study.main()
     monkeypatch.setattr(study, "run", lambda *args, **options: pytest.fail("runs again"))
     study.main("probe")
@@ -447,6 +475,11 @@ def test_the_study_has_a_row_for_each_description_and_goes_on_where_it_stopped(t
         assert [r["strength"] for r in rows] == [1e1, 1e-2, 1e-2, 1e-2]
         gaps = {r["features"]: r["verdict"] for r in found.compare("accuracy", features="bag of words")}
         assert gaps["MiniLM"] == "worse" and gaps["random BERT"] == "unclear"
+    read = results.load_study("06_mlm", "steps", "quick")
+    rows = [(r["features"], r.get("steps")) for r in read.rows("accuracy")]
+    assert rows[2:-1] == [("pretrained", n) for n in (0, *study.READ)]
+    assert rows[:2] == [("bag of words", None), ("random weights", None)] and rows[-1] == ("bert-mini-en", None)
+    assert len(read.rows("loss")) == len(rows) - 1 and all(len(r["values"]) == 3 for r in read.rows("loss"))
     with pytest.raises(ValueError, match="no study 'nonsense'; use probe, .*finish"):
         study.main("probe", "nonsense")
 

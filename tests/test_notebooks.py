@@ -56,6 +56,7 @@ each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 NAMED = {
     "06_mlm": {"minilm"},
     "10_ner": {"conll2003"},
+    "16_augment": {"trec"},
     "A1_data": {"conll2003"},
     "A2_models": {"cifar10"},
     "A4_results": {"wnut17"},

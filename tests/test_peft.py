@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -571,14 +572,14 @@ def test_pooled_classifier_reads_the_same_position_with_a_prompt():
     assert model(**inputs("bert")).logits.shape == (3, 4)
 
 
-QUANTIZED = [(bits, block) for bits in (4, 8) for block in (16, 64)]
+QUANTIZED = [(bits, block, "normal") for bits in (4, 8) for block in (16, 64)] + [(4, 32, "even"), (8, 16, "even")]
 
 
-@pytest.mark.parametrize(("bits", "block"), QUANTIZED)
-def test_an_adapter_sits_on_a_quantized_base(bits, block, tmp_path):
+@pytest.mark.parametrize(("bits", "block", "levels"), QUANTIZED)
+def test_an_adapter_sits_on_a_quantized_base(bits, block, levels, tmp_path):
     model = make("bert")
     exact, size = run(model, "bert"), sum(p.numel() * 4 for p in model.bert.encoder.parameters())
-    names = peft.quantize(model, bits, block)
+    names = peft.quantize(model, bits, block, levels=levels)
     assert len(names) == 12 and "classifier" not in names
     rough = run(model, "bert")
     assert (rough - exact).abs().max() < {4: 0.6, 8: 0.03}[bits]
@@ -602,7 +603,7 @@ def test_an_adapter_sits_on_a_quantized_base(bits, block, tmp_path):
     expected = run(model, "bert")
     adapter.save(tmp_path)
     other = make("bert")
-    peft.quantize(other, bits, block)
+    peft.quantize(other, bits, block, levels=levels)
     peft.load(other, tmp_path)
     assert torch.equal(run(other, "bert"), expected)
     with pytest.raises(ValueError, match="quantize the base first"):
@@ -621,6 +622,27 @@ def test_quantized_gradient_equals_that_of_the_decoded_layer():
     assert torch.allclose(a, b, atol=1e-5)
     again = peft._QuantLinear(plain, 4, 16)
     assert torch.allclose(again.weight, coded.weight, atol=1e-6)  # coding what was decoded changes nothing
+
+
+def test_even_levels_find_the_codes_of_a_file_in_q4_1_again():
+    codes = torch.randint(0, 16, (24, 32), generator=torch.Generator().manual_seed(0))
+    codes[:, 3], codes[:, 17] = 0, 15  # rounding to Q4_1 gives the ends of a block these
+    step, low = torch.rand(2, 24, 1, generator=torch.Generator().manual_seed(1)).half().float()
+    linear = nn.Linear(96, 8)
+    linear.weight.data = (codes * step - low).view(8, 96)
+    coded = peft._QuantLinear(linear, 4, 32, "even")
+    assert torch.equal(coded.weight, linear.weight)
+    assert coded.codes.nbytes + coded.scale.nbytes == 24 * 20  # as in the file: 16 bytes of codes and two float16
+    flat = nn.Linear(32, 2)
+    flat.weight.data.fill_(0.25)
+    assert torch.equal(peft._QuantLinear(flat, 4, 32, "even").weight, flat.weight)
+
+
+def test_quantize_refuses_unknown_levels():
+    model = make("bert")
+    with pytest.raises(ValueError, match="levels='odd': use 'normal'"):
+        peft.quantize(model, levels="odd")
+    assert not any(isinstance(m, peft._Coded) for m in model.modules())
 
 
 def test_normal_float_levels_are_the_published_ones():
@@ -1798,41 +1820,79 @@ def test_files_with_tensors_that_belong_nowhere(tmp_path):
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_run_of_the_study_scores_its_split_and_nothing_else(split):
-    whole = study.run(1, split, "LoRA", 6e-3, bits=4, size=24)
-    assert 0 <= whole.pop(f"{split}_f1") <= 1
-    assert sorted(whole) == (["file_kb", "mlm_loss", "trained"] if split == "test" else [])
+    whole = study.run(1, split, "LoRA", 6e-3, size=12)
+    hits, pairs = whole.pop("test_f1") if split == "test" else (whole.pop("valid_f1"), 1)
+    assert 0 <= np.sum(hits) <= np.sum(pairs)
+    assert sorted(whole) == (["file_kb", "trained"] if split == "test" else [])
+    assert split == "valid" or set(study.run(1, split, "LoRA" + study.HALF, 6e-3, size=12)["probe"]) <= {0.0, 1.0}
     if split == "test":
-        assert whole["file_kb"] * 1024 == 4 * whole["trained"] and whole["mlm_loss"] > 0
-    assert 0 <= study.run_tone(1, split, "LoRA", 6e-3)["accuracy"] <= 1
+        assert whole["file_kb"] * 1024 == 4 * whole["trained"]
+    linear = study.run(1, split, "word shapes", C=1.0, size=12)
+    assert f"{split}_f1" in linear and study.run(1, split, "word shapes", C=1.0, size=12).keys() == linear.keys()
 
 
-def test_the_study_chooses_a_rate_for_every_method_and_others_take_it(tmp_path, monkeypatch):
-    asked = []
+@pytest.mark.parametrize("base", ["16 bits", study.FILE])
+def test_a_decoder_answers_on_every_base(base):
+    found = study.run_decoder(1, "test", "LoRA", base, lr=1e-3)
+    assert set(found["accuracy"].tolist()) <= {True, False} and found["text_loss"] > 0
+    assert list(study.run_decoder(1, "valid", "LoRA", base, lr=1e-3)) == ["accuracy"]
 
-    def run(seed, split, method, lr, bits=32, size=0, **shape):
-        asked.append((split, seed, method, lr, bits, size))
-        assert size or shape or (split == "valid") == (seed == 0)
-        return {f"{split}_f1": 0.5 - abs(lr - study.RATES[method][1]) + 0.001 * seed}
+
+def test_logits_are_computed_where_an_answer_stands_and_nowhere_else():
+    y = torch.tensor([1, 0, 1])
+    (batch,) = study.asks(["a fine film", "dull", "what a joy it was"], y)
+    model, tokenizer = study.decoder()
+    words = study.causal.encode(list(study.PROMPT.words), tokenizer)
+    answers = sorted(words[k] for k in y.tolist())
+    rows = zip(batch["ids"], batch["scored"], strict=True)
+    assert sorted(ids[where].tolist() for ids, where in rows) == answers
+    places = []
+    watch = model.norm.register_forward_hook(lambda module, x, out: places.append(out.shape[:-1].numel()))
+    try:
+        loss = study.Answers(model)(**batch).loss
+    finally:
+        watch.remove()
+    assert places == [int(batch["scored"].sum())]
+    logits = model(batch["ids"][:, :-1])
+    where, target = batch["scored"][:, 1:], batch["ids"][:, 1:]
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[where], target[where]))
+
+
+def test_the_study_chooses_a_rate_for_every_way_and_others_take_it(tmp_path, monkeypatch):
+    def run(seed, split, method, lr=None, C=None, size=0, r=8):
+        assert size or r != 8 or (split == "valid") == (seed in study.TRIES)
+        best = 0.1 if lr is None else 0.5 - abs(lr - study.RATES[method.removesuffix(study.HALF)][1])
+        return {f"{split}_f1": best + 0.001 * seed}
+
+    def answer(seed, split, method, base, lr=None, C=None):
+        best = 0.1 if lr is None else 0.5 - abs(lr - study.STEPS[1])
+        return {"accuracy": best} | ({"text_loss": 3.0} if lr and split == "test" else {})
 
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     monkeypatch.setattr(study, "run", run)
-    monkeypatch.setattr(study, "run_tone", lambda seed, split, method, lr: {"accuracy": lr})
-    monkeypatch.setattr(study, "forgetting", lambda body: 3.0)
+    monkeypatch.setattr(study, "run_decoder", answer)
+    monkeypatch.setattr(study, "probe", lambda body: np.ones(3))
+    monkeypatch.setattr(study, "_forgetting", lambda net: 3.0)
     threads = torch.get_num_threads()
     try:
-        study.main("methods", "tasks", "labels", "ranks")
+        study.main("methods", "labels", "ranks", "decoder")
     finally:
         torch.set_num_threads(threads)
-    rows = results.load_study("11_peft", "methods").rows("test_f1")
-    assert [(r["method"], r["bits"]) for r in rows] == [(r["method"], r["bits"]) for r in study.rows()]
-    assert all(r["lr"] == study.RATES[r["method"]][1] and r["tried"] == 3 and not r["edge"] for r in rows)
-    assert all(r["seeds"] == study.SEEDS for r in rows) and rows[-1]["bits"] == 4
+    shapes, *rows = results.load_study("11_peft", "methods").rows("test_f1")
+    rows, halved = rows[: len(study.RATES)], rows[len(study.RATES) :]
+    assert shapes["method"] == "word shapes" and [r["method"] for r in rows] == list(study.RATES)
+    assert [r["method"] for r in halved] == [m + study.HALF for m in list(study.RATES)[1:3]]
+    assert [r["lr"] for r in halved] == [r["lr"] for r in rows[1:3]]  # run() halves it
+    assert all(r["lr"] == study.RATES[r["method"]][1] and r["tried"] == 4 and not r["edge"] for r in rows)
+    assert all(r["seeds"] == study.SEEDS for r in [shapes, *rows])
     few = results.load_study("11_peft", "labels").rows("test_f1")
-    assert [(r["method"], r["lr"]) for r in few] == [("full", 3e-4), ("LoRA", 6e-3)]
-    tone = results.load_study("11_peft", "tasks").rows("accuracy")
-    assert [r.mean for r in tone] == [6e-3, 3e-4]
-    assert len(results.load_sweep("11_peft", "ranks").rows) == 12
-    with pytest.raises(ValueError, match="no study 'sizes'; use methods, costs, spectrum, tasks, labels, ranks"):
+    assert [r["method"] for r in few] == ["full", "LoRA" + study.HALF]
+    assert [r["lr"] for r in few] == [study.RATES[m][1] for m in ("full", "LoRA")]
+    assert len(results.load_sweep("11_peft", "ranks").rows) == len(study.TRIES)
+    tuned = results.load_study("11_peft", "decoder").rows("text_loss")
+    assert [r["base"] for r in tuned] == ["16 bits", study.FILE]
+    assert tuned[0]["lr"] == tuned[1]["lr"]  # on 4 bits it is what was chosen for 16
+    with pytest.raises(ValueError, match="no study 'sizes'; use methods, decoder, costs, decoder_costs, spectrum"):
         study.main("sizes")
 
 
@@ -1841,9 +1901,13 @@ def test_costs_and_singular_values_are_stored_once(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "_rate", lambda method: 1e-4)
     study._costs()
     study._spectrum()
+    study._decoder_costs()
     costs = results.load("11_peft", "costs")
-    assert [(c["method"], c["bits"]) for c in costs] == [(r["method"], r["bits"]) for r in study.rows()]
+    assert [c["method"] for c in costs] == list(study.METHODS)
     full, lora = costs[0], costs[1]
-    assert full["relative_time"] == 1 and lora["optimizer"] < full["optimizer"] / 50
+    assert full["relative_time"] == 1 and lora["optimizer"] < full["optimizer"] / 10
     spectrum = results.load("11_peft", "spectrum")
     assert len(spectrum) == 8 and all(v["change"][0] >= v["change"][-1] >= 0 for v in spectrum.values())
+    whole, unpacked, file = results.load("11_peft", "decoder_costs")
+    assert whole["trained"] > 10 * unpacked["trained"] == 10 * file["trained"]
+    assert file["weights"] < unpacked["weights"]

@@ -15,11 +15,10 @@ from sklearn.linear_model import ElasticNet, Lasso, Ridge
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.ops import stochastic_depth
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ftbook import peft, results
 from ftbook import regularize as rg
-from ftbook.data import ImageSet, TextSet
+from ftbook.data import ImageSet
 from ftbook.finetune import freeze, tune
 from ftbook.studies import regularize as study
 from ftbook.train import Checkpoint, EarlyStopping, Settings, evaluate, fit
@@ -281,10 +280,10 @@ def test_embeddings_stay_whole_unless_named():
 
 def test_penalties_by_hand_and_their_gradients():
     w = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
-    rg.elastic_net([w], l1=0.5, l2=3.0).backward()
+    rg._elastic_net([w], l1=0.5, l2=3.0).backward()
     assert torch.equal(w.grad, torch.tensor([3.5, -6.5, 0.0]))
     with pytest.raises(ValueError, match="no parameters"):
-        rg.elastic_net([])
+        rg._elastic_net([])
 
 
 def test_a_penalty_enters_training_only():
@@ -445,7 +444,7 @@ def test_shrink_minimizes_what_it_should(v, l1, l2):
     v = torch.tensor(v, dtype=torch.float64)
     grid = torch.linspace(-6, 6, 24_001, dtype=torch.float64)
     best = grid[((grid - v) ** 2 / 2 + l1 * grid.abs() + l2 / 2 * grid**2).argmin()]
-    assert abs(rg.shrink(v, l1, l2) - best) < 1e-3
+    assert abs(rg._shrink(v, l1, l2) - best) < 1e-3
 
 
 def test_proximal_callback_gives_exact_zeros_where_the_penalty_gives_none():
@@ -477,6 +476,68 @@ def test_clipping_nothing_and_refusals():
         rg._clip_gradients([], 0.0)
     with pytest.raises(ValueError, match="variance"):
         rg.GradientNoise(-1.0)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3])
+def test_a_step_of_sam_takes_the_gradient_at_the_weights_uphill(rho):
+    data, ours, theirs = examples(20), net().double(), net().double()
+    data = (data[0].double(), data[1])
+    sam = rg.SAM(rho)
+    how = HOW | {"epochs": 1, "settings": replace(QUIET, precision="fp32")}
+    fit(ours, data, loss=sam, callbacks=[sam], optimizer=lambda p: torch.optim.SGD(p, lr=0.05), **how)
+    weights = list(theirs.parameters())
+    first = torch.autograd.grad(F.cross_entropy(theirs(data[0]), data[1]), weights)
+    length = torch.cat([g.flatten() for g in first]).norm()
+    above = copy.deepcopy(theirs)
+    with torch.no_grad():
+        for w, g in zip(above.parameters(), first, strict=True):
+            w.add_(g, alpha=rho / float(length))
+    second = torch.autograd.grad(F.cross_entropy(above(data[0]), data[1]), list(above.parameters()))
+    assert same(ours.parameters(), [w - 0.05 * g for w, g in zip(weights, second, strict=True)], 1e-12)
+    assert not ours._forward_pre_hooks and sam.count == 1
+
+
+def test_sam_refuses_what_it_cannot_see_and_leaves_no_hook_behind():
+    model, sam = net(), rg.SAM()
+    with pytest.raises(ValueError, match="pass it as loss= too"):
+        trained(model, callbacks=[sam])
+    with pytest.raises(ValueError, match="accumulate=2"):
+        trained(model, loss=sam, callbacks=[sam], settings=replace(QUIET, accumulate=2))
+    with pytest.raises(ValueError, match="not negative"):
+        rg.SAM(-0.1)
+    with pytest.raises(KeyboardInterrupt):
+        trained(model, loss=sam, callbacks=[sam, Interrupt(2)])
+    assert not model._forward_pre_hooks
+    assert evaluate(model, examples(), loss=sam)["loss"] > 0
+    with pytest.raises(ValueError, match="label 4 is out of range"):
+        trained(model, (examples()[0], examples()[1] + 2), loss=sam, callbacks=[sam])
+
+
+def test_r_drop_is_its_definition_on_doubled_batches_and_plain_in_validation():
+    model, (x, y) = net(dropout=0.5), examples(20)
+    with rg.RDrop(model, alpha=2.0) as loss:
+        assert len(model(x)) == 40 and len(model.eval()(x)) == 20
+        p, q = model.train()(x).chunk(2)
+        found = loss(torch.cat([p, q]), y)
+        assert torch.equal(loss(p, y), F.cross_entropy(p, y))
+        trained(model, loss=loss, valid=examples(seed=2))
+    a, b = p.log_softmax(1), q.log_softmax(1)
+    both = (F.cross_entropy(p, y) + F.cross_entropy(q, y)) / 2
+    apart = F.kl_div(a, b, reduction="batchmean", log_target=True) + F.kl_div(
+        b, a, reduction="batchmean", log_target=True
+    )
+    assert torch.allclose(found, both + apart / 2) and apart > 0
+    assert len(model(x)) == 20 and not model._forward_pre_hooks
+    with pytest.raises(ValueError, match="alpha is -1"):
+        rg.RDrop(model, -1.0)
+
+
+def test_r_drop_with_no_weight_and_no_noise_trains_as_the_plain_loss():
+    plain, model = net(), net()
+    with rg.RDrop(model, alpha=0.0) as loss:
+        trained(model, loss=loss)
+    trained(plain)
+    assert same(model.parameters(), plain.parameters(), 1e-6)
 
 
 def test_gradient_noise_has_its_variance_and_is_gone_after_training():
@@ -777,7 +838,7 @@ def test_every_method_runs_and_leaves_a_plain_model():
         (history,) = tune(model, plain.train(1), how=how, lr=1e-2, epochs=2, batch_size=5, seed=1, settings=QUIET)
         assert list(model.state_dict()) == keys and not model.dropout.p and len(history), method
         assert not any(m._forward_hooks for m in model.modules()), method
-    with pytest.raises(ValueError, match="method is 'hope'; allowed are none, L2 penalty"):
+    with pytest.raises(ValueError, match="method is 'hope'; allowed are none, temperature"):
         study.Regularized("hope", 1.0, plain)
 
 
@@ -794,30 +855,52 @@ def test_a_method_is_detached_and_its_hook_removed_when_training_breaks_off():
         assert not any(m._forward_hooks for m in model.modules()) and type(model.stem) is nn.Linear
 
 
-@pytest.mark.parametrize("task", ["digits", "sentiment"])
-def test_one_run_of_the_study_scores_the_split_it_is_told(task):
-    found = study.run(1, "valid", "dropout", 0.3, task=task)
-    assert list(found) == ["train_accuracy", "accuracy", "nll", "ece", "zeros", "moved"] and found["moved"] > 0
-    found = study.run(1, "test", "L1 proximal", 1.0, task=task)
-    assert found["gap"] == pytest.approx(found["train_accuracy"] - found["accuracy"])
+def test_a_temperature_makes_the_labels_likeliest_and_changes_no_guess():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(500, 4)
+    y = (logits / 2.5).softmax(1).multinomial(1)[:, 0]
+    t = study.temperature(logits, y)
+    assert 2 < t < 3 and study.temperature(logits / 2.5, y) == pytest.approx(t / 2.5, rel=0.05)
+    plain, found = study.scores(logits, y), study.scores(logits, y, t)
+    assert (plain["accuracy"] == found["accuracy"]).all() and plain["nll"][0].sum() == found["nll"][0].sum()
+    assert found["nll_scaled"][0].sum() < found["nll"][0].sum() and found["ece_scaled"] < found["ece"]
+    assert found["nll"][0].mean() / 100 == pytest.approx(float(F.cross_entropy(logits, y)), abs=1e-3)
+
+
+def test_one_run_of_the_study_scores_the_split_it_is_told():
+    found = study.run(1, "valid", "dropout", 0.3, lr=1e-3)
+    assert len(found["accuracy"]) == study.SIZES["valid"] and found["moved"] > 0 and found["t"] > 0
+    found = study.run(1, "test", "L1 proximal", 1.0, lr=1e-3)
     assert 0 <= found["ece"] <= 1 and 0 <= found["valid_accuracy"] <= 1 and found["zeros"] > 0
+    plain, cooled = (study.run(1, "test", m, lr=1e-3) for m in ("none", "temperature"))
+    assert (plain["accuracy"] == cooled["accuracy"]).all()
+    assert (plain["nll_scaled"][0] == cooled["nll"][0]).all() and plain["ece_scaled"] == cooled["ece"]
+    for baseline in ("majority", "bag of words", "probe"):
+        C = None if baseline == "majority" else 1.0
+        assert len(study.run(1, "test", baseline, C=C)["accuracy"]) == study.SIZES["test"]
 
 
-def test_the_study_chooses_between_two_strengths_for_every_method(tmp_path, monkeypatch):
+def test_the_study_gives_every_method_as_many_tries(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
 
-    def fake(seed, split, method, strength, *, task):
-        return {"accuracy": 0.5 - strength / 1000}
+    def fake(seed, split, method, strength=0.0, lr=None, C=None):
+        return {"accuracy": 0.5, "nll_scaled": strength + (lr or 0) + (C or 0)}
 
     monkeypatch.setattr(study, "run", fake)
     with pytest.warns(UserWarning, match="at the edge"):
-        study.main("digits")
-    rows = results.load_study(study.CHAPTER, "digits").rows("accuracy")
-    assert [r["method"] for r in rows] == list(study.METHODS) and {r["n"] for r in rows} == {248}
-    assert [r["tried"] for r in rows] == [1] + [2] * 18 and all(len(r["values"]) == 5 for r in rows)
-    assert all(r["strength"] == min(study.METHODS[r["method"]][0]) for r in rows)
-    with pytest.raises(ValueError, match="no study 'sst2'; use digits, sentiment"):
+        study.main("questions")
+    rows = results.load_study(study.CHAPTER, "questions").rows("accuracy")
+    assert [r["method"] for r in rows[:4]] == ["majority", "bag of words", "probe", "none"]
+    assert {r["method"] for r in rows[3:]} == set(study.METHODS) and len(rows) == len(study.METHODS) + 3
+    assert {r["tried"] for r in rows[3:]} == {1, 2} and {r["lr"] for r in rows[3:]} == {min(study.RATES)}
+    assert all(r.get("strength", 0.0) == min(study.METHODS[r["method"]][0]) for r in rows[3:])
+    with pytest.raises(ValueError, match="no study 'sst2'; use questions"):
         study.main("sst2")
+
+
+def test_every_method_has_four_strengths_in_a_row_or_none():
+    for method, (strengths, _) in study.METHODS.items():
+        assert len(strengths) in (1, 4) and list(strengths) == sorted(strengths), method
 
 
 def test_facts_about_weights_look_at_the_bodys_matrices():
@@ -833,31 +916,18 @@ def test_facts_about_weights_look_at_the_bodys_matrices():
     assert found["moved"] == pytest.approx(float(start["0.weight"].norm()) / norm, rel=1e-5)
 
 
-def test_the_sentiment_task_is_balanced_and_pads_little(tmp_path):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
-    texts = TextSet(["good film", "bad"] * 20, torch.tensor([1, 0] * 20), ["negative", "positive"])
-    torch.manual_seed(0)
-    encoder = BertModel(
-        BertConfig(
-            vocab_size=8,
-            hidden_size=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=8,
-            max_position_embeddings=16,
-        ),
-        add_pooling_layer=False,
-    )
-    made = study.sentiment_task(encoder, tokenizer, texts, texts, texts, labels=8, scored=(10, 12))
-    assert len(made.valid["labels"]) == 10 and made.test["labels"].sum() == 6
-    assert made.train(1)["attention_mask"].sum(1).diff().min() >= 0
-    model = made.start(0).eval()
-    ids, mask = made.test["input_ids"][:6], made.test["attention_mask"][:6]
-    assert torch.allclose(model(ids, mask), model(ids[:, :3], mask[:, :3]), atol=1e-6)
-    assert all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout))
-    for method in ("stochastic depth", "feature dropout", "mixout", "L2-SP"):
-        how = study.Regularized(method, 0.3, made)
-        tune(model, made.train(1), how=how, lr=1e-3, epochs=1, batch_size=4, settings=QUIET)
-        assert 0 <= study.scores(model, made.test)["accuracy"] <= 1
+def test_the_task_trains_the_upper_layers_alone_on_balanced_draws():
+    task = study.questions_task()
+    few = task.train(1)
+    assert few["labels"].bincount().tolist() == [study.PER_CLASS] * len(study.texts("train").classes)
+    assert "input_ids" not in few and few["hidden"].shape[:2] == few["attention_mask"].shape
+    model = task.start(0).eval()
+    assert len(model.layers) == 2 and all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout))
+    hidden, mask = task.test["hidden"][:6], task.test["attention_mask"][:6]
+    shorter = int(mask.sum(1).max())
+    assert torch.allclose(model(hidden, mask), model(hidden[:, :shorter], mask[:, :shorter]), atol=1e-6)
+    rest = {tuple(s.split()) for s in study.texts("rest").texts}
+    assert rest and len(study.texts("valid")) == study.SIZES["valid"]
+    for method in study.METHODS:
+        found = study._tuned(1, method, study.METHODS[method][0][0], 1e-3)
+        assert torch.isfinite(found["test"]).all(), method

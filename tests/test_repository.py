@@ -30,6 +30,7 @@ FLOORS = [
     ["images"],
     ["tags"],
     ["corpus"],
+    ["derive"],
     ["data"],
     ["models"],
     ["losses", "optim", "texts"],

@@ -43,10 +43,8 @@ SHOWS = {
 PLAY = "application/vnd.ftbook.play+json"  # what ftbook.plot.widget keeps for the page
 VOID = re.compile(r"""<(img|br|hr|input|wbr|col)\b((?:[^<>"']|"[^"]*"|'[^']*')*?)\s*/?>""")
 LONG = 25  # lines of code that stand open on the page
-WIDE, LEGIBLE = (
-    720,
-    0.56,
-)  # a picture of more pixels does not shrink further than to this share; site/static/play.js knows them
+# a picture of more pixels than WIDE does not shrink further than to the share LEGIBLE; site/static/play.js knows both
+WIDE, LEGIBLE = 720, 0.56
 DEFINITION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 
 

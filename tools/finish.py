@@ -172,12 +172,11 @@ def head(page: str, said: Reader, address: str) -> str:
 
 
 OURS = re.compile(r'\s*<script defer src="[^"]*/(?:book|play)\.js[^"]*"></script>')
-PLAIN = re.compile(
-    r'<span class="[npw]">([^<]*)</span>|<span></span>(?=<)'
-)  # as the text around it: half of a page's elements
-BARE = re.compile(
-    r'<thead>\s*<tr[^>]*>(?:\s*<td class="head"></td>)+\s*</tr>\s*</thead>\s*'
-)  # a table of facts has no header
+# marks that look as the text around them: half of a page's elements
+PLAIN = re.compile(r'<span class="[npw]">([^<]*)</span>|<span></span>(?=<)')
+# the empty header of a table of facts
+BARE = re.compile(r'<thead>\s*<tr[^>]*>(?:\s*<td class="head"></td>)+\s*</tr>\s*</thead>\s*')
+# a formula with the signs beside it: no line begins with its comma
 HELD = re.compile(r"([(\[“‘]?)(<span class=\"math\"><math .*?</math></span>)((?:[,.;:!?)\]”’%]|-\w+)*)", re.S)
 WAITS = re.compile(r'<script src=(?!"[^"]*/documentation_options\.js)')
 
@@ -188,9 +187,7 @@ def repair(page: str) -> str:
     page = WAITS.sub("<script defer src=", page)  # each then runs in a task of its own: a phone can scroll in between
     page = OURS.sub("", page).replace("</body>", "".join(OURS.findall(page)) + "\n</body>")  # the theme's come first
     page = PLAIN.sub(lambda m: m[1] or "", page)
-    page = HELD.sub(
-        lambda m: f'<span class="held">{m[0]}</span>' if m[1] or m[3] else m[0], page
-    )  # no line begins with its comma
+    page = HELD.sub(lambda m: f'<span class="held">{m[0]}</span>' if m[1] or m[3] else m[0], page)
     above, viewport, below = re.split(r'(<meta name="viewport"[^>]*>)', page, maxsplit=1)
     page = above + viewport + re.sub(r'\s*<meta name="viewport"[^>]*>', "", below)
     page = re.sub(r"<title>(.*?) &#8212; \1</title>", r"<title>\1</title>", page)

@@ -281,7 +281,8 @@ def run(
 
 # %% ../../nbs/08_finetune.ipynb #67add103
 SEEDS = runtime.pick(quick=range(2), cpu=range(5))
-MANY = runtime.pick(quick=range(2), cpu=range(10))  # where a run takes seconds
+TEN = runtime.pick(quick=range(2), cpu=range(10))  # where a run is short
+MANY = runtime.pick(quick=range(2), cpu=range(30))  # where it takes a second
 RATES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 TRIED = runtime.pick(quick=2, cpu=4)  # of them, in a row, for each way
 DECAYS = runtime.pick(
@@ -319,14 +320,17 @@ def _text(executor) -> None:
 
 # %% ../../nbs/08_finetune.ipynb #e052beb8
 PER_CLASS = runtime.pick(quick=[4, 8], cpu=[8, 16, 50, 200, 800])
+PENALTIES = [1e-3, *DECAYS, 1e4]  # for few labels and for many
+PENALTIES.sort(key=lambda C: abs(math.log10(C)))  # of equals the middle one
 
 
 def _labels(executor) -> None:
     both = [(m, n) for m in ("bag of words", "probe") for n in PER_CLASS]
-    made = [{"method": m, "per_class": n, "C": DECAYS[:5]} for m, n in both]
+    made = [{"method": m, "per_class": n, "C": PENALTIES} for m, n in both]
     sizes = {split: len(reviews()[split]) for split in COUNTS}
-    budget = f"{len(DECAYS[:5])} strengths of the penalty tried"
-    _study(run, made, "labels", executor, sizes, seeds=MANY, budget=budget)
+    some: Any = {"seeds": MANY, "search_seeds": MANY[:5]}
+    some["budget"] = f"{len(PENALTIES)} strengths of the penalty tried"
+    _study(run, made, "labels", executor, sizes, **some)
 
 
 def _more(executor) -> None:
@@ -437,7 +441,7 @@ def _seeds(executor) -> None:
     lengths = runtime.pick(quick=[1, 2], cpu=[3, 12])
     made = [{"epochs": e, "care": c, "lr": lr} for e in lengths for c in CARE]
     sizes = {"test": len(_half("test")["labels"])}
-    some: Any = {"seeds": MANY, "budget": "32 labels, batches of 16"}
+    some: Any = {"seeds": TEN, "budget": "32 labels, batches of 16"}
     _study(_run_short, made, "seeds", executor, sizes, **some)
 
 # %% ../../nbs/08_finetune.ipynb #f114a05d
@@ -579,8 +583,8 @@ def _photo_rows(seeds: range) -> list[dict]:
 def _photos(executor) -> None:
     sizes = {split: len(_photos_of(split)) for split in COUNTS}
     budget = f"{2 * SHOTS} labels, 20 epochs of 2 batches"
-    made = _photo_rows(MANY)
-    some: Any = {"seeds": MANY, "budget": budget}
+    made = _photo_rows(TEN)
+    some: Any = {"seeds": TEN, "budget": budget}
     _study(_run_photo, made, "photos", executor, sizes, **some)
 
 # %% ../../nbs/08_finetune.ipynb #ec898631

@@ -1,6 +1,7 @@
 """Chapter 6's experiments: what pretraining buys, and the bundled checkpoint.
 
-`run` fits a linear classifier to one description of film reviews;
+`run` fits a linear classifier to one description of film reviews, `run_after`
+to what networks make of them after more and more pretraining;
 `pack_texts`, `train_checkpoint` and `write_checkpoint` made bert-mini-en;
 `main` fills in what results/06_mlm.json lacks.
 
@@ -13,6 +14,7 @@
 # %% ../../nbs/06_mlm.ipynb #84d7d69a
 import math
 import re
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -38,6 +40,7 @@ __all__ = [
     "pack_texts",
     "train_checkpoint",
     "write_checkpoint",
+    "run_after",
     "main",
 ]
 
@@ -137,24 +140,28 @@ def _described(features: str) -> dict[str, np.ndarray]:
     }
 
 # %% ../../nbs/06_mlm.ipynb #79fd17a6
+def _classifier(features: str, strength: float) -> Any:
+    """Logistic regression on words, or on standardized vectors."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    words = features == "bag of words"
+    view = TfidfVectorizer(ngram_range=(1, 2)) if words else StandardScaler()
+    return make_pipeline(view, LogisticRegression(C=strength, max_iter=2000))
+
+
 def run(
     seed: int, split: str, features: str, strength: float, *, labels: int
 ) -> dict[str, np.ndarray]:
     """Fit logistic regression to one description of `labels` sentences, drawn
     by the seed, and say which sentences of the split it gets right.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     x, reviews = _described(features), _reviews()
     draws = torch.Generator().manual_seed(seed)
     mine = torch.randperm(len(reviews["train"]), generator=draws)[:labels]
-    words = features == "bag of words"
-    view = TfidfVectorizer(ngram_range=(1, 2)) if words else StandardScaler()
-    line = LogisticRegression(C=strength, max_iter=2000)
-    model = make_pipeline(view, line)
+    model = _classifier(features, strength)
     model.fit(x["train"][mine.numpy()], reviews["train"].y[mine].numpy())
     guesses = model.predict(x[split])
     return {"accuracy": (guesses == reviews[split].y.numpy()).astype(float)}
@@ -442,6 +449,146 @@ def write_checkpoint() -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
     print(facts, about | levels)
 
+# %% ../../nbs/06_mlm.ipynb #a7b8c9d0
+READ = runtime.pick(quick=(1, 2), cpu=(20, 60, 180))  # steps read so far
+DRAWS = runtime.pick(quick=2, cpu=5)  # of the labels, for each network
+POOL = runtime.pick(quick=80, cpu=1_000)  # training reviews to draw from
+
+
+class _Snapshots:
+    """Keep a copy of the model after so many steps."""
+
+    def __init__(self, model, wanted: Sequence[int]):
+        self.model, self.wanted = model, wanted
+        self.kept: dict[int, Any] = {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+    def on_epoch_end(self, run) -> None:
+        if (steps := run.row["steps"]) in self.wanted:
+            self.kept[steps] = deepcopy(self.model).eval()
+
+
+@cache
+def _read_first() -> tuple:
+    """The bundled tokenizer, and the start of the excerpt packed with it: what
+    is read, and 64 sequences more.
+    """
+    quick = runtime.profile() == "quick"
+    tokenizer = models.load("bert_mini_en", bundled=quick)[1]
+    some = articles("wiki_excerpt", runtime.pick(quick=20_000, cpu=8_000_000))
+    ids = mlm.pack(some, tokenizer, runtime.pick(quick=32, cpu=128))
+    held = min(64, len(ids) // 4)
+    return tokenizer, ids[held:], ids[:held]
+
+
+@cache
+def _readers(seed: int) -> dict[int, Any]:
+    """Steps read -> network of one pretraining; -1: before the counts."""
+    tokenizer, train, _ = _read_first()
+    size = runtime.pick(quick={"hidden": 16, "layers": 1}, cpu={})
+    model = mlm.small_bert(len(tokenizer), seed=seed, **size)
+    found = {-1: deepcopy(model).eval()}
+    mlm.start_from_counts(model, train, tokenizer)
+    found[0] = deepcopy(model).eval()
+    snapshots = _Snapshots(model, READ)
+    mlm.pretrain(
+        model,
+        tokenizer,
+        train,
+        steps=READ[-1],
+        lr=PEAK_LR,
+        warmup=0.06,
+        batch_size=runtime.pick(quick=4, cpu=BATCH // 2),
+        every=READ[0],
+        seed=seed,
+        masking={"probability": RATE},
+        callbacks=[snapshots],
+        settings=Settings(progress=False),
+    )
+    return found | snapshots.kept
+
+# %% ../../nbs/06_mlm.ipynb #a7b8c9d1
+@cache
+def _network(features: str, steps: int, seed: int) -> Any:
+    quick = runtime.profile() == "quick"
+    if features == "bert-mini-en":
+        return models.load("bert_mini_en", bundled=quick)[0]
+    return _readers(seed)[-1 if features == "random weights" else steps]
+
+
+@cache
+def _described_after(
+    features: str, steps: int, seed: int, split: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """What one network makes of the reviews of a split, in training of a part
+    of them; their words as they are for the bag of words. And the labels.
+    """
+    texts, y = _reviews()[split].texts, _reviews()[split].y
+    if split == "train":
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(y), generator=generator)[:POOL]
+        texts, y = [texts[i] for i in order.tolist()], y[order]
+    if features == "bag of words":
+        return np.array(texts, dtype=object), y.numpy()
+    reader, tokenizer = _network(features, steps, seed), _read_first()[0]
+    return sentence_vectors(texts, reader, tokenizer).numpy(), y.numpy()
+
+
+def run_after(
+    seed: int, split: str, features: str, strength: float, steps: int = 0
+) -> dict[str, np.ndarray]:
+    """Probe one network with five draws of labels: how often each sentence of
+    the split is right; on "test" the loss on hidden pieces, too.
+    """
+    (x, y), (asked, answers) = (
+        _described_after(features, steps, seed, s) for s in ("train", split)
+    )
+    right = []
+    for draw in range(DRAWS):
+        draws = torch.Generator().manual_seed(100 * seed + draw)
+        mine = torch.randperm(len(y), generator=draws)[: LABELS[1]].numpy()
+        model = _classifier(features, strength).fit(x[mine], y[mine])
+        right.append(model.predict(asked) == answers)
+    found = {"accuracy": np.mean(right, axis=0)}
+    if split == "test" and features != "bag of words":
+        tokenizer, _, held = _read_first()
+        masks = mlm.Masked(held, tokenizer, 32, fixed=True, seed=1)
+        scored = mlm.score(_network(features, steps, seed), masks)
+        hidden = scored.shown == tokenizer.mask_token_id
+        found["loss"] = scored.loss[hidden].mean().item()
+    return found
+
+
+def _steps() -> None:
+    """A later task against pretraining steps, three pretrainings."""
+    sizes = {split: len(part) for split, part in _reviews().items()}
+    words = [*WEAK[1:], 1e5]
+    made: list[dict] = [
+        {"features": "bag of words", "strength": words},
+        {"features": "random weights", "strength": STRONG},
+        *(
+            {"features": "pretrained", "steps": n, "strength": STRONG}
+            for n in (0, *READ)
+        ),
+        {"features": "bert-mini-en", "strength": STRONG},
+    ]
+    results.study(
+        run_after,
+        made,
+        chapter=CHAPTER,
+        name="steps",
+        choose="accuracy",
+        mode={"accuracy": "max", "loss": "min"},
+        budget=f"{LABELS[1]} labels, {DRAWS} draws, 6 strengths",
+        seeds=range(3),
+        n={"valid": sizes["valid"], "test": sizes["test"]},
+    )
+
 # %% ../../nbs/06_mlm.ipynb #eba065d0
 def _probe() -> None:
     """What pretraining buys, for each number of labels."""
@@ -463,16 +610,17 @@ def _probe() -> None:
 
 
 def main(*names: str) -> None:
-    """Fill in what is missing of "probe"; or make the bundled checkpoint by
-    "prepare", "pretrain" and "finish".
+    """Fill in what is missing of "probe" and "steps"; or make the bundled
+    checkpoint by "prepare", "pretrain" and "finish".
 
     With two cores, the middle one is
     ``torchrun --nproc-per-node 2 -m tools.studies 06 pretrain``.
     """
     known = {
         "probe": _probe,
+        "steps": _steps,
         "prepare": pack_texts,
         "pretrain": train_checkpoint,
         "finish": write_checkpoint,
     }
-    run_named(known, names or ["probe"])
+    run_named(known, names or ["probe", "steps"])

@@ -201,7 +201,7 @@ def _base(name: str) -> tuple:
 
 
 def _sums(found: EntityScores) -> dict:
-    """F1, precision and recall as sums over each sentence."""
+    """F1, precision and recall of test sentences, as sums over each."""
     hits, pred, true = found.per_sentence().sum(1).T
     ratios = {"f1": (2 * hits, pred + true)}
     ratios |= {"precision": (hits, pred), "recall": (hits, true)}
@@ -222,8 +222,8 @@ def scores(tagger: NERTagger, corpus: Corpus) -> dict:
     for name, steps in (("", iob2_transitions(labels)), ("_argmax", None)):
         ids = decode(words, lengths, steps)
         n = entity_f1(gold, ids, labels=labels, lengths=lengths)
-        sums = _sums(n)
-        found |= sums if not name else {"test_f1_argmax": sums["test_f1"]}
+        whole = _sums(n)
+        found |= whole if not name else {"test_f1_argmax": whole["test_f1"]}
     tags, ends = np.array(labels, object)[ids], np.cumsum(lengths)
     spelled = [tags[e - n : e] for e, n in zip(ends, lengths, strict=True)]
     broken = [bool(to_iob2(list(s), "IOB2")[1]) for s in spelled]
@@ -332,11 +332,14 @@ def _seen(words):
     return rows
 
 
-def run_model(seed, split, model, C=None, **how):
-    """One run of the study `models`; the linear model does without a seed."""
+def run_model(seed, split, model, C=None, parts=None, **how):
+    """One run of the study `models`; the linear model does without a seed.
+
+    It takes other `parts` too: sentences to train, choose and test by.
+    """
     if C is None:
         return run(seed, split, model=model, **how, **LONG)
-    train_set, valid, test = corpora()
+    train_set, valid, test = parts or corpora()
     solver = LogisticRegression(C=C, max_iter=300)
     linear = make_pipeline(DictVectorizer(), solver)
     linear.fit(sum(map(_seen, train_set.words), []), sum(train_set.tags, []))

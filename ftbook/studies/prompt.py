@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import causal, data, models, results, runtime
+from .. import causal, models, results, runtime
 from ..finetune import tune
 from ftbook.prompt import (
     CONTENT_FREE,
@@ -33,11 +33,12 @@ from ftbook.prompt import (
 )
 from . import run_named
 from .finetune import ByLength, outputs
+from .peft import KINDS, SIZES, part
+from .peft import decoder as loaded
 from ..texts import TextClassifier, encode_texts
 from ..train import Settings
 
 __all__ = [
-    "part",
     "decoder",
     "encoder",
     "asked",
@@ -63,24 +64,11 @@ PROMPTS = {
     "subj": Prompt(
         "{text}\nThis sentence is from a{label}", (" summary", " review")
     ),
-    "trec": Prompt(
-        "Question: {text}\nAnswer type:{label}",
-        (
-            " abbreviation",
-            " description",
-            " entity",
-            " person",
-            " location",
-            " number",
-        ),
-    ),
+    "trec": KINDS,
 }
 TASKS = tuple(PROMPTS)[: runtime.pick(quick=2, cpu=4)]
 COUNTS = runtime.pick(quick=(0, 1, 2), cpu=(0, 2, 4, 8, 16, 64))
 ASKED = COUNTS[: runtime.pick(quick=2, cpu=5)]  # with so many a prompt is asked
-SIZES = runtime.pick(
-    quick={"valid": 12, "test": 12}, cpu={"valid": 200, "test": 300}
-)
 SEEDS = runtime.pick(quick=(1, 2), cpu=(1, 2, 3))
 RATES = runtime.pick(
     quick=[3e-4, 1e-3], cpu=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
@@ -100,27 +88,10 @@ METHODS = (
 
 # %% ../../nbs/12_prompt.ipynb #c703b808
 @functools.cache
-def part(task: str, split: str) -> Any:
-    """The sentences of a split that are scored, drawn at random once; of
-    "train", all.
-    """
-    whole: Any = data.load(task, split, bundled=QUICK)
-    if split == "train":
-        return whole
-    n = SIZES[split]
-    return whole.split([n, len(whole) - n], seed=0)[0]
-
-
-@functools.cache
 def decoder() -> tuple[causal.Decoder, Any]:
-    """SmolLM2 and its tokenizer; in bf16 where the processor has it."""
-    from transformers import AutoTokenizer
-
-    folder = models.path(runtime.pick(quick="decoder_mini_en", cpu="smollm2"))
-    model = causal.load_decoder(folder).to(runtime.device())
-    if runtime.native_bf16() and not QUICK:
-        model = model.to(torch.bfloat16)
-    return model, AutoTokenizer.from_pretrained(folder)
+    """SmolLM2 of chapter 11 on the chosen device, and its tokenizer."""
+    model, tokenizer = loaded()
+    return model.to(runtime.device()), tokenizer
 
 
 @functools.cache
