@@ -220,14 +220,50 @@ def test_dpo_is_the_binary_cross_entropy_of_its_implicit_rewards():
     assert torch.isclose(bradley_terry(0.3 * rewards), ours), "Bradley-Terry on the log-ratios"
 
 
-def test_dpo_equals_that_of_trl():
-    trl = pytest.importorskip("trl")
-    four = [torch.randn(6) for _ in range(4)]
-    trainer = trl.DPOTrainer.__new__(trl.DPOTrainer)
-    if not hasattr(trainer, "dpo_loss"):
-        pytest.skip("this version of trl has no dpo_loss")
-    vars(trainer).update(beta=0.3, label_smoothing=0.0, loss_type="sigmoid", reference_free=False)
-    assert torch.isclose(losses.dpo(*four, beta=0.3), trainer.dpo_loss(*four)[0].mean())
+def test_dpo_equals_the_loss_and_gradients_of_trls_trainer(tmp_path):
+    """Three pairs of answers of unequal length, a small Llama and its reference, in TRL's own batch."""
+    trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = causal.train_tokenizer(["good bad film a the was so"] * 9, 300)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=getattr(tokenizer, "backend_tokenizer", tokenizer), eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )  # fmt: skip
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    policy, reference = (
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.5, **sizes)) for _ in "ab"
+    )
+    pairs = [("the film was", " good", " so bad"), ("a film", " was good", " bad"), ("so", " good", " bad bad bad")]
+    config = trl.DPOConfig(
+        str(tmp_path / "out"), per_device_train_batch_size=3, report_to=[], use_cpu=True, bf16=False, beta=0.3,
+        gradient_checkpointing=False, max_length=None, loss_type=["sigmoid"], disable_dropout=False,
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        policy,
+        reference,
+        config,
+        train_dataset=Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), p, strict=True)) for p in pairs]),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = trainer.compute_loss(trainer.model, batch)
+    theirs.backward()
+    grads = [p.grad.clone() for p in trainer.model.parameters()]
+    trainer.model.zero_grad()
+
+    def answered(model):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        said = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+        return (said * batch["completion_mask"][:, 1:]).sum(1).chunk(2)
+
+    (chosen, rejected), (ref_chosen, ref_rejected) = answered(trainer.model), answered(reference)
+    ours = losses.dpo(chosen, rejected, ref_chosen.detach(), ref_rejected.detach(), beta=0.3)
+    ours.backward()
+    assert torch.isclose(ours, theirs, atol=1e-5)
+    for p, grad in zip(trainer.model.parameters(), grads, strict=True):
+        assert torch.allclose(p.grad, grad, atol=1e-4)
 
 
 def test_the_best_policy_of_a_penalized_reward_has_dpo_margins_equal_to_the_rewards():
