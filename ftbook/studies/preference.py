@@ -416,7 +416,7 @@ def _grpo(
     fit(policy, batches, loss=loss, lr=lr, seed=seed, settings=PLAN)
 
 # %% ../../nbs/14_preference.ipynb #14b00007
-RATES = runtime.pick(quick=[1e-3, 3e-3], cpu=[1e-3, 3e-3, 1e-2])
+RATES = runtime.pick(quick=[1e-3, 3e-3], cpu=[1e-3, 3e-3, 1e-2, 3e-2])
 N_BEST = runtime.pick(quick=(2, 4), cpu=(2, 4, 8))
 DPO_BETAS = runtime.pick(quick=(0.1,), cpu=(0.03, 0.1))
 GRPO_BETAS = runtime.pick(quick=(0.1,), cpu=(0.0, 0.1))
