@@ -562,7 +562,7 @@ def run_hacked(
     torch.set_num_threads(1)
     policy, adapter = adapted(seed)
     if pay != "nothing":
-        _grpo(policy, adapter, 3e-3, beta, seed, 1, LONGER, _praise)
+        _grpo(policy, adapter, 1e-2, beta, seed, 1, LONGER, _praise)
     label = "reference" if pay == "nothing" else f"praise, {beta:g}"
     asked = _openings(split)
     ids = generate(policy.model, asked, NEW, seed=1000 + seed)
@@ -580,7 +580,7 @@ def _hacked() -> None:
         name="hacked",
         choose="praise",
         mode={"kl": "min", "nats": "min"},
-        budget=f"{LONGER} batches of 32 answers, rate 0.003",
+        budget=f"{LONGER} batches of 32 answers, rate 0.01",
         seeds=SEEDS,
         n={"test": COUNTS["test"]},
     )
