@@ -258,10 +258,20 @@ def test_a_study_and_a_long_cell_are_folded_and_a_directive_opens_what_the_chapt
     study, helper = "def run(seed):\n    return seed\n\n\nROWS = []", "def _helper():\n    return 1"
     cells = [code(f"#| export studies.ner\n{study}"), code(study), code(long), code(long[:-9])]
     cells += [code(helper), code(f"#| code-fold: false\n{helper}"), code(f"#| code-fold: false\n{LONG}")]
+    cells += [code(f"#| export\n#| code-fold: true\n{LONG}")]
     nb = {"cells": cells, "metadata": {}}
-    assert labels(nb) == ["Show code of the study: run", None, "Show code", None, "Show code: _helper", None, None]
+    assert labels(nb) == [
+        "Show code of the study: run",
+        None,
+        "Show code",
+        None,
+        "Show code: _helper",
+        None,
+        None,
+        "Show code: Box",
+    ]
     assert not any(c["cell_type"] == "markdown" for c in transform(nb, "sphinx")["cells"]), (
-        "no signature above open code"
+        "no signature above code that a directive opens or folds"
     )
     for cell, kept in zip(cells, transform(nb, "quarto")["cells"], strict=True):
         assert ("code-fold: true" in str(kept)) is (labels({"cells": [cell], "metadata": {}}) != [None])

@@ -417,7 +417,8 @@ def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bo
     exported = options.keys() & {"export", "exports"}
     made = [n.name for n in tree_of(lines) if isinstance(n, DEFINITION)]
     named = [n for n in made if n[0] != "_" and exported]
-    short = outline(lines) if exported and not (study or rest or options.get("code-fold") == "false") else []
+    # a directive decides alone: open, or folded whole below the names
+    short = outline(lines) if exported and not (study or rest or "code-fold" in options) else []
     opening = early and not exported
     if folds(options, lines, bool(short or opening or rest or is_long(lines))):
         options["code-fold"] = "true"
