@@ -34,10 +34,12 @@ __all__ = [
 # %% ../nbs/06_mlm.ipynb #5e736f09
 import math
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -334,7 +336,7 @@ def train_tokenizer(
 
     Returns
     -------
-    transformers.BertTokenizer
+    transformers.BertTokenizerFast
         With `[PAD] [UNK] [CLS] [SEP] [MASK]` as ids 0 to 4.
 
     Notes
@@ -360,7 +362,7 @@ def train_tokenizer(
         pre_tokenizers,
         trainers,
     )
-    from transformers import BertTokenizer
+    from transformers import AutoTokenizer
 
     if isinstance(documents, str) or not documents:
         raise ValueError(
@@ -379,10 +381,14 @@ def train_tokenizer(
     )
     texts = (encodable(d).replace("[UNK]", "") for d in documents)
     tokenizer.train_from_iterator(texts, trainer)
-    case: dict[str, Any] = {"do_lower_case": False, "strip_accents": False}
-    return BertTokenizer(
-        vocab=tokenizer.get_vocab(), model_max_length=256, **case
-    )
+    look: dict[str, Any] = {"do_lower_case": False, "strip_accents": False}
+    pieces = tokenizer.get_vocab()
+    with tempfile.TemporaryDirectory() as folder:  # read by transformers 4 too
+        lines = "\n".join(sorted(pieces, key=pieces.__getitem__))
+        (Path(folder) / "vocab.txt").write_text(lines + "\n", encoding="utf-8")
+        return AutoTokenizer.from_pretrained(
+            folder, tokenizer_type="bert", model_max_length=256, **look
+        )
 
 # %% ../nbs/06_mlm.ipynb #a15f1c3d
 def pack(documents: Sequence[str], tokenizer, length: int = 128) -> Tensor:

@@ -326,7 +326,7 @@ def test_jupyterlab_and_colab_close_what_the_page_folds():
 
 def test_on_a_phone_a_picture_of_several_panels_keeps_legible_text():
     svg = '<svg xmlns="http://www.w3.org/2000/svg" width="{w}pt" height="90pt" viewBox="0 0 {w} 90"></svg>'
-    outputs = [{"output_type": "display_data", "data": {"image/svg+xml": svg.format(w=w)}} for w in (480, 660)]
+    outputs = [{"output_type": "display_data", "data": {"image/svg+xml": svg.format(w=w)}} for w in (410, 660)]
     outputs.append(
         {"output_type": "display_data", "data": {"text/html": '<img alt="Nine panels." width="900" src="x.png">'}}
     )
@@ -336,7 +336,7 @@ def test_on_a_phone_a_picture_of_several_panels_keeps_legible_text():
     opened = ["".join(o["data"]["text/html"]).split("<img")[0] for o in kept]
     assert opened == [
         '<figure class="plot">',
-        *(f'<figure class="plot wide" style="--least: {n}px">' for n in (493, 504)),
+        *(f'<figure class="plot wide" style="--least: {n}px">' for n in (528, 540)),
     ]
 
 

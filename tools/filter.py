@@ -44,7 +44,7 @@ PLAY = "application/vnd.ftbook.play+json"  # what ftbook.plot.widget keeps for t
 VOID = re.compile(r"""<(img|br|hr|input|wbr|col)\b((?:[^<>"']|"[^"]*"|'[^']*')*?)\s*/?>""")
 LONG = 25  # lines of code that stand open on the page
 # a picture of more pixels than WIDE does not shrink further than to the share LEGIBLE; site/static/play.js knows both
-WIDE, LEGIBLE = 720, 0.56
+WIDE, LEGIBLE = 560, 0.6
 DEFINITION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 
 
