@@ -71,7 +71,9 @@ SEEDS = runtime.pick(quick=(1, 2), cpu=(1, 2, 3))
 
 # %% ../../nbs/14_preference.ipynb #14b00003
 TOY_SEEDS = runtime.pick(quick=(1, 2), cpu=tuple(range(1, 11)))
-TOY_RATES = runtime.pick(quick=[1e-2, 3e-2], cpu=[3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0])
+TOY_RATES = runtime.pick(
+    quick=[1e-2, 3e-2], cpu=[3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0]
+)
 UPDATES = runtime.pick(quick=(1, 2), cpu=(10, 60))
 GAMES = runtime.pick(quick=4, cpu=50)  # that are scored
 LIMIT = runtime.pick(quick=60, cpu=500)
