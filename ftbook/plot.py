@@ -150,10 +150,18 @@ def _text_width(text: str, size: float | None = None) -> float:
 
 
 def _pair_width(texts: Sequence) -> float:
-    """Inches between the middles of texts in a row that just touch."""
-    wide = [_text_width(str(text)) for text in texts]
-    pairs = zip(wide, wide[1:], strict=False)
-    return max((a + b for a, b in pairs), default=0) / 2 / 72
+    """Inches that one place in a row needs, so that no two texts touch.
+
+    Texts may run over places without one.
+    """
+    placed = [(i, _text_width(str(t))) for i, t in enumerate(texts) if str(t)]
+    return max(
+        (
+            ((a + b) / 2 / 72 + 0.1) / (j - i)
+            for (i, a), (j, b) in itertools.pairwise(placed)
+        ),
+        default=0,
+    )
 
 # %% ../nbs/A5_plot.ipynb #3a2ed4e4
 def spread(
@@ -413,7 +421,7 @@ def image_grid(
     lines = max((str(t).count("\n") + 1 for t in titles or ()), default=0)
     inch = min(_WIDTH / ncols, 1.6) * scale
     if ncols > 1:
-        inch = max(inch, _pair_width(titles or ()) + 0.08)
+        inch = max(inch, _pair_width(titles or ()))
     gap, point = 0.08 * w, 1.08 * w / inch / 72
     head = 0.08 * h + 1.25 * _STYLE["font.size"] * lines * point
     high = nrows * (h + head) * inch / w / 1.08
@@ -582,7 +590,7 @@ def heatmap(
         max((_text_width(str(text)) for text in some), default=0) / 72 + 0.1
         for some in (ylabels, texts, xlabels)
     )
-    name = _pair_width(xlabels) + 0.1
+    name = _pair_width(xlabels)
     if ax is None:
         wide, high = (max(0.4, number), 0.4) if fmt else (0.1, 0.1)
         if columns * name + left + 0.3 <= _WIDTH:

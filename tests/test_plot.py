@@ -109,6 +109,19 @@ def test_intervals_are_labeled_by_what_differs():
         plot.intervals([])
 
 
+def test_labels_of_columns_turn_only_where_two_would_touch():
+    def turned(names, fmt=".2f"):
+        ax = plot.heatmap(np.zeros((2, len(names))), names, ["a", "b"], fmt)
+        return {t.get_rotation() for t in ax.get_xticklabels()} == {45}
+
+    assert not turned([str(k) if k % 8 == 0 else "" for k in range(40)], fmt="")
+    assert not turned(["previous", "next"]) and turned([f"a longer name {k}" for k in range(6)])
+    images = np.zeros((12, 8, 8))
+    wide = plot.image_grid(images, titles=["twelve letters"] * 12, ncols=6).figure.get_size_inches()[0]
+    first = plot.image_grid(images, titles=["twelve letters", "", ""] * 4, ncols=6).figure.get_size_inches()[0]
+    assert wide > 6.5 and first == plot._WIDTH
+
+
 def test_heatmap_ink_contrasts_with_the_cell():
     ax = plot.heatmap([[0.0, 1.0], [np.nan, 0.5]], ["short", "a longer name"], ["a", "b"], xlabel="x", ylabel="y")
     inks = {t.get_text(): t.get_color() for t in ax.texts}
