@@ -247,28 +247,28 @@ def test_the_maps_of_the_book_are_legible_at_360_pixels(notebook, maps):
         plt.close(ax.figure)
 
 
-PHONE = 334  # what a page 360 pixels wide leaves to a figure
+PHONE = 334  # what a page 360 pixels wide leaves to a figure; 2 less below controls, which have a frame
 
 
-def smallest(svg: str, width: float) -> float:
+def smallest(svg: str, width: float, room: int = PHONE) -> float:
     """Height in pixels of the smallest text of a figure on a phone; `width` is what it has where there is room."""
-    shown = min(width, PHONE) if width <= WIDE else max(PHONE, LEGIBLE * width)
+    shown = min(width, room) if width <= WIDE else max(room, LEGIBLE * width)
     sizes = [float(size) for size in re.findall(r"font(?:-size)?:[^;\"]*?([\d.]+)px", svg)]
     unit = shown / float(re.search(r'viewBox="0 0 ([\d.]+) ', svg)[1])
     return round(min(sizes, default=math.inf) * unit, 1)
 
 
 def drawings(notebook) -> list:
-    """(cell, SVG, width) of the figures that a notebook shows and of those that its controls choose."""
+    """(cell, SVG, width, room) of the figures that a notebook shows and of those that its controls choose."""
     found = []
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         for data in (output.get("data", {}) for output in cell.get("outputs", [])):
             page = "".join(data.get("text/html", ""))
             if kept := re.search(r'width="(\d+)" src="data:image/svg\+xml;base64,([^"]+)"', page):
-                found.append((cell["id"], base64.b64decode(kept[2]).decode(), int(kept[1])))
+                found.append((cell["id"], base64.b64decode(kept[2]).decode(), int(kept[1]), PHONE))
             play = data.get(KEPT, {"parts": []})
             parts = [part for part in play["parts"] if "svg" in part]
-            found += [(cell["id"], _texts(play, part["svg"]), part["width"]) for part in parts]
+            found += [(cell["id"], _texts(play, part["svg"]), part["width"], PHONE - 2) for part in parts]
     return found
 
 
@@ -276,8 +276,8 @@ def test_the_text_of_every_figure_has_nine_pixels_on_a_phone():
     """Where this fails, the named cells were drawn before the style changed: run the chapters."""
     small = {}
     for notebook in sorted((ROOT / "nbs").glob("[!.]*.ipynb")):
-        for cell, svg, width in drawings(notebook):
-            if (height := smallest(svg, width)) < 9:
+        for cell, *figure in drawings(notebook):
+            if (height := smallest(*figure)) < 9:
                 small.setdefault(notebook.stem, {})[cell] = height
     assert small == {}
 
