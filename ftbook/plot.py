@@ -510,7 +510,8 @@ def intervals(
         raise ValueError("intervals() was given no rows; give at least one")
     names = [_folded(_row_label(r, label), 26) for r in rows]
     row = 0.48 if any("\n" in name for name in names) else 0.36
-    ax = _axes(ax, height=0.9 + row * len(rows))
+    below = _folded(xlabel or str(rows[0]["metric"]), 36)
+    ax = _axes(ax, height=0.9 + 0.2 * ("\n" in below) + row * len(rows))
     for y, r in enumerate(rows):
         color = palette[0]
         low, high = (math.nan if v is None else v for v in r["interval"])
@@ -534,7 +535,7 @@ def intervals(
     ax.set(
         yticks=range(len(rows)),
         ylim=(len(rows) - 0.4, -0.6),
-        xlabel=xlabel or rows[0]["metric"],
+        xlabel=below,
     )
     ax.set_yticklabels(names)
     ax.grid(axis="y", visible=False)
