@@ -150,10 +150,18 @@ def _text_width(text: str, size: float | None = None) -> float:
 
 
 def _pair_width(texts: Sequence) -> float:
-    """Inches between the middles of texts in a row that just touch."""
-    wide = [_text_width(str(text)) for text in texts]
-    pairs = zip(wide, wide[1:], strict=False)
-    return max((a + b for a, b in pairs), default=0) / 2 / 72
+    """Inches that one place in a row needs, so that no two texts touch.
+
+    Texts may run over places without one.
+    """
+    placed = [(i, _text_width(str(t))) for i, t in enumerate(texts) if str(t)]
+    return max(
+        (
+            ((a + b) / 2 / 72 + 0.1) / (j - i)
+            for (i, a), (j, b) in itertools.pairwise(placed)
+        ),
+        default=0,
+    )
 
 # %% ../nbs/A5_plot.ipynb #3a2ed4e4
 def spread(
@@ -413,7 +421,7 @@ def image_grid(
     lines = max((str(t).count("\n") + 1 for t in titles or ()), default=0)
     inch = min(_WIDTH / ncols, 1.6) * scale
     if ncols > 1:
-        inch = max(inch, _pair_width(titles or ()) + 0.08)
+        inch = max(inch, _pair_width(titles or ()))
     gap, point = 0.08 * w, 1.08 * w / inch / 72
     head = 0.08 * h + 1.25 * _STYLE["font.size"] * lines * point
     high = nrows * (h + head) * inch / w / 1.08
@@ -502,7 +510,8 @@ def intervals(
         raise ValueError("intervals() was given no rows; give at least one")
     names = [_folded(_row_label(r, label), 26) for r in rows]
     row = 0.48 if any("\n" in name for name in names) else 0.36
-    ax = _axes(ax, height=0.9 + row * len(rows))
+    below = _folded(xlabel or str(rows[0]["metric"]), 36)
+    ax = _axes(ax, height=0.9 + 0.2 * ("\n" in below) + row * len(rows))
     for y, r in enumerate(rows):
         color = palette[0]
         low, high = (math.nan if v is None else v for v in r["interval"])
@@ -526,7 +535,7 @@ def intervals(
     ax.set(
         yticks=range(len(rows)),
         ylim=(len(rows) - 0.4, -0.6),
-        xlabel=xlabel or rows[0]["metric"],
+        xlabel=below,
     )
     ax.set_yticklabels(names)
     ax.grid(axis="y", visible=False)
@@ -582,7 +591,7 @@ def heatmap(
         max((_text_width(str(text)) for text in some), default=0) / 72 + 0.1
         for some in (ylabels, texts, xlabels)
     )
-    name = _pair_width(xlabels) + 0.1
+    name = _pair_width(xlabels)
     if ax is None:
         wide, high = (max(0.4, number), 0.4) if fmt else (0.1, 0.1)
         if columns * name + left + 0.3 <= _WIDTH:

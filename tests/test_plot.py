@@ -109,6 +109,19 @@ def test_intervals_are_labeled_by_what_differs():
         plot.intervals([])
 
 
+def test_labels_of_columns_turn_only_where_two_would_touch():
+    def turned(names, fmt=".2f"):
+        ax = plot.heatmap(np.zeros((2, len(names))), names, ["a", "b"], fmt)
+        return {t.get_rotation() for t in ax.get_xticklabels()} == {45}
+
+    assert not turned([str(k) if k % 8 == 0 else "" for k in range(40)], fmt="")
+    assert not turned(["previous", "next"]) and turned([f"a longer name {k}" for k in range(6)])
+    images = np.zeros((12, 8, 8))
+    wide = plot.image_grid(images, titles=["twelve letters"] * 12, ncols=6).figure.get_size_inches()[0]
+    first = plot.image_grid(images, titles=["twelve letters", "", ""] * 4, ncols=6).figure.get_size_inches()[0]
+    assert wide > 6.5 and first == plot._WIDTH
+
+
 def test_heatmap_ink_contrasts_with_the_cell():
     ax = plot.heatmap([[0.0, 1.0], [np.nan, 0.5]], ["short", "a longer name"], ["a", "b"], xlabel="x", ylabel="y")
     inks = {t.get_text(): t.get_color() for t in ax.texts}
@@ -234,28 +247,28 @@ def test_the_maps_of_the_book_are_legible_at_360_pixels(notebook, maps):
         plt.close(ax.figure)
 
 
-PHONE = 334  # what a page 360 pixels wide leaves to a figure
+PHONE = 334  # what a page 360 pixels wide leaves to a figure; 2 less below controls, which have a frame
 
 
-def smallest(svg: str, width: float) -> float:
+def smallest(svg: str, width: float, room: int = PHONE) -> float:
     """Height in pixels of the smallest text of a figure on a phone; `width` is what it has where there is room."""
-    shown = min(width, PHONE) if width <= WIDE else max(PHONE, LEGIBLE * width)
+    shown = min(width, room) if width <= WIDE else max(room, LEGIBLE * width)
     sizes = [float(size) for size in re.findall(r"font(?:-size)?:[^;\"]*?([\d.]+)px", svg)]
     unit = shown / float(re.search(r'viewBox="0 0 ([\d.]+) ', svg)[1])
     return round(min(sizes, default=math.inf) * unit, 1)
 
 
 def drawings(notebook) -> list:
-    """(cell, SVG, width) of the figures that a notebook shows and of those that its controls choose."""
+    """(cell, SVG, width, room) of the figures that a notebook shows and of those that its controls choose."""
     found = []
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         for data in (output.get("data", {}) for output in cell.get("outputs", [])):
             page = "".join(data.get("text/html", ""))
             if kept := re.search(r'width="(\d+)" src="data:image/svg\+xml;base64,([^"]+)"', page):
-                found.append((cell["id"], base64.b64decode(kept[2]).decode(), int(kept[1])))
+                found.append((cell["id"], base64.b64decode(kept[2]).decode(), int(kept[1]), PHONE))
             play = data.get(KEPT, {"parts": []})
             parts = [part for part in play["parts"] if "svg" in part]
-            found += [(cell["id"], _texts(play, part["svg"]), part["width"]) for part in parts]
+            found += [(cell["id"], _texts(play, part["svg"]), part["width"], PHONE - 2) for part in parts]
     return found
 
 
@@ -263,8 +276,8 @@ def test_the_text_of_every_figure_has_nine_pixels_on_a_phone():
     """Where this fails, the named cells were drawn before the style changed: run the chapters."""
     small = {}
     for notebook in sorted((ROOT / "nbs").glob("[!.]*.ipynb")):
-        for cell, svg, width in drawings(notebook):
-            if (height := smallest(svg, width)) < 9:
+        for cell, *figure in drawings(notebook):
+            if (height := smallest(*figure)) < 9:
                 small.setdefault(notebook.stem, {})[cell] = height
     assert small == {}
 

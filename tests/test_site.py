@@ -681,6 +681,25 @@ def test_the_home_page_says_in_its_first_screen_what_the_book_is(page):
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
+@pytest.mark.parametrize("address, first", [("index", "Start reading"), ("zh/index", "开始阅读")])
+def test_a_home_page_has_cards_and_buttons_and_its_table_stacks_on_a_phone(page, address, first):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(f"/{address}.html")
+    assert page.locator(".buttons .button").count() == 2 and page.locator(".buttons .first").inner_text() == first
+    chapters = page.locator(".cards li a").evaluate_all("all => all.map(a => a.href)")
+    assert len(chapters) > 10 and page.locator("article table").count() == 1
+    table = page.locator("article table")
+    assert table.evaluate("t => t.scrollWidth <= t.clientWidth + 1")
+    cells = table.locator("tbody tr").first.locator("td")
+    tops = cells.evaluate_all("all => all.map(c => c.getBoundingClientRect().top)")
+    assert tops == sorted(set(tops)) and len(tops) > 3, "one cell below another"
+    titles = cells.evaluate_all("all => all.map(c => getComputedStyle(c, '::before').content.slice(1, -1))")
+    assert titles == [t.strip() for t in table.locator("th").all_text_contents()]
+    page.set_viewport_size({"width": 1280, "height": 900})
+    links = {page.request.get(link).status for link in chapters}
+    assert links == {200}
+
+
 def test_no_directive_of_the_notebooks_reaches_a_page(site):
     leaked = [f.name for f in (site / "nbs").glob("*.html") if "#|" in f.read_text(encoding="utf-8")]
     assert leaked == []
