@@ -25,6 +25,9 @@ DRAWN = {
     "09": "M4 4h20v28H4zM9 9h10v8H9zM28 8h14v20H28zM46 12h6v12h-6zM56 16h4v4h-4z",
     "10": "M4 10h14M22 10h20M46 10h14M22 14v8h20v-8M32 22v8",  # a span
     "11": "M4 4h22v28H4zM36 4h6v28h-6zM48 4h12v6H48zM30 18h2",  # thin matrices
+    "12": "M4 4h44v18H22l-9 8v-8H4zM12 10h28M12 16h16",  # a prompt
+    "13": "M4 2h32v13H18l-6 5v-5H4zM28 18h32v12h-6v5l-6-5H28z",  # question and answer
+    "14": "M32 4v28M22 32h20M12 8h40M12 8L4 22h16zM52 8l-8 10h16z",  # scales
     "15": "M4 32V4M4 32h56M32 18a12 10 0 1 0 24 0a12 10 0 1 0-24 0M22 6L4 22",
     "16": "M4 8h18v20H4zM28 10l16-4 4 18-16 4zM52 8v20l8-4V12z",
     "17": "M4 6h56M4 14h40M4 22h22M4 30h10",  # halving
