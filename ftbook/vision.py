@@ -340,7 +340,7 @@ def load_cnn(folder: str | Path) -> Any:
     model.classes = config["classes"]
     return model.eval()
 
-
+# %% ../nbs/09_vision.ipynb #d791c977
 def _names(n: int, *owners: Any) -> list[str]:
     """The class names of the first owner that has n of them, else numbers."""
     for owner in owners:
