@@ -82,14 +82,14 @@ def with_cards(home: str, raw, chinese: bool = False) -> str:
 
 def figure(markdown: str, raw) -> str:
     """Pictures of README.md with their size, so that nothing moves while they load."""
-    from .filter import size_of
+    from .filter import framed, size_of
 
     def sized(match):
         file = ROOT / match[2]
         size = size_of(file.read_bytes(), "image/svg+xml" if file.suffix == ".svg" else "image/png")
         place = "".join(f' {k}="{v}"' for k, v in size.items())
         return raw(
-            f'<figure class="plot"><img src="{match[2]}" alt="{html.escape(match[1])}"{place} />'
+            f'{framed(size.get("width", 0))}<img src="{match[2]}" alt="{html.escape(match[1])}"{place} />'
             f"<figcaption>{html.escape(match[3])}</figcaption></figure>"
         )
 
