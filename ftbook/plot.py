@@ -567,6 +567,7 @@ def heatmap(
     Parameters
     ----------
     matrix : array (rows, columns)
+        A cell that is not a number stays empty.
     xlabels, ylabels : names of the columns and of the rows
     fmt : str
         Format of the numbers; "" writes none and draws small cells.
@@ -585,7 +586,7 @@ def heatmap(
             f"and {len(xlabels)} xlabels"
         )
     ylabels = [_folded(str(name), 24) for name in ylabels]
-    texts = [format(v, fmt) for v in m.flat] if fmt else []
+    texts = [format(v, fmt) for v in m[np.isfinite(m)]] if fmt else []
     rows, columns = m.shape if fmt else np.maximum(m.shape, 24)
     left, number, longest = (
         max((_text_width(str(text)) for text in some), default=0) / 72 + 0.1
@@ -608,8 +609,9 @@ def heatmap(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
-    for (i, j), value in np.ndenumerate(m) if fmt else ():
-        face = image.cmap(image.norm(value)) if np.isfinite(value) else (1,) * 4
+    for i, j in np.argwhere(np.isfinite(m)) if fmt else ():
+        value = m[i, j]
+        face = image.cmap(image.norm(value))
         light = np.dot(np.power(face[:3], 2.2), (0.2126, 0.7152, 0.0722)) > 0.18
         ink = INK if light else "white"
         text = format(value, fmt)
