@@ -126,6 +126,7 @@ def test_heatmap_ink_contrasts_with_the_cell():
     ax = plot.heatmap([[0.0, 1.0], [np.nan, 0.5]], ["short", "a longer name"], ["a", "b"], xlabel="x", ylabel="y")
     inks = {t.get_text(): t.get_color() for t in ax.texts}
     assert inks["0.00"] == "white" and inks["1.00"] == plot.INK
+    assert set(inks) == {"0.00", "1.00", "0.50"}, "a cell without a number stays empty"
     assert not plot.heatmap([[1]], ["a"], ["b"], fmt="").texts
 
 
