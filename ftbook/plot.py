@@ -367,16 +367,6 @@ def _label_ends(ax: Axes, ends: Sequence[tuple]) -> None:
             bbox=behind if x < right else None,
         )
 
-
-def _folded(name: str, width: int) -> str:
-    """A name of more than `width` letters in two lines, best after a comma."""
-    breaks = [i for i, letter in enumerate(name) if letter == " "]
-    if len(name) <= width or "\n" in name or not breaks:
-        return name
-    middle = len(name) / 2
-    at = min(breaks, key=lambda i: abs(i - middle) - 5 * (name[i - 1] in ",:;"))
-    return f"{name[:at]}\n{name[at + 1 :]}"
-
 # %% ../nbs/A5_plot.ipynb #411d21c2
 @_styled
 def image_grid(
@@ -550,6 +540,16 @@ def _row_label(r: Mapping, label: str | Callable) -> str:
     fields = ("metric", "values", "mean", "interval", "n", "budget", "seeds")
     varied = (f"{k} {v}" for k, v in r.items() if k not in fields)
     return ", ".join(varied) or str(r["metric"])
+
+
+def _folded(name: str, width: int) -> str:
+    """A name of more than `width` letters in two lines, best after a comma."""
+    breaks = [i for i, letter in enumerate(name) if letter == " "]
+    if len(name) <= width or "\n" in name or not breaks:
+        return name
+    middle = len(name) / 2
+    at = min(breaks, key=lambda i: abs(i - middle) - 5 * (name[i - 1] in ",:;"))
+    return f"{name[:at]}\n{name[at + 1 :]}"
 
 # %% ../nbs/A5_plot.ipynb #3fc95647
 @_styled

@@ -480,7 +480,7 @@ def run(
     label += f", every {every}" if every > 1 else ""
     return _scored(policy, adapter, split, seed, label)
 
-
+# %% ../../nbs/14_preference.ipynb #14b000s7
 def rows() -> list[dict]:
     """The reference, best of n, and three ways to train; a rate is chosen at
     one beta, and serves for the others.
@@ -790,7 +790,7 @@ def run_length(
         "better is shorter": right[half:],
     }
 
-
+# %% ../../nbs/14_preference.ipynb #14b000s0
 @functools.cache
 def _vectors(split: str) -> dict[str, Tensor]:
     """MiniLM's vector of every sentence of a split."""
