@@ -42,6 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from . import finetune, peft
 from .causal import Cache, Decoder, Sizes, encode
@@ -206,41 +207,6 @@ def encode_chats(
         rows.append((ids[:-1], targets[1:]))
     return rows
 
-# %% ../nbs/13_sft.ipynb #edda1269
-def _read(
-    model: Any, ids: Tensor, seen: Tensor, places: Tensor, cache: Any = None
-) -> Tensor:
-    """What a decoder makes of each piece, before the last norm: (B, T, H).
-
-    Parameters
-    ----------
-    ids, places : Tensor
-        Pieces and their positions, shape (B, T).
-    seen : Tensor
-        Which of all pieces each one may see, shape (B, T, all).
-    """
-    s = model.sizes
-    pairs = torch.arange(0, s.width // s.heads, 2, device=ids.device)
-    angles = places[:, None, :, None] / s.theta ** (pairs * s.heads / s.width)
-    turn = angles.cos(), angles.sin()
-    x = model.embed_tokens(ids)
-    for block in model.layers:
-        attend = block.self_attn
-        q, k, v = attend.heads(block.input_layernorm(x), turn)
-        if cache is not None:
-            k, v = cache.add(attend.layer, k, v)
-        groups = q.shape[1] // k.shape[1]
-        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
-        x = x + attend.o_proj(y.transpose(1, 2).flatten(2))
-        x = x + block.mlp(block.post_attention_layernorm(x))
-    return x
-
-
-def _logits(model: Any, x: Tensor) -> Tensor:
-    """Logits (..., V) from what `_read` gives."""
-    return F.linear(model.norm(x), model.embed_tokens.weight)
-
 # %% ../nbs/13_sft.ipynb #db7ea79d
 class AnswerLoss(nn.Module):
     """A decoder with the loss of (13.1): the mean over pieces of answers.
@@ -284,19 +250,16 @@ class AnswerLoss(nn.Module):
             logits = self.model(input_ids, where)
         else:
             own = documents[:, :, None] == documents[:, None]
-            seen = (own | (documents[:, None] == -1)).tril()
+            seen = (own | (documents[:, None] == -1)).tril()[:, None]
             places = seen.sum(-1) - 1  # so many stand before a piece
-            hidden = _read(self.model, input_ids, seen, places)
-            logits = _logits(self.model, hidden[where])
+            hidden = self.model.read(input_ids, places, seen=seen)
+            logits = self.model.logits(hidden[where])
         return {"loss": F.cross_entropy(logits.float(), labels[where])}
 
 # %% ../nbs/13_sft.ipynb #210bb009
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     """Rows of different length as one tensor, filled up on the right."""
-    out = torch.full((len(rows), max(map(len, rows))), fill)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.tensor(row)
-    return out
+    return pad_sequence([torch.tensor(row) for row in rows], True, fill)
 
 
 def _check_rows(rows: Sequence[_Row], batch_size: int) -> list[_Row]:
@@ -314,7 +277,27 @@ def _check_rows(rows: Sequence[_Row], batch_size: int) -> list[_Row]:
     return list(rows)
 
 
-class Buckets:
+class _Batches:
+    """Batches of conversations, in an order drawn anew for every epoch."""
+
+    def __init__(
+        self, rows: Sequence[_Row], batch_size: int = 8, seed: int = 0
+    ):
+        self.rows = _check_rows(rows, batch_size)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, which chooses the order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def _draws(self) -> np.random.Generator:
+        return np.random.default_rng((self.seed, self.epoch))
+
+
+class Buckets(_Batches):
     """Batches of conversations of like length, padded on the right.
 
     Sorted by length with ties in random order, cut into batches, the batches
@@ -335,21 +318,8 @@ class Buckets:
     [[5, -100], [-100, 3]]
     """
 
-    def __init__(
-        self, rows: Sequence[_Row], batch_size: int = 8, seed: int = 0
-    ):
-        self.rows = _check_rows(rows, batch_size)
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, which chooses the order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
-
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
+        rng = self._draws()
         sizes = np.array([len(ids) for ids, _ in self.rows])
         order = np.argsort(sizes + rng.random(len(sizes)))
         for k in rng.permutation(len(self)):
@@ -361,7 +331,7 @@ class Buckets:
             }
 
 # %% ../nbs/13_sft.ipynb #215a282d
-class Packs:
+class Packs(_Batches):
     """Batches of rows that hold several conversations each, one after another.
 
     Every conversation goes into the first row with room for it, the longest
@@ -391,15 +361,14 @@ class Packs:
         batch_size: int = 2,
         seed: int = 0,
     ):
-        self.rows = _check_rows(rows, batch_size)
+        super().__init__(rows, batch_size, seed)
         longest = max(len(ids) for ids, _ in self.rows)
         if longest > length:
             raise ValueError(
                 f"a conversation has {longest} pieces, a row holds {length}; "
                 f"give length={longest} or more"
             )
-        self.length, self.batch_size = length, batch_size
-        self.seed, self.epoch = seed, 0
+        self.length = length
         self.bins: list[list[int]] = []
         room: list[int] = []
         for i in sorted(range(len(rows)), key=lambda i: -len(rows[i][0])):
@@ -412,16 +381,11 @@ class Packs:
             self.bins[k].append(i)
             room[k] -= size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, which chooses the order of the rows."""
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return -(-len(self.bins) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(len(self.bins))
+        order = self._draws().permutation(len(self.bins))
         for at in range(0, len(order), self.batch_size):
             some = [self.bins[k] for k in order[at : at + self.batch_size]]
             ids, labels = (
@@ -439,7 +403,7 @@ class Packs:
             }
 
 # %% ../nbs/13_sft.ipynb #5d325464
-class Joined:
+class Joined(_Batches):
     """Batches of one row each: what all conversations begin with, once, and
     then the rest of each.
 
@@ -464,24 +428,15 @@ class Joined:
     def __init__(
         self, rows: Sequence[_Row], batch_size: int = 8, seed: int = 0
     ):
-        self.rows = _check_rows(rows, batch_size)
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        super().__init__(rows, batch_size, seed)
         begin = commonprefix([ids for ids, _ in rows])
         first = (
             next(i for i, t in enumerate(ts) if t != -100) for _, ts in rows
         )
         self.begin = list(begin[: min(first)])
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, which chooses the order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
-
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order, k = rng.permutation(len(self.rows)), len(self.begin)
+        order, k = self._draws().permutation(len(self.rows)), len(self.begin)
         for at in range(0, len(order), self.batch_size):
             ids, labels, which = list(self.begin), [-100] * k, [-1] * k
             part = order[at : at + self.batch_size]
@@ -570,7 +525,7 @@ def teach(
             "training all of it; call model.float(), or train an adapter, "
             "how=peft.LoRA(...)"
         )
-    ready = isinstance(rows, Buckets | Packs | Joined)
+    ready = isinstance(rows, _Batches)
     batches: Any = rows if ready else Joined(rows, batch_size, seed)
     plan = settings or Settings(
         schedule="linear",
@@ -700,15 +655,12 @@ def _written(
     itself = seen.triu(shared) & seen.tril(shared)  # so that padding sees one
     seen = (seen.tril(shared) & real[:, None]) | itself
     places = (real.cumsum(1) - 1)[:, shared:].clamp_min(0)
-    cache = Cache()
-    for name in ("keys", "values"):
-        kept = getattr(begin, name).items()
-        setattr(cache, name, {i: t.expand(size, *t.shape[1:]) for i, t in kept})
+    cache = begin.fork(size)
     done = torch.zeros(size, dtype=torch.bool, device=device)
     states, made = [0] * size, []
     for left in range(new, 0, -1):
-        hidden = _read(model, ids, seen, places, cache)[:, -1]
-        logits = _logits(model, hidden).float()
+        x = model.read(ids, places[:, None], cache, seen[:, None])
+        logits = model.logits(x[:, -1]).float()
         if form is not None:
             banned = np.stack([~form.allowed(s, left) for s in states])
             banned[:, stop] &= np.array(states) != form.end

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .. import causal, data, mlm, models, peft, results, runtime
-from ..corpus import Corpus, Sentence, read_conll, word_shapes
+from ..corpus import Corpus, Sentence, read_conll
 from ..prompt import label_scores
 from ftbook.sft import (
     AnswerLoss,
@@ -33,10 +33,10 @@ from ftbook.sft import (
     write_names,
 )
 from . import run_named
-from .ner import fine_tuned
+from .ner import fine_tuned, linear_tags
 from .prompt import REVIEW
 from .prompt import part as reviews
-from ..tags import spans, to_iob2
+from ..tags import spans
 
 __all__ = [
     "part",
@@ -289,18 +289,8 @@ SST2 = runtime.pick(quick=8, cpu=200)
 # %% ../../nbs/13_sft.ipynb #594330a8
 def _linear(few: Corpus, sentences: Corpus, task: str, C: float) -> list:
     """Names by a linear model of the shapes of words."""
-    from sklearn.feature_extraction import DictVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    solver = LogisticRegression(C=C, max_iter=300)
-    linear = make_pipeline(DictVectorizer(), solver)
-    linear.fit(sum(map(word_shapes, few.words), []), sum(few.tags, []))
-    tags = [linear.predict(word_shapes(s.words)).tolist() for s in sentences]
-    return [
-        _names(s, to_iob2(t, "IOB2")[0], task)
-        for s, t in zip(sentences, tags, strict=True)
-    ]
+    tags = linear_tags(few, sentences.words, C)
+    return [_names(s, t, task) for s, t in zip(sentences, tags, strict=True)]
 
 
 def _tagged(
