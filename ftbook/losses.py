@@ -71,7 +71,7 @@ def bce_with_logits(
     pos_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Binary cross-entropy from logits, equation (2.9).
+    """Binary cross-entropy from logits, equation (2.9b).
 
     Parameters
     ----------

@@ -15,12 +15,12 @@ Examples
 
 # %% ../nbs/06_mlm.ipynb #7b1b88c1
 __all__ = [
-    "train_tokenizer",
-    "pack",
     "vocabulary",
     "mask_tokens",
-    "small_bert",
     "MaskedLM",
+    "train_tokenizer",
+    "pack",
+    "small_bert",
     "NGram",
     "score",
     "start_from_counts",
@@ -34,10 +34,12 @@ __all__ = [
 # %% ../nbs/06_mlm.ipynb #5e736f09
 import math
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,134 +55,6 @@ from .train import History, Settings, fit
 
 # %% ../nbs/06_mlm.ipynb #8bd2e0e8
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-# %% ../nbs/06_mlm.ipynb #3e70bc33
-def train_tokenizer(
-    documents: Sequence[str], vocab_size: int = 8192, alphabet: int = 400
-):
-    """Train a cased WordPiece tokenizer and return it as a transformers
-    tokenizer.
-
-    Parameters
-    ----------
-    documents
-        Training text, one string per document.
-    vocab_size
-        Number of entries, the 5 special tokens and the single characters
-        included.
-    alphabet
-        How many different characters are kept; a word with any other character
-        becomes `[UNK]`.
-
-    Returns
-    -------
-    transformers.BertTokenizer
-        With `[PAD] [UNK] [CLS] [SEP] [MASK]` as ids 0 to 4.
-
-    Notes
-    -----
-    The trainer of `tokenizers` merges the most frequent pair, not the one of
-    greatest likelihood as in the reference.
-
-    References
-    ----------
-    Schuster and Nakajima (2012), Japanese and Korean voice search,
-    doi:10.1109/ICASSP.2012.6289079.
-
-    Examples
-    --------
-    >>> tokenizer = train_tokenizer(["low lower lowest slow"] * 9, 40)
-    >>> tokenizer.tokenize("lower")
-    ['lower']
-    """
-    from tokenizers import (
-        Tokenizer,
-        models,
-        normalizers,
-        pre_tokenizers,
-        trainers,
-    )
-    from transformers import BertTokenizer
-
-    if isinstance(documents, str) or not documents:
-        raise ValueError(
-            "documents must be a non-empty list of strings, one per document"
-        )
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=False, strip_accents=False
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        limit_alphabet=alphabet,
-        special_tokens=list(_SPECIAL),
-        show_progress=False,
-    )
-    texts = (encodable(d).replace("[UNK]", "") for d in documents)
-    tokenizer.train_from_iterator(texts, trainer)
-    case: dict[str, Any] = {"do_lower_case": False, "strip_accents": False}
-    return BertTokenizer(
-        vocab=tokenizer.get_vocab(), model_max_length=256, **case
-    )
-
-# %% ../nbs/06_mlm.ipynb #a15f1c3d
-def pack(documents: Sequence[str], tokenizer, length: int = 128) -> Tensor:
-    """Encode documents and cut the stream of pieces into full sequences,
-    without padding.
-
-    Documents follow one another, each ended by `[SEP]`; every sequence is
-    `[CLS]`, `length - 2` pieces, `[SEP]`. Padding and truncation of the
-    tokenizer itself are neither used nor changed.
-
-    Parameters
-    ----------
-    documents, tokenizer
-        One string per document; a transformers tokenizer with `[CLS]` and
-        `[SEP]`.
-    length
-        Pieces per sequence T, special tokens included; at least 3.
-
-    Returns
-    -------
-    Tensor
-        Shape (N, T), int64. Up to `length - 3` pieces at the very end are
-        dropped.
-
-    Raises
-    ------
-    ValueError
-        If the documents do not fill one sequence.
-    """
-    if isinstance(documents, str):
-        raise TypeError(
-            f"documents must be a list of str, not the str {documents[:40]!r}. "
-            "Put a single text into a list."
-        )
-    if length < 3:
-        raise ValueError(
-            f"length={length}: a sequence needs [CLS], at least one piece and "
-            "[SEP], so 3 or more"
-        )
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    stream: list[np.ndarray] = []
-    with unpadded(tokenizer) as backend:
-        for start in range(0, len(documents), 1000):
-            part = [encodable(text) for text in documents[start : start + 1000]]
-            for found in backend.encode_batch_fast(
-                part, add_special_tokens=False
-            ):
-                stream.append(np.array([*found.ids, sep], dtype=np.int32))
-    flat = np.concatenate(stream) if stream else np.empty(0, np.int32)
-    n = len(flat) // (length - 2)
-    if n == 0:
-        raise ValueError(
-            f"{len(flat)} pieces do not fill one sequence of {length}; give "
-            "more text or a smaller length"
-        )
-    ids = np.full((n, length), sep, dtype=np.int64)
-    ids[:, 0], ids[:, 1:-1] = cls, flat[: n * (length - 2)].reshape(n, -1)
-    return torch.from_numpy(ids)
 
 # %% ../nbs/06_mlm.ipynb #d2854a21
 class _Vocabulary(NamedTuple):
@@ -325,6 +199,255 @@ def mask_tokens(
         labels,
     )
 
+# %% ../nbs/06_mlm.ipynb #3d3e4ccf
+class _MaskedOutput(NamedTuple):
+    """What `MaskedLM` returns: the loss and the logits at the M positions that
+    have a label, shape (M, V).
+    """
+
+    loss: Tensor
+    logits: Tensor
+    target: Tensor
+
+
+class MaskedLM(nn.Module):
+    """A masked language model whose head runs on the labeled positions only.
+
+    Parameters
+    ----------
+    model
+        A `BertForMaskedLM`; its weights are used in place, not copied.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> _MaskedOutput:
+        """Return the mean cross-entropy over positions with a label, equation
+        (6.1).
+
+        Parameters
+        ----------
+        input_ids, labels
+            Shape (B, T); labels are -100 where nothing is to be predicted.
+        attention_mask
+            Shape (B, T), 0 at padding; None for packed sequences.
+        """
+        hidden = self.model.bert(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state
+        return self.scored(hidden, labels)
+
+    def scored(self, hidden: Tensor, labels: Tensor) -> _MaskedOutput:
+        """The head on the encoder's outputs (B, T, H) at the positions that
+        have a label (B, T); logits in float32.
+        """
+        where = labels.ne(-100)
+        target, logits = labels[where], self.model.cls(hidden[where]).float()
+        loss = F.cross_entropy(logits, target, reduction="sum") / max(
+            1, len(target)
+        )
+        return _MaskedOutput(loss, logits, target)
+
+# %% ../nbs/06_mlm.ipynb #f00231f6
+def _pair_counts(ids: Tensor, distance: int, size: int) -> Tensor:
+    """How often piece b stands `distance` places after piece a, (V, V)."""
+    pairs = (ids[:, :-distance] * size + ids[:, distance:]).flatten()
+    return torch.bincount(pairs, minlength=size * size).view(size, size).float()
+
+# %% ../nbs/06_mlm.ipynb #78d67459
+def _ppmi(counts: Tensor, smoothing: float = 0.75) -> Tensor:
+    """Positive pointwise mutual information of rows and columns, shape as the
+    counts.
+
+    References
+    ----------
+    Levy and Goldberg (2014), Neural word embedding as implicit matrix
+    factorization; Levy, Goldberg and Dagan (2015) for the smoothing,
+    doi:10.1162/tacl_a_00134; equation (6.5) of this book.
+    """
+    column = counts.sum(0) ** smoothing
+    expected = counts.sum(1, keepdim=True).clamp_min(1) * (
+        column / column.sum()
+    ).clamp_min(1e-12)
+    return counts.div_(expected).clamp_min_(1.0).log_()
+
+# %% ../nbs/06_mlm.ipynb #3ff16396
+def _count_embeddings(
+    ids: Tensor, vocab: _Vocabulary, width: int, seed: int = 0
+) -> Tensor:
+    """Word vectors from counts of neighbors: a truncated singular value
+    decomposition, no training.
+
+    Parameters
+    ----------
+    ids
+        Packed sequences, shape (N, T).
+    vocab
+        From `vocabulary(tokenizer)`, V entries.
+    width
+        Dimension H of the vectors.
+    seed
+        Seed of the randomized decomposition.
+
+    Returns
+    -------
+    Tensor
+        Shape (V, H), rows of length 1 (0 for special tokens).
+    """
+    size = len(vocab.special)
+    near = _pair_counts(ids, 1, size)
+    far = sum(_pair_counts(ids, d, size) * (2 / d) for d in (2, 3, 4))
+    matrix = torch.cat(
+        [_ppmi(near.T.contiguous()), _ppmi(near), _ppmi(far + far.T)], 1
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        left, strength, _ = torch.svd_lowrank(
+            matrix, q=min(width, size), niter=2
+        )
+    vectors = F.pad(left * strength.sqrt(), (0, width - left.shape[1]))
+    vectors = vectors - vectors[vocab.ordinary].mean(0)
+    return F.normalize(vectors, dim=1) * ~vocab.special[:, None]
+
+# %% ../nbs/06_mlm.ipynb #3e70bc33
+def train_tokenizer(
+    documents: Sequence[str], vocab_size: int = 8192, alphabet: int = 400
+):
+    """Train a cased WordPiece tokenizer and return it as a transformers
+    tokenizer.
+
+    Parameters
+    ----------
+    documents
+        Training text, one string per document.
+    vocab_size
+        Number of entries, the 5 special tokens and the single characters
+        included.
+    alphabet
+        How many different characters are kept; a word with any other character
+        becomes `[UNK]`.
+
+    Returns
+    -------
+    transformers.BertTokenizerFast
+        With `[PAD] [UNK] [CLS] [SEP] [MASK]` as ids 0 to 4.
+
+    Notes
+    -----
+    The trainer of `tokenizers` merges the most frequent pair, not the one of
+    greatest likelihood as in the reference.
+
+    References
+    ----------
+    Schuster and Nakajima (2012), Japanese and Korean voice search,
+    doi:10.1109/ICASSP.2012.6289079.
+
+    Examples
+    --------
+    >>> tokenizer = train_tokenizer(["low lower lowest slow"] * 9, 40)
+    >>> tokenizer.tokenize("lower")
+    ['lower']
+    """
+    from tokenizers import (
+        Tokenizer,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
+    from transformers import AutoTokenizer
+
+    if isinstance(documents, str) or not documents:
+        raise ValueError(
+            "documents must be a non-empty list of strings, one per document"
+        )
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=False, strip_accents=False
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        limit_alphabet=alphabet,
+        special_tokens=list(_SPECIAL),
+        show_progress=False,
+    )
+    texts = (encodable(d).replace("[UNK]", "") for d in documents)
+    tokenizer.train_from_iterator(texts, trainer)
+    look: dict[str, Any] = {"do_lower_case": False, "strip_accents": False}
+    pieces = tokenizer.get_vocab()
+    with tempfile.TemporaryDirectory() as folder:  # read by transformers 4 too
+        lines = "\n".join(sorted(pieces, key=pieces.__getitem__))
+        (Path(folder) / "vocab.txt").write_text(lines + "\n", encoding="utf-8")
+        return AutoTokenizer.from_pretrained(
+            folder, tokenizer_type="bert", model_max_length=256, **look
+        )
+
+# %% ../nbs/06_mlm.ipynb #a15f1c3d
+def pack(documents: Sequence[str], tokenizer, length: int = 128) -> Tensor:
+    """Encode documents and cut the stream of pieces into full sequences,
+    without padding.
+
+    Documents follow one another, each ended by `[SEP]`; every sequence is
+    `[CLS]`, `length - 2` pieces, `[SEP]`. Padding and truncation of the
+    tokenizer itself are neither used nor changed.
+
+    Parameters
+    ----------
+    documents, tokenizer
+        One string per document; a transformers tokenizer with `[CLS]` and
+        `[SEP]`.
+    length
+        Pieces per sequence T, special tokens included; at least 3.
+
+    Returns
+    -------
+    Tensor
+        Shape (N, T), int64. Up to `length - 3` pieces at the very end are
+        dropped.
+
+    Raises
+    ------
+    ValueError
+        If the documents do not fill one sequence.
+    """
+    if isinstance(documents, str):
+        raise TypeError(
+            f"documents must be a list of str, not the str {documents[:40]!r}. "
+            "Put a single text into a list."
+        )
+    if length < 3:
+        raise ValueError(
+            f"length={length}: a sequence needs [CLS], at least one piece and "
+            "[SEP], so 3 or more"
+        )
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    stream: list[np.ndarray] = []
+    with unpadded(tokenizer) as backend:
+        for start in range(0, len(documents), 1000):
+            part = [encodable(text) for text in documents[start : start + 1000]]
+            for found in backend.encode_batch_fast(
+                part, add_special_tokens=False
+            ):
+                stream.append(np.array([*found.ids, sep], dtype=np.int32))
+    flat = np.concatenate(stream) if stream else np.empty(0, np.int32)
+    n = len(flat) // (length - 2)
+    if n == 0:
+        raise ValueError(
+            f"{len(flat)} pieces do not fill one sequence of {length}; give "
+            "more text or a smaller length"
+        )
+    ids = np.full((n, length), sep, dtype=np.int64)
+    ids[:, 0], ids[:, 1:-1] = cls, flat[: n * (length - 2)].reshape(n, -1)
+    return torch.from_numpy(ids)
+
 # %% ../nbs/06_mlm.ipynb #006d0174
 def small_bert(
     vocab_size: int = 8192,
@@ -381,62 +504,6 @@ def small_bert(
             _sinusoids(positions, hidden) * std * 2**0.5
         )
     return model
-
-# %% ../nbs/06_mlm.ipynb #3d3e4ccf
-class _MaskedOutput(NamedTuple):
-    """What `MaskedLM` returns: the loss and the logits at the M positions that
-    have a label, shape (M, V).
-    """
-
-    loss: Tensor
-    logits: Tensor
-    target: Tensor
-
-
-class MaskedLM(nn.Module):
-    """A masked language model whose head runs on the labeled positions only.
-
-    Parameters
-    ----------
-    model
-        A `BertForMaskedLM`; its weights are used in place, not copied.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-    ) -> _MaskedOutput:
-        """Return the mean cross-entropy over positions with a label, equation
-        (6.1).
-
-        Parameters
-        ----------
-        input_ids, labels
-            Shape (B, T); labels are -100 where nothing is to be predicted.
-        attention_mask
-            Shape (B, T), 0 at padding; None for packed sequences.
-        """
-        hidden = self.model.bert(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state
-        return self.scored(hidden, labels)
-
-    def scored(self, hidden: Tensor, labels: Tensor) -> _MaskedOutput:
-        """The head on the encoder's outputs (B, T, H) at the positions that
-        have a label (B, T); logits in float32.
-        """
-        where = labels.ne(-100)
-        target, logits = labels[where], self.model.cls(hidden[where]).float()
-        loss = F.cross_entropy(logits, target, reduction="sum") / max(
-            1, len(target)
-        )
-        return _MaskedOutput(loss, logits, target)
 
 # %% ../nbs/06_mlm.ipynb #df1ee20a
 class NGram:
@@ -556,67 +623,6 @@ def score(model, batches, device=None) -> _Scored:
                 )
             )
     return _Scored(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-# %% ../nbs/06_mlm.ipynb #f00231f6
-def _pair_counts(ids: Tensor, distance: int, size: int) -> Tensor:
-    """How often piece b stands `distance` places after piece a, (V, V)."""
-    pairs = (ids[:, :-distance] * size + ids[:, distance:]).flatten()
-    return torch.bincount(pairs, minlength=size * size).view(size, size).float()
-
-# %% ../nbs/06_mlm.ipynb #78d67459
-def _ppmi(counts: Tensor, smoothing: float = 0.75) -> Tensor:
-    """Positive pointwise mutual information of rows and columns, shape as the
-    counts.
-
-    References
-    ----------
-    Levy and Goldberg (2014), Neural word embedding as implicit matrix
-    factorization; Levy, Goldberg and Dagan (2015) for the smoothing,
-    doi:10.1162/tacl_a_00134; equation (6.5) of this book.
-    """
-    column = counts.sum(0) ** smoothing
-    expected = counts.sum(1, keepdim=True).clamp_min(1) * (
-        column / column.sum()
-    ).clamp_min(1e-12)
-    return counts.div_(expected).clamp_min_(1.0).log_()
-
-# %% ../nbs/06_mlm.ipynb #3ff16396
-def _count_embeddings(
-    ids: Tensor, vocab: _Vocabulary, width: int, seed: int = 0
-) -> Tensor:
-    """Word vectors from counts of neighbors: a truncated singular value
-    decomposition, no training.
-
-    Parameters
-    ----------
-    ids
-        Packed sequences, shape (N, T).
-    vocab
-        From `vocabulary(tokenizer)`, V entries.
-    width
-        Dimension H of the vectors.
-    seed
-        Seed of the randomized decomposition.
-
-    Returns
-    -------
-    Tensor
-        Shape (V, H), rows of length 1 (0 for special tokens).
-    """
-    size = len(vocab.special)
-    near = _pair_counts(ids, 1, size)
-    far = sum(_pair_counts(ids, d, size) * (2 / d) for d in (2, 3, 4))
-    matrix = torch.cat(
-        [_ppmi(near.T.contiguous()), _ppmi(near), _ppmi(far + far.T)], 1
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        left, strength, _ = torch.svd_lowrank(
-            matrix, q=min(width, size), niter=2
-        )
-    vectors = F.pad(left * strength.sqrt(), (0, width - left.shape[1]))
-    vectors = vectors - vectors[vocab.ordinary].mean(0)
-    return F.normalize(vectors, dim=1) * ~vocab.special[:, None]
 
 # %% ../nbs/06_mlm.ipynb #a38c3fef
 @torch.no_grad()

@@ -16,15 +16,15 @@ Examples
 # %% ../nbs/10_ner.ipynb #91aabac2
 __all__ = [
     "align",
+    "TagLoss",
+    "iob2_transitions",
+    "viterbi",
     "WordPieces",
     "Encoded",
     "encode",
     "BucketBatches",
     "token_classifier",
     "class_weights",
-    "TagLoss",
-    "iob2_transitions",
-    "viterbi",
     "decode",
     "NERTagger",
     "EntityF1",
@@ -78,6 +78,105 @@ def align(
             pieces += own
             labels += [tag] + [None] * (len(own) - 1)
     return pieces + [tokenizer.sep_token_id], labels + [None]
+
+# %% ../nbs/10_ner.ipynb #09b4ad2e
+class TagLoss(nn.Module):
+    """A token classifier with cross-entropy over the labeled pieces.
+
+    Equation (10.3); its output carries the ``loss``.
+
+    Parameters
+    ----------
+    model : a transformers token classifier
+    weight : (K,) Tensor, optional
+        Weights of the labels, see :func:`class_weights`.
+    """
+
+    def __init__(self, model: nn.Module, weight: torch.Tensor | None = None):
+        super().__init__()
+        self.model = model
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, input_ids, attention_mask, labels):
+        """The model's output, ``loss`` set; labels (B, T), -100 ignored."""
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        logits = out.logits.flatten(0, 1).float()
+        weight: Any = self.weight
+        out.loss = F.cross_entropy(logits, labels.flatten(), weight)
+        return out
+
+    def weight_of(self, labels: torch.Tensor) -> torch.Tensor | int:
+        """The denominator of (10.3), by which batches are put together."""
+        kept = labels[labels != -100]
+        if self.weight is None:
+            return len(kept)
+        return self.weight.to(kept.device)[kept].sum()
+
+
+class _Inside:
+    """A PEFT method that goes into the classifier within a `TagLoss`."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def apply(self, loss: TagLoss):
+        return self.method.apply(loss.model)
+
+# %% ../nbs/10_ner.ipynb #b8733448
+def iob2_transitions(labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the steps of IOB2: 0 where allowed, -inf where not.
+
+    Returns
+    -------
+    step : (K, K) array, start : (K,) array
+
+    Examples
+    --------
+    >>> step, start = iob2_transitions(["O", "B-PER", "I-PER"])
+    >>> (step[0] == 0).tolist(), (start == 0).tolist()
+    ([True, True, False], [True, True, False])
+    """
+    letter = np.array([t[0] for t in labels])
+    kind = np.array([t[1:] for t in labels])
+    inside = letter == "I"
+    fits = kind[:, None] == kind[None, :]
+    fits &= (letter != "O")[:, None]
+    step = np.where(~inside[None, :] | fits, 0.0, -np.inf)
+    return step, np.where(inside, -np.inf, 0.0)
+
+# %% ../nbs/10_ner.ipynb #7fb9b390
+def viterbi(
+    scores: np.ndarray, step: np.ndarray, start: np.ndarray, lengths=None
+) -> np.ndarray:
+    """The best label sequence of every row of a batch under scores +
+    transitions, equation (10.5).
+
+    Parameters
+    ----------
+    scores : (B, T, K) array
+        Label scores (logits or log-probabilities) per word.
+    step, start : (K, K), (K,) arrays
+        From :func:`iob2_transitions` or :func:`learn_transitions`.
+    lengths : (B,) array, optional
+        Words per row; what follows is padding.
+
+    Returns
+    -------
+    (B, T) integer array; padding positions repeat the last label.
+    """
+    B, T, K = scores.shape
+    lengths = np.full(B, T) if lengths is None else np.asarray(lengths)
+    best, back = scores[:, 0] + start, np.tile(np.arange(K), (T, B, 1))
+    for t in range(1, T):
+        through = best[:, :, None] + step[None]
+        active = (t < lengths)[:, None]
+        back[t] = np.where(active, through.argmax(1), back[t])
+        best = np.where(active, through.max(1) + scores[:, t], best)
+    path = np.empty((B, T), np.int64)
+    path[:, -1] = best.argmax(1)
+    for t in range(T - 1, 0, -1):
+        path[:, t - 1] = back[t][np.arange(B), path[:, t]]
+    return path
 
 # %% ../nbs/10_ner.ipynb #9dd2f294
 class WordPieces:
@@ -626,105 +725,6 @@ def class_weights(
     return torch.tensor(
         weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32
     )
-
-# %% ../nbs/10_ner.ipynb #09b4ad2e
-class TagLoss(nn.Module):
-    """A token classifier with cross-entropy over the labeled pieces.
-
-    Equation (10.3); its output carries the ``loss``.
-
-    Parameters
-    ----------
-    model : a transformers token classifier
-    weight : (K,) Tensor, optional
-        Weights of the labels, see :func:`class_weights`.
-    """
-
-    def __init__(self, model: nn.Module, weight: torch.Tensor | None = None):
-        super().__init__()
-        self.model = model
-        self.register_buffer("weight", weight, persistent=False)
-
-    def forward(self, input_ids, attention_mask, labels):
-        """The model's output, ``loss`` set; labels (B, T), -100 ignored."""
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
-        logits = out.logits.flatten(0, 1).float()
-        weight: Any = self.weight
-        out.loss = F.cross_entropy(logits, labels.flatten(), weight)
-        return out
-
-    def weight_of(self, labels: torch.Tensor) -> torch.Tensor | int:
-        """The denominator of (10.3), by which batches are put together."""
-        kept = labels[labels != -100]
-        if self.weight is None:
-            return len(kept)
-        return self.weight.to(kept.device)[kept].sum()
-
-
-class _Inside:
-    """A PEFT method that goes into the classifier within a `TagLoss`."""
-
-    def __init__(self, method):
-        self.method = method
-
-    def apply(self, loss: TagLoss):
-        return self.method.apply(loss.model)
-
-# %% ../nbs/10_ner.ipynb #b8733448
-def iob2_transitions(labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the steps of IOB2: 0 where allowed, -inf where not.
-
-    Returns
-    -------
-    step : (K, K) array, start : (K,) array
-
-    Examples
-    --------
-    >>> step, start = iob2_transitions(["O", "B-PER", "I-PER"])
-    >>> (step[0] == 0).tolist(), (start == 0).tolist()
-    ([True, True, False], [True, True, False])
-    """
-    letter = np.array([t[0] for t in labels])
-    kind = np.array([t[1:] for t in labels])
-    inside = letter == "I"
-    fits = kind[:, None] == kind[None, :]
-    fits &= (letter != "O")[:, None]
-    step = np.where(~inside[None, :] | fits, 0.0, -np.inf)
-    return step, np.where(inside, -np.inf, 0.0)
-
-# %% ../nbs/10_ner.ipynb #7fb9b390
-def viterbi(
-    scores: np.ndarray, step: np.ndarray, start: np.ndarray, lengths=None
-) -> np.ndarray:
-    """The best label sequence of every row of a batch under scores +
-    transitions, equation (10.5).
-
-    Parameters
-    ----------
-    scores : (B, T, K) array
-        Label scores (logits or log-probabilities) per word.
-    step, start : (K, K), (K,) arrays
-        From :func:`iob2_transitions` or :func:`learn_transitions`.
-    lengths : (B,) array, optional
-        Words per row; what follows is padding.
-
-    Returns
-    -------
-    (B, T) integer array; padding positions repeat the last label.
-    """
-    B, T, K = scores.shape
-    lengths = np.full(B, T) if lengths is None else np.asarray(lengths)
-    best, back = scores[:, 0] + start, np.tile(np.arange(K), (T, B, 1))
-    for t in range(1, T):
-        through = best[:, :, None] + step[None]
-        active = (t < lengths)[:, None]
-        back[t] = np.where(active, through.argmax(1), back[t])
-        best = np.where(active, through.max(1) + scores[:, t], best)
-    path = np.empty((B, T), np.int64)
-    path[:, -1] = best.argmax(1)
-    for t in range(T - 1, 0, -1):
-        path[:, t - 1] = back[t][np.arange(B), path[:, t]]
-    return path
 
 # %% ../nbs/10_ner.ipynb #65698e17
 def decode(

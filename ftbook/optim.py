@@ -87,7 +87,7 @@ def _checked(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
             )
     return found
 
-# %% ../nbs/03_optim.ipynb #edc2df2e
+
 # numbers per list on the CPU: what a step reads and writes then stays in a
 # cache of a few MiB
 _CHUNK = 2**18
@@ -404,7 +404,7 @@ class AdaGrad(Foreach):
         steps = torch._foreach_mul(grads, -group["lr"])
         torch._foreach_addcdiv_(params, steps, root)
 
-# %% ../nbs/03_optim.ipynb #523d9555
+
 class RMSProp(Foreach):
     """AdaGrad with a running mean in place of the sum, equation (3.5).
 
@@ -531,7 +531,7 @@ class Adam(Foreach):
         rates = [-lr / (1 - beta1**t) for t in steps]
         torch._foreach_addcdiv_(params, mean, root, rates)
 
-# %% ../nbs/03_optim.ipynb #1d784e6a
+
 class AdamW(Adam):
     """Adam with decoupled weight decay, equation (3.8).
 
@@ -710,7 +710,7 @@ def _check_muon(group: Mapping[str, Any]) -> None:
             "Use optimizer('Muon', model), which gives the others to AdamW"
         )
 
-# %% ../nbs/03_optim.ipynb #ae32d382
+
 class Muon(Foreach):
     """Momentum whose step is made orthogonal, matrix by matrix, (3.10).
 
@@ -825,7 +825,7 @@ def _muon_groups(model: nn.Module) -> list[dict]:
     ]
     return [g for g in groups if g["params"]]
 
-# %% ../nbs/03_optim.ipynb #025f01e9
+
 class MuonAdamW(Muon, AdamW):
     """Muon for groups with `matrix=True`, AdamW for the others.
 
@@ -1013,7 +1013,7 @@ def _staircase(
     """
     return float(gamma ** min(parts - 1, step * parts // max(1, total_steps)))
 
-# %% ../nbs/03_optim.ipynb #b277c62f
+
 def _one_cycle(
     step: int,
     total_steps: int,
@@ -1044,7 +1044,7 @@ def _one_cycle(
         return _cosine(step, peak) * (start - 1) + 1 if peak > 0 else 1.0
     return _cosine(step - peak, last - peak, end) if last > peak else end
 
-# %% ../nbs/03_optim.ipynb #471a00c7
+
 SCHEDULES: dict[str, Callable[..., float]] = {
     "constant": _constant,
     "linear": _linear,
@@ -1140,7 +1140,7 @@ class _RangeTest(NamedTuple):
         ax.axvline(self.suggestion, color="0.5", linestyle=":")
         return ax
 
-# %% ../nbs/03_optim.ipynb #550c327a
+
 def _running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
     """Exponential running mean, corrected for its start like Adam's.
 
@@ -1176,7 +1176,7 @@ def _steepest(
     best = min(falls, key=falls.__getitem__, default=0)
     return math.sqrt(rates[best] * rates[min(best + 1, len(rates) - 1)])
 
-# %% ../nbs/03_optim.ipynb #78f6a47a
+
 def _rising_rate(
     step: Callable[[float], float],
     low: float = 1e-6,
@@ -1278,7 +1278,7 @@ def _endless(batches: Iterable) -> Iterator:
                 "which start anew each time"
             )
 
-# %% ../nbs/03_optim.ipynb #f8fc648a
+
 def range_test(
     model: nn.Module,
     batches: Iterable,

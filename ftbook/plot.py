@@ -69,18 +69,20 @@ palette = [
     "#4D4D4D",
 ]
 INK, CARD = "#1A1A1A", "#FBFBFA"
+_WIDTH, _HEIGHT = 5.5, 3.3  # inches; legible on a phone, see "The style"
 _STYLE: dict[Any, Any] = {
     "figure.facecolor": CARD,
     "axes.facecolor": CARD,
     "savefig.facecolor": CARD,
-    "figure.figsize": (6.4, 3.6),
+    "figure.figsize": (_WIDTH, _HEIGHT),
     "figure.dpi": 100,
     "figure.constrained_layout.use": True,
-    "font.size": 10,
-    "axes.labelsize": 10,
-    "axes.titlesize": 10,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
+    "font.size": 11,
+    "axes.labelsize": 11,
+    "axes.titlesize": 11,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "axes.formatter.min_exponent": 6,  # 0.001: an exponent is small print
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
@@ -131,12 +133,39 @@ def _styled(fn: Callable[_P, _R]) -> Callable[_P, _R]:
     return inner
 
 
-def _axes(ax: Axes | None, width: float = 6.4, height: float = 3.6) -> Axes:
+def _axes(
+    ax: Axes | None, width: float = _WIDTH, height: float = _HEIGHT
+) -> Axes:
     return plt.subplots(figsize=(width, height))[1] if ax is None else ax
+
+
+def _text_width(text: str, size: float | None = None) -> float:
+    """Width in points of the longest line of a text."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=size or _STYLE["font.size"])
+    measured = text_to_path.get_text_width_height_descent
+    return max(measured(line, font, False)[0] for line in text.split("\n"))
+
+
+def _pair_width(texts: Sequence) -> float:
+    """Inches that one place in a row needs, so that no two texts touch.
+
+    Texts may run over places without one.
+    """
+    placed = [(i, _text_width(str(t))) for i, t in enumerate(texts) if str(t)]
+    return max(
+        (
+            ((a + b) / 2 / 72 + 0.1) / (j - i)
+            for (i, a), (j, b) in itertools.pairwise(placed)
+        ),
+        default=0,
+    )
 
 # %% ../nbs/A5_plot.ipynb #3a2ed4e4
 def spread(
-    positions: Any, gap: float, low: float = -math.inf, high: float = math.inf
+    positions: Any, gap: Any, low: float = -math.inf, high: float = math.inf
 ) -> np.ndarray:
     """Move positions at least `gap` apart, with the least squared movement.
 
@@ -144,7 +173,8 @@ def spread(
     ----------
     positions : array (N,)
         The order is kept; of equal ones the first stays in front.
-    gap : float
+    gap : float or array (N,)
+        An array holds sizes: two neighbors keep half of both between them.
     low, high : float
         Bounds of the result, where they leave room for all.
 
@@ -162,7 +192,9 @@ def spread(
     x = np.asarray(positions, dtype=float)
     if not len(x):
         return x
-    order, steps = np.argsort(x, kind="stable"), gap * np.arange(len(x))
+    order = np.argsort(x, kind="stable")
+    sizes = np.broadcast_to(gap, x.shape)[order]
+    steps = np.append(0, np.cumsum((sizes[:-1] + sizes[1:]) / 2))
     fitted = isotonic_regression(x[order] - steps)
     placed = np.empty(len(x))
     placed[order] = np.clip(fitted, low, max(low, high - steps[-1])) + steps
@@ -233,6 +265,8 @@ def curves(
         xscale="log" if logx else "linear",
         yscale="log" if logy else "linear",
     )
+    for axis in [ax.xaxis] * logx + [ax.yaxis] * logy:
+        _log_ticks(axis)
     if not logx and all(np.allclose(at, np.round(at)) for _, _, at, _ in ends):
         ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     _label_ends(ax, ends)
@@ -276,11 +310,26 @@ def _dash(number: int) -> Any:
     dashes = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))]
     return dashes[(number // len(palette)) % 4]
 
+
+def _log_ticks(axis: Any) -> None:
+    """Powers of ten as far as they find room; where they are few, 1, 2, 5."""
+    low, high = np.log10(axis.get_view_interval())
+    box = axis.axes.get_window_extent()
+    room = box.width if axis.axis_name == "x" else 2 * box.height
+    most = max(2, int(room / axis.axes.figure.dpi / 0.75))
+    powers = math.floor(high) - math.ceil(low) + 1
+    if powers > 1 or high - low > 1:
+        subs = (1.0,) if powers > 1 else (1.0, 2.0, 5.0)
+        axis.set_major_locator(mpl.ticker.LogLocator(subs=subs, numticks=most))
+        axis.set_major_formatter(lambda value, place: f"{value:g}")
+        axis.set_minor_formatter(mpl.ticker.NullFormatter())
+
 # %% ../nbs/A5_plot.ipynb #33ed6623
 def _label_ends(ax: Axes, ends: Sequence[tuple]) -> None:
     """Each line's name right of its last point, moved where two would overlap.
 
-    `ends` holds (name, line, x, y) of every line.
+    `ends` holds (name, line, x, y) of every line. Long names take two lines
+    where there is room for it.
     """
     figure: Any = ax.figure
     figure.canvas.draw()
@@ -295,17 +344,27 @@ def _label_ends(ax: Axes, ends: Sequence[tuple]) -> None:
     heights = ax.transData.transform([end[2:] for end in last])[:, 1] * points
     frame = ax.get_window_extent()
     low, high = frame.y0 * points + 2, frame.y1 * points + 6
-    moved = spread(heights, gap=12.5, low=low, high=high)
-    for (name, line, x, y), old, new in zip(last, heights, moved, strict=True):
+    names = [str(end[0]) for end in last]
+    folded = [_folded(name, 16) for name in names]
+    tall = [14.0 * (name.count("\n") + 1) for name in folded]
+    if sum(tall) <= high - low:
+        names = folded
+    else:
+        tall = [14.0] * len(names)
+    moved = spread(heights, tall, low, high)
+    right = max(end[2] for end in last)
+    behind = {"facecolor": CARD, "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+    for name, end, old, new in zip(names, last, heights, moved, strict=True):
+        _, line, x, y = end  # lines may run on behind a name
         ax.annotate(
-            str(name),
+            name,
             (x, y),
             xytext=(8, new - old),
             textcoords="offset points",
             va="center",
             color=line.get_color(),
-            fontsize=9.5,
             annotation_clip=False,
+            bbox=behind if x < right else None,
         )
 
 # %% ../nbs/A5_plot.ipynb #411d21c2
@@ -327,7 +386,8 @@ def image_grid(
         One per image, written above it.
     ncols : int
     scale : float
-        Size of the figure relative to the default of about one inch an image.
+        Size of the figure relative to the default, as wide as a figure of the
+        book; larger where a title needs it.
 
     Returns
     -------
@@ -349,9 +409,13 @@ def image_grid(
     ncols = min(ncols, n)
     nrows = math.ceil(n / ncols)
     lines = max((str(t).count("\n") + 1 for t in titles or ()), default=0)
-    gap, head = 0.08 * w, (0.08 + 0.2 * lines) * h
-    inch = min(7.2 / ncols, 1.6) * scale
-    ax = _axes(ax, ncols * inch, nrows * inch * (1 + head / h) * h / w)
+    inch = min(_WIDTH / ncols, 1.6) * scale
+    if ncols > 1:
+        inch = max(inch, _pair_width(titles or ()))
+    gap, point = 0.08 * w, 1.08 * w / inch / 72
+    head = 0.08 * h + 1.25 * _STYLE["font.size"] * lines * point
+    high = nrows * (h + head) * inch / w / 1.08
+    ax = _axes(ax, ncols * inch, high)
     for i, image in enumerate(x):
         left, top = (i % ncols) * (w + gap), (i // ncols) * (h + head) + head
         ax.imshow(
@@ -369,7 +433,6 @@ def image_grid(
                 str(titles[i]),
                 ha="center",
                 va="bottom",
-                fontsize=9,
             )
     ax.set(
         xlim=(-gap, ncols * (w + gap)),
@@ -435,7 +498,10 @@ def intervals(
     """
     if not rows:
         raise ValueError("intervals() was given no rows; give at least one")
-    ax = _axes(ax, 6.4, 0.9 + 0.36 * len(rows))
+    names = [_folded(_row_label(r, label), 26) for r in rows]
+    row = 0.48 if any("\n" in name for name in names) else 0.36
+    below = _folded(xlabel or str(rows[0]["metric"]), 36)
+    ax = _axes(ax, height=0.9 + 0.2 * ("\n" in below) + row * len(rows))
     for y, r in enumerate(rows):
         color = palette[0]
         low, high = (math.nan if v is None else v for v in r["interval"])
@@ -459,9 +525,9 @@ def intervals(
     ax.set(
         yticks=range(len(rows)),
         ylim=(len(rows) - 0.4, -0.6),
-        xlabel=xlabel or rows[0]["metric"],
+        xlabel=below,
     )
-    ax.set_yticklabels([_row_label(r, label) for r in rows])
+    ax.set_yticklabels(names)
     ax.grid(axis="y", visible=False)
     return ax
 
@@ -474,6 +540,16 @@ def _row_label(r: Mapping, label: str | Callable) -> str:
     fields = ("metric", "values", "mean", "interval", "n", "budget", "seeds")
     varied = (f"{k} {v}" for k, v in r.items() if k not in fields)
     return ", ".join(varied) or str(r["metric"])
+
+
+def _folded(name: str, width: int) -> str:
+    """A name of more than `width` letters in two lines, best after a comma."""
+    breaks = [i for i, letter in enumerate(name) if letter == " "]
+    if len(name) <= width or "\n" in name or not breaks:
+        return name
+    middle = len(name) / 2
+    at = min(breaks, key=lambda i: abs(i - middle) - 5 * (name[i - 1] in ",:;"))
+    return f"{name[:at]}\n{name[at + 1 :]}"
 
 # %% ../nbs/A5_plot.ipynb #3fc95647
 @_styled
@@ -491,6 +567,7 @@ def heatmap(
     Parameters
     ----------
     matrix : array (rows, columns)
+        A cell that is not a number stays empty.
     xlabels, ylabels : names of the columns and of the rows
     fmt : str
         Format of the numbers; "" writes none and draws small cells.
@@ -508,23 +585,37 @@ def heatmap(
             f"matrix has shape {m.shape} but there are {len(ylabels)} ylabels "
             f"and {len(xlabels)} xlabels"
         )
-    wide, high = (0.62, 0.4) if fmt else (0.1, 0.1)
+    ylabels = [_folded(str(name), 24) for name in ylabels]
+    texts = [format(v, fmt) for v in m[np.isfinite(m)]] if fmt else []
     rows, columns = m.shape if fmt else np.maximum(m.shape, 24)
-    ax = _axes(ax, 1.4 + wide * columns, 1.1 + high * rows)
+    left, number, longest = (
+        max((_text_width(str(text)) for text in some), default=0) / 72 + 0.1
+        for some in (ylabels, texts, xlabels)
+    )
+    name = _pair_width(xlabels)
+    if ax is None:
+        wide, high = (max(0.4, number), 0.4) if fmt else (0.1, 0.1)
+        if columns * name + left + 0.3 <= _WIDTH:
+            wide = max(wide, name)
+        below = 0.7 + (0 if name <= wide else 0.71 * longest)
+        ax = _axes(None, left + 0.3 + wide * columns, below + high * rows)
+        wide *= columns / m.shape[1]
+    else:
+        wide = ax.get_window_extent().width / ax.figure.dpi / m.shape[1]
     image = ax.imshow(m, aspect="auto")
-    long = max(len(str(name)) for name in xlabels) > 5
-    turn, side = (45, "right") if long else (0, "center")
+    turn, side = (45, "right") if name > wide else (0, "center")
     ax.set_xticks(range(m.shape[1]), xlabels, rotation=turn, ha=side)
     ax.set_yticks(range(m.shape[0]), ylabels)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
-    for (i, j), value in np.ndenumerate(m) if fmt else ():
-        face = image.cmap(image.norm(value)) if np.isfinite(value) else (1,) * 4
+    for i, j in np.argwhere(np.isfinite(m)) if fmt else ():
+        value = m[i, j]
+        face = image.cmap(image.norm(value))
         light = np.dot(np.power(face[:3], 2.2), (0.2126, 0.7152, 0.0722)) > 0.18
         ink = INK if light else "white"
         text = format(value, fmt)
-        ax.text(j, i, text, ha="center", va="center", color=ink, fontsize=9)
+        ax.text(j, i, text, ha="center", va="center", color=ink)
     return ax
 
 # %% ../nbs/A5_plot.ipynb #c7dad3dc
@@ -565,7 +656,7 @@ def scatter2d(
             f"points has shape {p.shape} and labels {y.shape}; "
             f"give (N, 2) and (N,)"
         )
-    ax = _axes(ax, 5.6, 4.6)
+    ax = _axes(ax, height=4.5)
     for number, k in enumerate(np.unique(y)):
         q, color = p[y == k], palette[number % len(palette)]
         ax.scatter(
@@ -583,7 +674,6 @@ def scatter2d(
             np.median(q, axis=0),
             ha="center",
             va="center",
-            fontsize=10,
             color=color,
             fontweight="bold",
             bbox={
@@ -599,15 +689,8 @@ def scatter2d(
 # %% ../nbs/A5_plot.ipynb #668c2219
 def _text_box(center: Any, text: str, size: float, pad: tuple) -> Bbox:
     """The rectangle, in points, around a text at a place."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font, lines = FontProperties(size=size), text.split("\n")
-    width = max(
-        text_to_path.get_text_width_height_descent(line, font, False)[0]
-        for line in lines
-    )
-    half = np.array([width + pad[0], 1.25 * size * len(lines) + pad[1]]) / 2
+    width, lines = _text_width(text, size), text.count("\n") + 1
+    half = np.array([width + pad[0], 1.25 * size * lines + pad[1]]) / 2
     return Bbox([center - half, center + half])
 
 
@@ -644,7 +727,7 @@ def concept_map(
     Returns
     -------
     Axes
-        One data unit is a point. Up to 400 points wide, the text of the drawing
+        One data unit is a point. Up to 370 points wide, the text of the drawing
         is at least 9 pixels high on a page of 360.
 
     Raises
@@ -676,7 +759,7 @@ def concept_map(
         if label:
             longest = np.linalg.norm(np.diff(path, axis=0), axis=1).argmax()
             middle = path[longest : longest + 2].mean(0)
-            labels.append((label, _text_box(middle, label, 9, (4, 2))))
+            labels.append((label, _text_box(middle, label, 10, (4, 2))))
     if faults := list(_faults(boxes, arrows, labels)):
         cure = "move a box, bend an arrow, or enlarge `cell`"
         raise ValueError(f"{'; '.join(faults)}: {cure}")
@@ -760,7 +843,7 @@ def _drawn_map(
         ax.add_patch(patch)
         write(box, nodes[name][0], 10)
     for text, box in labels:
-        write(box, text, 9, {"fc": CARD, "ec": "none", "pad": 1})
+        write(box, text, 10, {"fc": CARD, "ec": "none", "pad": 1})
     return ax
 
 # %% ../nbs/A5_plot.ipynb #c66a42f5

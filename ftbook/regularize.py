@@ -380,7 +380,7 @@ def l2_sp(
 ) -> Callable[[], Tensor]:
     """The pull of the body to its pretrained weights, of the head to zero.
 
-    alpha / 2 · |w - w0|² over the body + beta / 2 · |head|², equation (15.11),
+    alpha / 2 · |w - w0|² over the body + beta / 2 · |head|², equation (15.7),
     as a term of `Penalized`.
 
     Parameters
@@ -425,7 +425,7 @@ def _check_probability(p: float) -> None:
 
 def drop(x: Tensor, p: float, shared: Sequence[int] = ()) -> Tensor:
     """Set entries to zero with probability p and divide the rest by 1 - p,
-    equation (15.7).
+    equation (15.8).
 
     Parameters
     ----------
@@ -508,7 +508,7 @@ def set_dropout(model: nn.Module, p: float) -> _Attached:
 class RDrop(_Attached):
     """A loss for `fit` under which two passes with dropout should agree.
 
-    Equation (15.15). In training every batch of `model` is doubled, until
+    Equation (15.10). In training every batch of `model` is doubled, until
     `remove` or the end of a with block; validation is plain.
 
     Parameters
@@ -584,7 +584,7 @@ def drop_outputs(
         name means the layer together with its adapter; what is attached before
         the adapter acts on the layer's own output. Remove in reverse order.
     p : float
-        Rate; with shared="rows" the rate of the last module, equation (15.9).
+        Rate; with shared="rows" the rate of the last module, equation (15.11).
     shared : sequence of int, or "rows"
         See `drop`; "rows" is stochastic depth: one decision per example, rates
         rising linearly with depth.
@@ -665,7 +665,7 @@ def _dropper(p: float, shared: Any) -> Callable:
 
 # %% ../nbs/15_regularize.ipynb #3c52769b
 class _DropToward(nn.Module):
-    """Parametrization w -> w0 + drop(w - w0, p), equation (15.10).
+    """Parametrization w -> w0 + drop(w - w0, p), equation (15.12).
 
     Mixout; with w0 = 0, which is `anchor` None, DropConnect.
     """
@@ -811,7 +811,7 @@ def _detach_drop(module: nn.Module, tensor: str, order: Sequence[str]) -> None:
 
 # %% ../nbs/15_regularize.ipynb #70870756
 class GradientNoise(_BeforeStep):
-    """Callback of `fit`: normal noise on the gradients, equation (15.12).
+    """Callback of `fit`: normal noise on the gradients, equation (15.13).
 
     Its variance at step t is eta / (1 + t)^gamma. Several processes draw the
     same noise, so that their weights stay equal.
@@ -853,7 +853,7 @@ def _clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients by one factor so that their joint norm is at most
     `max_norm`; returns the norm before.
 
-    Equal to `torch.nn.utils.clip_grad_norm_`, equation (15.13).
+    Equal to `torch.nn.utils.clip_grad_norm_`, equation (15.14).
 
     Examples
     --------
@@ -874,7 +874,7 @@ def _clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 # %% ../nbs/15_regularize.ipynb #a15sam02
 class SAM(_BeforeStep):
     """Callback and loss of `fit`: the step's gradient is that of the weights a
-    distance `rho` uphill, equation (15.16).
+    distance `rho` uphill, equation (15.15).
 
     Pass it as both. One batch a step, one process, fp32; the second gradient
     is not clipped.
@@ -968,7 +968,7 @@ def _check_sharpness(run, sam: SAM) -> None:
 class WeightAverage:
     """Callback of `fit` that ends training with an average of the weights.
 
-    Equation (15.14), over the weights passed through. Validation measures the
+    Equation (15.16), over the weights passed through. Validation measures the
     average, and early stopping keeps the best average, not the best weights.
 
     Parameters

@@ -14,9 +14,9 @@ torch.Size([1, 2])
 
 # %% ../nbs/09_vision.ipynb #b467c712
 __all__ = [
-    "TwoConvCNN", "Normalized", "backbone", "save_cnn", "load_cnn",
-    "load_bundled", "Augment", "SHIFTS", "predict_topk", "saliency",
-    "grad_cam", "overlay", "features", "CachedHead", "LinearProbe",
+    "Normalized", "backbone", "save_cnn", "load_cnn", "load_bundled",
+    "features", "CachedHead", "LinearProbe", "SHIFTS", "predict_topk",
+    "saliency", "grad_cam", "overlay", "TwoConvCNN", "Augment",
 ]  # fmt: skip
 
 # %% ../nbs/09_vision.ipynb #f3dddb7c
@@ -55,56 +55,6 @@ from ftbook.images import (
 from .models import SmallCNN
 from .runtime import atomic_write, cache_dir, profile
 from .train import History, Settings, fit, predict
-
-# %% ../nbs/09_vision.ipynb #5587ace2
-class TwoConvCNN(nn.Module):
-    """A plain CNN as tutorials on CIFAR-10 have it: two 3 × 3 convolutions,
-    each followed by max pooling and ReLU, two linear layers.
-
-    Parameters
-    ----------
-    n_classes : int
-    channels : tuple of int
-        Channels of the image and of the two convolutions.
-    hidden : int
-        Width of the first linear layer.
-    size : int
-        Side of the square images in pixels, divisible by 4.
-
-    Examples
-    --------
-    >>> TwoConvCNN()(torch.rand(2, 3, 32, 32)).shape
-    torch.Size([2, 10])
-    """
-
-    def __init__(
-        self,
-        n_classes: int = 10,
-        channels: tuple[int, ...] = (3, 64, 128),
-        hidden: int = 256,
-        size: int = 32,
-    ):
-        super().__init__()
-        if size % 4 or size < 4:
-            raise ValueError(
-                f"size is {size}; two poolings need a side divisible by 4, "
-                f"for example 32"
-            )
-        self.size = size
-        self.conv1 = nn.Conv2d(channels[0], channels[1], 3, padding=1)
-        self.conv2 = nn.Conv2d(channels[1], channels[2], 3, padding=1)
-        self.fc1 = nn.Linear(channels[2] * (size // 4) ** 2, hidden)
-        self.fc2 = nn.Linear(hidden, n_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2:] != (self.size, self.size):
-            raise ValueError(
-                f"images are {tuple(x.shape[2:])}; this network was built for "
-                f"size={self.size}"
-            )
-        for conv in (self.conv1, self.conv2):
-            x = torch.relu(F.max_pool2d(conv(x), 2))
-        return self.fc2(torch.relu(self.fc1(x.flatten(1))))
 
 # %% ../nbs/09_vision.ipynb #aca1b0da
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -185,7 +135,7 @@ def _network(name: str) -> tuple[nn.Module, dict[str, Any]]:
     card = models.card(name)
     return models.EfficientNetLite0(), {"mean": card.mean, "std": card.std}
 
-# %% ../nbs/09_vision.ipynb #dc3048e8
+
 def _official(name: str) -> File:
     """torchvision's file; its name ends in the first digits of its sum."""
     pinned = _pinned(name)
@@ -474,333 +424,6 @@ def load_bundled() -> SmallCNN:
     """
     return load_cnn(asset("cnn-small-cifar10"))
 
-# %% ../nbs/09_vision.ipynb #46627f96
-class Augment:
-    """Random changes of light and view; every image has its own draws.
-
-    Parameters
-    ----------
-    zoom : float
-        The part shown has between 1 - zoom and 1 of the side.
-    shift : float
-        Beyond the image's edge by up to this share of the side; the edge is
-        mirrored.
-    flip, blur : float
-        Probability of mirroring, and of a Gaussian blur (one strength per
-        batch).
-    light : float
-        Brightness is multiplied by a factor drawn evenly on a log scale from
-        1 / (1 + light) to 1 + light.
-    contrast : float
-        Contrast is multiplied by a factor from 1 - contrast to 1 + contrast.
-    noise : float
-        Largest standard deviation of added normal noise, on the scale 0 to 1.
-
-    Examples
-    --------
-    >>> Augment()(torch.rand(4, 3, 8, 8)).shape
-    torch.Size([4, 3, 8, 8])
-    """
-
-    def __init__(
-        self,
-        zoom: float = 0.3,
-        shift: float = 0.05,
-        flip: float = 0.5,
-        light: float = 0.0,
-        contrast: float = 0.0,
-        blur: float = 0.0,
-        noise: float = 0.0,
-    ):
-        self.zoom, self.shift, self.flip, self.light = zoom, shift, flip, light
-        self.contrast, self.blur, self.noise = contrast, blur, noise
-        most = {name: 4 if name == "light" else 1 for name in vars(self)}
-        if bad := {
-            name: value
-            for name, value in vars(self).items()
-            if not 0 <= value <= most[name]
-        }:
-            raise ValueError(
-                f"{bad} lies outside the allowed range: 0 to 1, light 0 to 4"
-            )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.color(self.blurred(self.moved(x)))
-
-    def moved(self, x: Tensor) -> Tensor:
-        """Zoom, shift and mirror: one affine map per image."""
-        zoom = _uniform(x, 1 - self.zoom, 1.0).flatten()
-        mirrored = torch.rand(len(x), device=x.device) < self.flip
-        mirror = 1 - 2 * mirrored.to(x.dtype)
-        move = [
-            _uniform(x, -1, 1).flatten() * (1 - zoom + 2 * self.shift)
-            for _ in range(2)
-        ]
-        return zoom_in(x, zoom, torch.stack(move), mirror, "reflection")
-
-    def blurred(self, x: Tensor) -> Tensor:
-        """Blur a share of the images, the strength drawn for the batch."""
-        if not self.blur:
-            return x
-        chosen = _uniform(x, 0, 1) < self.blur
-        sigma = float(torch.empty(1).uniform_(0.004, 0.016)) * x.shape[-1]
-        return torch.where(chosen, _gaussian(x, sigma), x)
-
-    def color(self, x: Tensor) -> Tensor:
-        """Brightness, contrast around the image's mean gray, noise; 0..1."""
-        if self.light or self.contrast:
-            light = torch.exp(_uniform(x, -1, 1) * math.log1p(self.light))
-            low, high = 1 - self.contrast, 1 + self.contrast
-            x = adjust_color(x, light, _uniform(x, low, high))
-        if self.noise:
-            x = add_noise(x, _uniform(x, 0, self.noise))
-        return x.clamp(0, 1)
-
-# %% ../nbs/09_vision.ipynb #e4f64040
-def _uniform(x: Tensor, low: float, high: float) -> Tensor:
-    """One number per image, shape (B, 1, 1, 1), evenly from low to high."""
-    return x.new_empty(len(x), 1, 1, 1).uniform_(low, high)
-
-
-def _gaussian(x: Tensor, sigma: float) -> Tensor:
-    from torchvision.transforms.v2 import functional as tvf
-
-    size = 2 * math.ceil(2 * sigma) + 1
-    return tvf.gaussian_blur(x, kernel_size=size, sigma=sigma)
-
-# %% ../nbs/09_vision.ipynb #14344052
-def _blur(x: Tensor, strength: float = 0.015) -> Tensor:
-    """Gaussian blur of standard deviation `strength` times the width."""
-    return _gaussian(as_images(x, None), strength * x.shape[-1])
-
-
-def _noise(x: Tensor, strength: float = 0.15, seed: int = 0) -> Tensor:
-    """Normal noise on the scale 0 to 1, the same for the same seed."""
-    draws = torch.Generator().manual_seed(seed)
-    return add_noise(as_images(x, None), strength, draws)
-
-
-def _darken(x: Tensor, strength: float = 0.7) -> Tensor:
-    """Take away the share `strength` of the light."""
-    return as_images(x, None) * (1 - strength)
-
-
-SHIFTS = {"blurred": _blur, "noisy": _noise, "darker": _darken}
-
-# %% ../nbs/09_vision.ipynb #ec17705b
-class _TopK(NamedTuple):
-    """The k most probable classes of N images."""
-
-    probability: Tensor  # (N, k)
-    index: Tensor  # type: ignore[assignment]  # (N, k); a tuple has one too
-    names: list[list[str]]  # N lists of k
-
-
-def predict_topk(
-    model: nn.Module,
-    x: Tensor | ImageSet,
-    k: int | None = None,
-    classes: Sequence[str] | None = None,
-    batch_size: int = 128,
-    precision: str = "fp32",
-) -> _TopK:
-    """Most probable classes of images, best first.
-
-    Parameters
-    ----------
-    x : Tensor or ImageSet
-        See `ftbook.images.as_images`.
-    k : int, optional
-        From 1 to the number of classes; default: 5, or all if they are fewer.
-    classes : sequence of str, optional
-        Default: `.classes` of the ImageSet or of the model, whichever are as
-        many as the outputs; else numbers.
-
-    Returns
-    -------
-    probability, index : Tensor (N, k)
-    names : list of N lists of k str
-
-    Examples
-    --------
-    >>> top = predict_topk(load_bundled(), torch.rand(2, 3, 32, 32), k=3)
-    >>> top.probability.shape
-    torch.Size([2, 3])
-    """
-    given = x
-    x = as_images(x.x if isinstance(x, ImageSet) else x, None)
-    output = predict(model, x, batch_size=batch_size, precision=precision)
-    n = output.shape[1]
-    k = min(5, n) if k is None else k
-    if not 1 <= k <= n:
-        raise ValueError(
-            f"k is {k}; the model has {n} classes, so give 1 to {n}"
-        )
-    classes = classes or _names(n, given, model)
-    if len(classes) != n:
-        raise ValueError(f"{len(classes)} class names for {n} outputs")
-    probability, index = output.softmax(1).topk(k, 1)
-    names = [[classes[i] for i in row] for row in index.tolist()]
-    return _TopK(probability, index, names)
-
-# %% ../nbs/09_vision.ipynb #6a6ccca9
-def saliency(
-    model: nn.Module, x: Tensor, target: Tensor | int | None = None
-) -> Tensor:
-    """Absolute gradient of a class's logit with respect to each pixel, largest
-    over the channels.
-
-    Parameters
-    ----------
-    x : Tensor (N, C, H, W)
-    target : int or Tensor (N,), optional
-        Class to explain; default: the predicted one.
-
-    Returns
-    -------
-    Tensor (N, H, W)
-        Divided per image by its 99th percentile, and cut at 1.
-
-    References
-    ----------
-    Simonyan, Vedaldi, Zisserman (2014), arXiv:1312.6034.
-    """
-    x = as_images(x, None).clone().requires_grad_()
-    with _explained(model):
-        (gradient,) = torch.autograd.grad(_scores(model(x), target).sum(), x)
-    return _scaled(gradient.abs().amax(1))
-
-# %% ../nbs/09_vision.ipynb #7881e65c
-@contextmanager
-def _explained(model: nn.Module) -> Iterator[None]:
-    "Eval mode with gradients, the modes of all modules put back afterwards."
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _scores(output: Tensor, target: Tensor | int | None) -> Tensor:
-    target = (
-        output.argmax(1)
-        if target is None
-        else torch.as_tensor(target, device=output.device).expand(len(output))
-    )
-    return output.gather(1, target[:, None])[:, 0]
-
-
-def _scaled(maps: Tensor) -> Tensor:
-    top = maps.flatten(1).quantile(0.99, dim=1).clamp(min=1e-12)
-    return (maps / top[:, None, None]).clamp(0, 1).detach()
-
-# %% ../nbs/09_vision.ipynb #26670ae9
-def grad_cam(
-    model: nn.Module,
-    x: Tensor,
-    target: Tensor | int | None = None,
-    layer: nn.Module | None = None,
-) -> Tensor:
-    """Grad-CAM, equation (9.3), enlarged to the image.
-
-    Parameters
-    ----------
-    x : Tensor (N, C, H, W)
-    target : int or Tensor (N,), optional
-        Class to explain; default: the predicted one.
-    layer : nn.Module, optional
-        Submodule with an output (N, K, h, w); default: the last that has
-        places.
-
-    Returns
-    -------
-    Tensor (N, H, W)
-        0 to 1; each image's largest value is 1 unless the map is empty.
-
-    References
-    ----------
-    Selvaraju et al. (2017), arXiv:1610.02391.
-    """
-    x = as_images(x, None).clone().requires_grad_()
-    maps, _ = _class_maps(model, x, target, layer)
-    maps = F.interpolate(
-        maps.relu()[:, None], x.shape[2:], mode="bilinear", align_corners=False
-    )[:, 0]
-    return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)).detach()
-
-# %% ../nbs/09_vision.ipynb #12f4fb3a
-def _class_maps(
-    model: nn.Module,
-    x: Tensor,
-    target: Tensor | int | None = None,
-    layer: nn.Module | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The sum in (9.3) before the maximum with 0, (N, h, w), and the logits
-    (N,) that it explains.
-    """
-    kept: list[Tensor] = []
-    layer = layer or _last_spatial_layer(model, x.detach())
-    hook = layer.register_forward_hook(
-        lambda module, args, output: kept.append(output)
-    )
-    try:
-        with _explained(model):
-            logits = _scores(model(x), target)
-            (gradient,) = torch.autograd.grad(logits.sum(), kept[-1])
-    finally:
-        hook.remove()
-    return (gradient.mean((2, 3), keepdim=True) * kept[-1]).sum(
-        1
-    ).detach(), logits.detach()
-
-
-def _last_spatial_layer(model: nn.Module, x: Tensor) -> nn.Module:
-    """The last module to finish whose output still has places, that is (N, C,
-    h, w) with h · w > 1.
-    """
-    found: list[nn.Module] = []
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        if (
-            torch.is_tensor(output)
-            and output.ndim == 4
-            and output.shape[2] * output.shape[3] > 1
-        ):
-            found.append(module)
-
-    hooks = [m.register_forward_hook(note) for m in model.modules()]
-    try:
-        with _explained(model), torch.no_grad():
-            model(x[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not found:
-        raise ValueError(
-            f"no module of {type(model).__name__} has an output (N, C, h, w) "
-            f"with more than one place"
-        )
-    return found[-1]
-
-# %% ../nbs/09_vision.ipynb #99dc4ddf
-def overlay(images: Tensor, maps: Tensor, strength: float = 0.6) -> Tensor:
-    """Images (N, C, H, W) with maps (N, H, W) in 0..1 laid over them as color;
-    (N, 3, H, W) in 0..1.
-    """
-    from matplotlib import colormaps
-
-    images = as_images(images, None)
-    color = (
-        torch.from_numpy(colormaps["inferno"](maps.cpu().numpy())[..., :3])
-        .permute(0, 3, 1, 2)
-        .to(images.dtype)
-    )
-    weight = (strength * maps.cpu())[:, None]
-    return images.expand(-1, 3, -1, -1).cpu() * (1 - weight) + color * weight
-
 # %% ../nbs/09_vision.ipynb #737a6e66
 @torch.no_grad()
 def features(
@@ -925,3 +548,380 @@ class LinearProbe:
         put_probe(head, seen, train.y.numpy(), self.strength)
         unfreeze(model, head)
         return []
+
+# %% ../nbs/09_vision.ipynb #14344052
+def _gaussian(x: Tensor, sigma: float) -> Tensor:
+    from torchvision.transforms.v2 import functional as tvf
+
+    size = 2 * math.ceil(2 * sigma) + 1
+    return tvf.gaussian_blur(x, kernel_size=size, sigma=sigma)
+
+
+def _blur(x: Tensor, strength: float = 0.015) -> Tensor:
+    """Gaussian blur of standard deviation `strength` times the width."""
+    return _gaussian(as_images(x, None), strength * x.shape[-1])
+
+
+def _noise(x: Tensor, strength: float = 0.15, seed: int = 0) -> Tensor:
+    """Normal noise on the scale 0 to 1, the same for the same seed."""
+    draws = torch.Generator().manual_seed(seed)
+    return add_noise(as_images(x, None), strength, draws)
+
+
+def _darken(x: Tensor, strength: float = 0.7) -> Tensor:
+    """Take away the share `strength` of the light."""
+    return as_images(x, None) * (1 - strength)
+
+
+SHIFTS = {"blurred": _blur, "noisy": _noise, "darker": _darken}
+
+# %% ../nbs/09_vision.ipynb #ec17705b
+class _TopK(NamedTuple):
+    """The k most probable classes of N images."""
+
+    probability: Tensor  # (N, k)
+    index: Tensor  # type: ignore[assignment]  # (N, k); a tuple has one too
+    names: list[list[str]]  # N lists of k
+
+
+def predict_topk(
+    model: nn.Module,
+    x: Tensor | ImageSet,
+    k: int | None = None,
+    classes: Sequence[str] | None = None,
+    batch_size: int = 128,
+    precision: str = "fp32",
+) -> _TopK:
+    """Most probable classes of images, best first.
+
+    Parameters
+    ----------
+    x : Tensor or ImageSet
+        See `ftbook.images.as_images`.
+    k : int, optional
+        From 1 to the number of classes; default: 5, or all if they are fewer.
+    classes : sequence of str, optional
+        Default: `.classes` of the ImageSet or of the model, whichever are as
+        many as the outputs; else numbers.
+
+    Returns
+    -------
+    probability, index : Tensor (N, k)
+    names : list of N lists of k str
+
+    Examples
+    --------
+    >>> top = predict_topk(load_bundled(), torch.rand(2, 3, 32, 32), k=3)
+    >>> top.probability.shape
+    torch.Size([2, 3])
+    """
+    given = x
+    x = as_images(x.x if isinstance(x, ImageSet) else x, None)
+    output = predict(model, x, batch_size=batch_size, precision=precision)
+    n = output.shape[1]
+    k = min(5, n) if k is None else k
+    if not 1 <= k <= n:
+        raise ValueError(
+            f"k is {k}; the model has {n} classes, so give 1 to {n}"
+        )
+    classes = classes or _names(n, given, model)
+    if len(classes) != n:
+        raise ValueError(f"{len(classes)} class names for {n} outputs")
+    probability, index = output.softmax(1).topk(k, 1)
+    names = [[classes[i] for i in row] for row in index.tolist()]
+    return _TopK(probability, index, names)
+
+# %% ../nbs/09_vision.ipynb #6a6ccca9
+def saliency(
+    model: nn.Module, x: Tensor, target: Tensor | int | None = None
+) -> Tensor:
+    """Absolute gradient of a class's logit with respect to each pixel, largest
+    over the channels.
+
+    Parameters
+    ----------
+    x : Tensor (N, C, H, W)
+    target : int or Tensor (N,), optional
+        Class to explain; default: the predicted one.
+
+    Returns
+    -------
+    Tensor (N, H, W)
+        Divided per image by its 99th percentile, and cut at 1.
+
+    References
+    ----------
+    Simonyan, Vedaldi, Zisserman (2014), arXiv:1312.6034.
+    """
+    x = as_images(x, None).clone().requires_grad_()
+    with _explained(model):
+        (gradient,) = torch.autograd.grad(_scores(model(x), target).sum(), x)
+    return _scaled(gradient.abs().amax(1))
+
+
+@contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    "Eval mode with gradients, the modes of all modules put back afterwards."
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _scores(output: Tensor, target: Tensor | int | None) -> Tensor:
+    target = (
+        output.argmax(1)
+        if target is None
+        else torch.as_tensor(target, device=output.device).expand(len(output))
+    )
+    return output.gather(1, target[:, None])[:, 0]
+
+
+def _scaled(maps: Tensor) -> Tensor:
+    top = maps.flatten(1).quantile(0.99, dim=1).clamp(min=1e-12)
+    return (maps / top[:, None, None]).clamp(0, 1).detach()
+
+# %% ../nbs/09_vision.ipynb #26670ae9
+def grad_cam(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor | int | None = None,
+    layer: nn.Module | None = None,
+) -> Tensor:
+    """Grad-CAM, equation (9.3), enlarged to the image.
+
+    Parameters
+    ----------
+    x : Tensor (N, C, H, W)
+    target : int or Tensor (N,), optional
+        Class to explain; default: the predicted one.
+    layer : nn.Module, optional
+        Submodule with an output (N, K, h, w); default: the last that has
+        places.
+
+    Returns
+    -------
+    Tensor (N, H, W)
+        0 to 1; each image's largest value is 1 unless the map is empty.
+
+    References
+    ----------
+    Selvaraju et al. (2017), arXiv:1610.02391.
+    """
+    x = as_images(x, None).clone().requires_grad_()
+    maps, _ = _class_maps(model, x, target, layer)
+    maps = F.interpolate(
+        maps.relu()[:, None], x.shape[2:], mode="bilinear", align_corners=False
+    )[:, 0]
+    return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)).detach()
+
+
+def _class_maps(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor | int | None = None,
+    layer: nn.Module | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum in (9.3) before the maximum with 0, (N, h, w), and the logits
+    (N,) that it explains.
+    """
+    kept: list[Tensor] = []
+    layer = layer or _last_spatial_layer(model, x.detach())
+    hook = layer.register_forward_hook(
+        lambda module, args, output: kept.append(output)
+    )
+    try:
+        with _explained(model):
+            logits = _scores(model(x), target)
+            (gradient,) = torch.autograd.grad(logits.sum(), kept[-1])
+    finally:
+        hook.remove()
+    return (gradient.mean((2, 3), keepdim=True) * kept[-1]).sum(
+        1
+    ).detach(), logits.detach()
+
+
+def _last_spatial_layer(model: nn.Module, x: Tensor) -> nn.Module:
+    """The last module to finish whose output still has places, that is (N, C,
+    h, w) with h · w > 1.
+    """
+    found: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if (
+            torch.is_tensor(output)
+            and output.ndim == 4
+            and output.shape[2] * output.shape[3] > 1
+        ):
+            found.append(module)
+
+    hooks = [m.register_forward_hook(note) for m in model.modules()]
+    try:
+        with _explained(model), torch.no_grad():
+            model(x[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise ValueError(
+            f"no module of {type(model).__name__} has an output (N, C, h, w) "
+            f"with more than one place"
+        )
+    return found[-1]
+
+
+def overlay(images: Tensor, maps: Tensor, strength: float = 0.6) -> Tensor:
+    """Images (N, C, H, W) with maps (N, H, W) in 0..1 laid over them as color;
+    (N, 3, H, W) in 0..1.
+    """
+    from matplotlib import colormaps
+
+    images = as_images(images, None)
+    color = (
+        torch.from_numpy(colormaps["inferno"](maps.cpu().numpy())[..., :3])
+        .permute(0, 3, 1, 2)
+        .to(images.dtype)
+    )
+    weight = (strength * maps.cpu())[:, None]
+    return images.expand(-1, 3, -1, -1).cpu() * (1 - weight) + color * weight
+
+# %% ../nbs/09_vision.ipynb #5587ace2
+class TwoConvCNN(nn.Module):
+    """A plain CNN as tutorials on CIFAR-10 have it: two 3 × 3 convolutions,
+    each followed by max pooling and ReLU, two linear layers.
+
+    Parameters
+    ----------
+    n_classes : int
+    channels : tuple of int
+        Channels of the image and of the two convolutions.
+    hidden : int
+        Width of the first linear layer.
+    size : int
+        Side of the square images in pixels, divisible by 4.
+
+    Examples
+    --------
+    >>> TwoConvCNN()(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        n_classes: int = 10,
+        channels: tuple[int, ...] = (3, 64, 128),
+        hidden: int = 256,
+        size: int = 32,
+    ):
+        super().__init__()
+        if size % 4 or size < 4:
+            raise ValueError(
+                f"size is {size}; two poolings need a side divisible by 4, "
+                f"for example 32"
+            )
+        self.size = size
+        self.conv1 = nn.Conv2d(channels[0], channels[1], 3, padding=1)
+        self.conv2 = nn.Conv2d(channels[1], channels[2], 3, padding=1)
+        self.fc1 = nn.Linear(channels[2] * (size // 4) ** 2, hidden)
+        self.fc2 = nn.Linear(hidden, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != (self.size, self.size):
+            raise ValueError(
+                f"images are {tuple(x.shape[2:])}; this network was built for "
+                f"size={self.size}"
+            )
+        for conv in (self.conv1, self.conv2):
+            x = torch.relu(F.max_pool2d(conv(x), 2))
+        return self.fc2(torch.relu(self.fc1(x.flatten(1))))
+
+# %% ../nbs/09_vision.ipynb #46627f96
+class Augment:
+    """Random changes of light and view; every image has its own draws.
+
+    Parameters
+    ----------
+    zoom : float
+        The part shown has between 1 - zoom and 1 of the side.
+    shift : float
+        Beyond the image's edge by up to this share of the side; the edge is
+        mirrored.
+    flip, blur : float
+        Probability of mirroring, and of a Gaussian blur (one strength per
+        batch).
+    light : float
+        Brightness is multiplied by a factor drawn evenly on a log scale from
+        1 / (1 + light) to 1 + light.
+    contrast : float
+        Contrast is multiplied by a factor from 1 - contrast to 1 + contrast.
+    noise : float
+        Largest standard deviation of added normal noise, on the scale 0 to 1.
+
+    Examples
+    --------
+    >>> Augment()(torch.rand(4, 3, 8, 8)).shape
+    torch.Size([4, 3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        zoom: float = 0.3,
+        shift: float = 0.05,
+        flip: float = 0.5,
+        light: float = 0.0,
+        contrast: float = 0.0,
+        blur: float = 0.0,
+        noise: float = 0.0,
+    ):
+        self.zoom, self.shift, self.flip, self.light = zoom, shift, flip, light
+        self.contrast, self.blur, self.noise = contrast, blur, noise
+        most = {name: 4 if name == "light" else 1 for name in vars(self)}
+        if bad := {
+            name: value
+            for name, value in vars(self).items()
+            if not 0 <= value <= most[name]
+        }:
+            raise ValueError(
+                f"{bad} lies outside the allowed range: 0 to 1, light 0 to 4"
+            )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.color(self.blurred(self.moved(x)))
+
+    def moved(self, x: Tensor) -> Tensor:
+        """Zoom, shift and mirror: one affine map per image."""
+        zoom = _uniform(x, 1 - self.zoom, 1.0).flatten()
+        mirrored = torch.rand(len(x), device=x.device) < self.flip
+        mirror = 1 - 2 * mirrored.to(x.dtype)
+        move = [
+            _uniform(x, -1, 1).flatten() * (1 - zoom + 2 * self.shift)
+            for _ in range(2)
+        ]
+        return zoom_in(x, zoom, torch.stack(move), mirror, "reflection")
+
+    def blurred(self, x: Tensor) -> Tensor:
+        """Blur a share of the images, the strength drawn for the batch."""
+        if not self.blur:
+            return x
+        chosen = _uniform(x, 0, 1) < self.blur
+        sigma = float(torch.empty(1).uniform_(0.004, 0.016)) * x.shape[-1]
+        return torch.where(chosen, _gaussian(x, sigma), x)
+
+    def color(self, x: Tensor) -> Tensor:
+        """Brightness, contrast around the image's mean gray, noise; 0..1."""
+        if self.light or self.contrast:
+            light = torch.exp(_uniform(x, -1, 1) * math.log1p(self.light))
+            low, high = 1 - self.contrast, 1 + self.contrast
+            x = adjust_color(x, light, _uniform(x, low, high))
+        if self.noise:
+            x = add_noise(x, _uniform(x, 0, self.noise))
+        return x.clamp(0, 1)
+
+
+def _uniform(x: Tensor, low: float, high: float) -> Tensor:
+    """One number per image, shape (B, 1, 1, 1), evenly from low to high."""
+    return x.new_empty(len(x), 1, 1, 1).uniform_(low, high)

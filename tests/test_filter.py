@@ -258,10 +258,20 @@ def test_a_study_and_a_long_cell_are_folded_and_a_directive_opens_what_the_chapt
     study, helper = "def run(seed):\n    return seed\n\n\nROWS = []", "def _helper():\n    return 1"
     cells = [code(f"#| export studies.ner\n{study}"), code(study), code(long), code(long[:-9])]
     cells += [code(helper), code(f"#| code-fold: false\n{helper}"), code(f"#| code-fold: false\n{LONG}")]
+    cells += [code(f"#| export\n#| code-fold: true\n{LONG}")]
     nb = {"cells": cells, "metadata": {}}
-    assert labels(nb) == ["Show code of the study: run", None, "Show code", None, "Show code: _helper", None, None]
+    assert labels(nb) == [
+        "Show code of the study: run",
+        None,
+        "Show code",
+        None,
+        "Show code: _helper",
+        None,
+        None,
+        "Show code: Box",
+    ]
     assert not any(c["cell_type"] == "markdown" for c in transform(nb, "sphinx")["cells"]), (
-        "no signature above open code"
+        "no signature above code that a directive opens or folds"
     )
     for cell, kept in zip(cells, transform(nb, "quarto")["cells"], strict=True):
         assert ("code-fold: true" in str(kept)) is (labels({"cells": [cell], "metadata": {}}) != [None])
@@ -316,7 +326,7 @@ def test_jupyterlab_and_colab_close_what_the_page_folds():
 
 def test_on_a_phone_a_picture_of_several_panels_keeps_legible_text():
     svg = '<svg xmlns="http://www.w3.org/2000/svg" width="{w}pt" height="90pt" viewBox="0 0 {w} 90"></svg>'
-    outputs = [{"output_type": "display_data", "data": {"image/svg+xml": svg.format(w=w)}} for w in (480, 660)]
+    outputs = [{"output_type": "display_data", "data": {"image/svg+xml": svg.format(w=w)}} for w in (410, 660)]
     outputs.append(
         {"output_type": "display_data", "data": {"text/html": '<img alt="Nine panels." width="900" src="x.png">'}}
     )
@@ -326,7 +336,7 @@ def test_on_a_phone_a_picture_of_several_panels_keeps_legible_text():
     opened = ["".join(o["data"]["text/html"]).split("<img")[0] for o in kept]
     assert opened == [
         '<figure class="plot">',
-        *(f'<figure class="plot wide" style="--least: {n}px">' for n in (493, 504)),
+        *(f'<figure class="plot wide" style="--least: {n}px">' for n in (528, 540)),
     ]
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
@@ -193,6 +194,18 @@ exec(open(sys.argv[1]).read())
 import importlib.metadata, json
 print(json.dumps({d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}))
 """
+OPENED = """
+import sys, types
+sys.modules["google.colab"] = types.ModuleType("google.colab")
+sys.path += sys.argv[2:]  # the packages themselves: in this environment they are names and versions
+import json
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in json.load(open(sys.argv[1])):
+    shell.run_cell(cell, store_history=True).raise_error()
+import ftbook, transformers
+print(json.dumps([ftbook.__file__, transformers.__version__]))
+"""
 
 
 @pytest.fixture
@@ -227,7 +240,7 @@ def colab(wheel, tmp_path):
         assert made.returncode == 0, made.stderr
         return lambda: run(python, "-c", REPLAY, str(tmp_path / "cell.py"))
 
-    make.folder, make.wheel = folder, wheel
+    make.folder, make.wheel, make.environment = folder, wheel, environment
     return make
 
 
@@ -247,6 +260,40 @@ def test_the_first_cell_adds_to_colab_what_is_missing_and_moves_nothing(colab, i
         assert [line.split(";")[0] for line in told] == ["transformers stays 4.57.1", "ipython stays 7.34.0"], again
     names = {line.split(">")[0] for line in requirements("")}
     assert names == {*STACK, "pooch", "gguf"}, "the stack of this test has a version of every requirement"
+
+
+def first_cells(path) -> list:
+    """The code of a chapter up to its second figure."""
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    shown = [i for i, c in enumerate(cells) if any("<img" in o.get("data", {}).get("text/html", "") for o in c.outputs)]
+    return [c.source for c in cells[: shown[1] + 1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter, count", [("17_search", 8), ("06_mlm", 8)])
+def test_a_chapter_begins_there_with_the_older_transformers(colab, root, chapter, count, tmp_path):
+    """The first cell runs, then those up to the second figure: with the wheel, and with Colab's transformers itself."""
+    first_cell, older = colab("7.7.1", "packaging"), tmp_path / "older"
+    real = [f"{name}=={STACK[name]}" for name in ("transformers", "tokenizers")] + ["huggingface-hub==0.36.0"]
+    where = ("--target", str(older), "--python", sys.executable)
+    assert not env.uv(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", *where, *real)
+    (colab.folder / colab.wheel.name).write_bytes(colab.wheel.read_bytes())
+    assert first_cell().returncode == 0
+    cells = first_cells(NBS / f"{chapter}.ipynb")
+    assert len(cells) >= count and "google.colab" in cells[0]
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
+    settings = {"FTBOOK_PROFILE": "quick", "FTBOOK_DATA": str(tmp_path / "cache"), "MPLBACKEND": "agg"}
+    run = subprocess.run(
+        [tmp_path / "env/bin/python", "-c", OPENED, tmp_path / "cells.json", older, sysconfig.get_path("purelib")],
+        cwd=colab.folder,
+        env={**colab.environment, **settings, "PYTHONPATH": str(root / "tests" / "guard")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "figure: " in run.stdout
+    found, version = json.loads(run.stdout.splitlines()[-1])
+    assert found.startswith(str(tmp_path / "env")) and version == STACK["transformers"]
 
 
 @pytest.mark.slow

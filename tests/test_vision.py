@@ -587,7 +587,7 @@ def test_the_study_of_photos_takes_the_probes_strength_for_lp_ft(monkeypatch, tm
     assert len(asked) == 6 * 4 + 6 * 3 + 1 and asked[-1] == ("test", "every weight")
     alone = results.load_study(study.CHAPTER, "whole").row("accuracy")
     assert alone["lr"] == rows["whole network"]["lr"] and alone["seeds"] == [1]
-    with pytest.raises(ValueError, match="no study 'photo'; use source, photos, whole"):
+    with pytest.raises(ValueError, match="no study 'photo'; use source, recipe, photos, whole"):
         study.main("photo")
 
 
@@ -596,3 +596,34 @@ def test_the_plain_networks_study_shows_both_rates(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "source_run", lambda seed, split, lr: {f"{split}_accuracy": lr})
     study.main("source")
     assert results.load_study(study.CHAPTER, "source").row("test_accuracy", lr=0.03).mean == 0.03
+
+
+def test_the_recipe_on_all_images_stands_beside_the_usual_rate_and_the_pixels(monkeypatch, tmp_path):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    asked = []
+
+    def run(seed, split, way, lr=None, strength=None):
+        asked.append((split, way))
+        near, n = 1 - abs(np.log10((lr or strength) / 0.03)) / 4, 100 if split == "test" else 50
+        return {"accuracy": (np.arange(n) < 0.9 * n * near).astype(float)}
+
+    monkeypatch.setattr(study, "recipe_run", run)
+    images = ImageSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.long), ["a"])
+    part = images[torch.zeros(100, dtype=torch.long)]
+    monkeypatch.setattr(study, "_cifar", lambda: (part, part[:50], part))
+    study.main("recipe")
+    rows = {r["way"]: r for r in results.load_study(study.CHAPTER, "recipe").rows("accuracy")}
+    assert {w: r.get("lr") or r["strength"] for w, r in rows.items()} == {
+        study.SEARCHED: 0.03,
+        study.USUAL: 0.001,
+        study.PIXELS: 0.01,
+    }
+    assert asked.count(("test", study.USUAL)) == 3 and asked.count(("test", study.PIXELS)) == 1
+
+
+@pytest.mark.parametrize("how", [{"lr": 0.01}, {"strength": 0.1}], ids=["network", "pixels"])
+def test_a_run_of_the_recipe_scores_every_image_of_its_split(how):
+    for split, part in zip(("valid", "test"), study._cifar()[1:], strict=True):
+        found = study.recipe_run(0, split, "any", **how)
+        assert found["accuracy"].shape == (len(part),) and set(found["accuracy"]) <= {0.0, 1.0}
+        assert ("valid_accuracy_1" in found) is ("lr" in how)

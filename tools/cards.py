@@ -4,10 +4,12 @@ import html
 import json
 import re
 
-from .settings import NBS, RESULTS, ROOT, colab
+from .settings import NBS, RESULTS, ROOT
 
-ROW = re.compile(r"^\| (\w+) \| \[([^\]]+)\]\((nbs/(\w+)\.ipynb)\) \| (.*?) \| .*\|$", re.M)
+ROW = re.compile(r"^\| (\w+) \| \[([^\]]+)\]\(([\w./]*?)(\w+)\.ipynb\) \| (.*?) \| .*\|$", re.M)
+START = re.compile(r"^\[([^\]]+)\]\(([\w./]*01_background)\.ipynb\) · \[([^\]]+)\]\((https://colab[^)]+)\)$", re.M)
 LEVELS = {1: "first steps", 2: "some PyTorch", 3: "for those who tune often"}
+LEVELS_ZH = {1: "入门", 2: "略懂 PyTorch", 3: "适合经常微调的人"}
 LEVEL = {"01": 1, "02": 2, "03": 2, "04": 2, "08": 2, "09": 2, "10": 2, "16": 2}  # of the others: 3
 PACE = 200  # words a minute
 # line drawings of 64 x 36: a path each, in the color of the text
@@ -23,21 +25,28 @@ DRAWN = {
     "09": "M4 4h20v28H4zM9 9h10v8H9zM28 8h14v20H28zM46 12h6v12h-6zM56 16h4v4h-4z",
     "10": "M4 10h14M22 10h20M46 10h14M22 14v8h20v-8M32 22v8",  # a span
     "11": "M4 4h22v28H4zM36 4h6v28h-6zM48 4h12v6H48zM30 18h2",  # thin matrices
+    "12": "M4 4h44v18H22l-9 8v-8H4zM12 10h28M12 16h16",  # a prompt
+    "13": "M4 2h32v13H18l-6 5v-5H4zM28 18h32v12h-6v5l-6-5H28z",  # question and answer
+    "14": "M32 4v28M22 32h20M12 8h40M12 8L4 22h16zM52 8l-8 10h16z",  # scales
     "15": "M4 32V4M4 32h56M32 18a12 10 0 1 0 24 0a12 10 0 1 0-24 0M22 6L4 22",
     "16": "M4 8h18v20H4zM28 10l16-4 4 18-16 4zM52 8v20l8-4V12z",
     "17": "M4 6h56M4 14h40M4 22h22M4 30h10",  # halving
 }
 
 
-def _time(stem: str) -> str:
+def _time(stem: str, chinese: bool) -> str:
     """How long a chapter takes to read and to run."""
     cells = json.loads((NBS / f"{stem}.ipynb").read_text(encoding="utf-8"))["cells"]
     words = sum(len("".join(c["source"]).split()) for c in cells if c["cell_type"] == "markdown")
-    read = f"{5 * max(1, round(words / PACE / 5))} min to read"
+    pace = 5 * max(1, round(words / PACE / 5))
+    read = f"阅读 {pace} 分钟" if chinese else f"{pace} min to read"
     file = RESULTS / f"{stem}.json"
     run = json.loads(file.read_text(encoding="utf-8")).get("cpu", {}).get("run", {}) if file.exists() else {}
     minutes = run.get("value", run).get("minutes")
-    return f"{read}, {max(1, round(minutes))} to run" if minutes else read
+    if not minutes:
+        return read
+    run = max(1, round(minutes))
+    return f"{read}，运行 {run} 分钟" if chinese else f"{read}, {run} to run"
 
 
 def _inline(markdown: str) -> str:
@@ -45,46 +54,42 @@ def _inline(markdown: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(markdown.strip(), quote=False))
 
 
-def _card(number: str, title: str, stem: str, builds: str) -> str:
+def _card(number: str, title: str, folder: str, stem: str, builds: str, chinese: bool) -> str:
     key = stem.split("_")[0]
-    path = DRAWN.get(key, DRAWN["01"])
+    path, levels = DRAWN.get(key, DRAWN["01"]), LEVELS_ZH if chinese else LEVELS
     drawing = f'<svg viewBox="0 0 64 36" aria-hidden="true" focusable="false"><path d="{path}"/></svg>'
     return (
-        f'<li class="card-of-chapter"><a href="nbs/{stem}.html">{drawing}<strong>{number} · {_inline(title)}</strong></a>'
-        f'<p>{_inline(builds)}</p><p class="card-facts">{LEVELS[LEVEL.get(key, 3)]} · {_time(stem)}</p></li>'
+        f'<li class="card-of-chapter"><a href="{folder}{stem}.html">{drawing}<strong>{number} · {_inline(title)}</strong></a>'
+        f'<p>{_inline(builds)}</p><p class="card-facts">{levels[LEVEL.get(key, 3)]} · {_time(stem, chinese)}</p></li>'
     )
 
 
-def cards(readme: str) -> str:
-    """The rows of README's table of chapters as a list of cards, in HTML."""
-    rows = ROW.findall(readme)
-    return '<ul class="cards">' + "".join(_card(n, title, stem, builds) for n, title, _, stem, builds in rows) + "</ul>"
+def cards(home: str, chinese: bool = False) -> str:
+    """The rows of a home page's table of chapters as a list of cards, in HTML."""
+    return '<ul class="cards">' + "".join(_card(*row, chinese) for row in ROW.findall(home)) + "</ul>"
 
 
-def with_cards(readme: str, raw) -> str:
-    """README.md as a home page; `raw(html)` is a block of HTML in the builder's Markdown."""
-    lines = readme.split("\n")
+def with_cards(home: str, raw, chinese: bool = False) -> str:
+    """README.md, or the Chinese home page, with cards and buttons; `raw(html)` is a block of HTML in the builder's Markdown."""
+    lines = home.split("\n")
     at = [i for i, line in enumerate(lines) if ROW.match(line)]
     if at:
-        lines[at[0] - 2 : at[-1] + 1] = [raw(cards(readme))]
+        lines[at[0] - 2 : at[-1] + 1] = [raw(cards(home, chinese))]
     text = "\n".join(lines)
-    buttons = (
-        '<p class="buttons"><a class="button first" href="nbs/01_background.html">Start reading</a> '
-        f'<a class="button" href="{colab("01_background.ipynb")}">Open chapter 1 in Colab</a></p>'
-    )
-    return re.sub(r"^\[Start reading\]\(.*$", lambda _: raw(buttons), text, count=1, flags=re.M)
+    buttons = r'<p class="buttons"><a class="button first" href="\2.html">\1</a> <a class="button" href="\4">\3</a></p>'
+    return START.sub(lambda match: raw(match.expand(buttons)), text, count=1)
 
 
 def figure(markdown: str, raw) -> str:
     """Pictures of README.md with their size, so that nothing moves while they load."""
-    from .filter import size_of
+    from .filter import framed, size_of
 
     def sized(match):
         file = ROOT / match[2]
         size = size_of(file.read_bytes(), "image/svg+xml" if file.suffix == ".svg" else "image/png")
         place = "".join(f' {k}="{v}"' for k, v in size.items())
         return raw(
-            f'<figure class="plot"><img src="{match[2]}" alt="{html.escape(match[1])}"{place} />'
+            f'{framed(size.get("width", 0))}<img src="{match[2]}" alt="{html.escape(match[1])}"{place} />'
             f"<figcaption>{html.escape(match[3])}</figcaption></figure>"
         )
 

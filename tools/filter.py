@@ -44,7 +44,7 @@ PLAY = "application/vnd.ftbook.play+json"  # what ftbook.plot.widget keeps for t
 VOID = re.compile(r"""<(img|br|hr|input|wbr|col)\b((?:[^<>"']|"[^"]*"|'[^']*')*?)\s*/?>""")
 LONG = 25  # lines of code that stand open on the page
 # a picture of more pixels than WIDE does not shrink further than to the share LEGIBLE; site/static/play.js knows both
-WIDE, LEGIBLE = 720, 0.56
+WIDE, LEGIBLE = 560, 0.6
 DEFINITION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 
 
@@ -417,7 +417,8 @@ def code_cells(cell: dict, target: str, save=None, early: bool = False, rest: bo
     exported = options.keys() & {"export", "exports"}
     made = [n.name for n in tree_of(lines) if isinstance(n, DEFINITION)]
     named = [n for n in made if n[0] != "_" and exported]
-    short = outline(lines) if exported and not (study or rest or options.get("code-fold") == "false") else []
+    # a directive decides alone: open, or folded whole below the names
+    short = outline(lines) if exported and not (study or rest or "code-fold" in options) else []
     opening = early and not exported
     if folds(options, lines, bool(short or opening or rest or is_long(lines))):
         options["code-fold"] = "true"

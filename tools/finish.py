@@ -318,6 +318,23 @@ def linked(page: str, known: dict) -> str:
     return CODE.sub(link, page)
 
 
+TABLE = re.compile(r'<table class="table">(.*?)</table>', re.S)
+
+
+def stacking(page: str) -> str:
+    """Tables whose cells stand below one another on a phone, each with the title of its column."""
+
+    def table(match):
+        titles = [re.sub("<[^>]+>", "", t).strip() for t in re.findall(r"<th\b[^>]*>(.*?)</th>", match[1], re.S)]
+        rows = match[1].split("<tr")
+        for i, row in enumerate(rows):
+            of_row = iter(titles)
+            rows[i] = re.sub("<td", lambda _: f'<td data-label="{html.escape(next(of_row))}"', row)  # noqa: B023
+        return f'<table class="table stacks">{"<tr".join(rows)}</table>'
+
+    return TABLE.sub(table, page)
+
+
 def finish_page(file: Path, out: Path) -> Reader:
     """Finish a page where that was not done yet; returns what it says."""
     page = file.read_text(encoding="utf-8")
@@ -329,6 +346,8 @@ def finish_page(file: Path, out: Path) -> Reader:
         page = linked(page, api_names(file.stem))
     if file == out / "search.html":
         page = searching(page)
+    if file.name == "index.html" and file.parent.name != "api":
+        page = stacking(page)
     page = with_heights(page)
     page = switched(page, file.relative_to(out).as_posix(), out)
     at = page.index("<head>") + len("<head>")

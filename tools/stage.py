@@ -47,13 +47,22 @@ def toctrees() -> str:
     return "\n\n".join(blocks)
 
 
+def raw(page: str) -> str:
+    """HTML as a block of MyST."""
+    return f"```{{raw}} html\n{page}\n```"
+
+
+def chinese_home(nb: dict) -> dict:
+    """The Chinese home page with cards and buttons, as the English one has them."""
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = with_cards("".join(cell["source"]), raw, chinese=True)
+    return nb
+
+
 def home() -> str:
     """README.md as the site's first page."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-
-    def raw(page: str) -> str:
-        return f"```{{raw}} html\n{page}\n```"
-
     text = "\n".join(prose(figure(with_cards(readme, raw), raw).split("\n"), "sphinx"))
     text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.S)
     listed = {file for _, files in parts() for file in files}
@@ -90,7 +99,8 @@ def stage() -> list:
                 raise SystemExit(f"book: _quarto.yml lists {file}, which does not exist")
             write(json.loads(path.read_text(encoding="utf-8")), path.stem, STAGE / file)
     for name, one in editions().items():
-        write(one.notebook(), name, STAGE / "zh" / f"{name}.ipynb")
+        nb = one.notebook()
+        write(chinese_home(nb) if name == "index" else nb, name, STAGE / "zh" / f"{name}.ipynb")
     put(STAGE / "zh" / "summaries.md", summaries().encode(), kept)
     put(STAGE / "index.md", home().encode(), kept)
     put(STAGE / "404.md", LOST.encode(), kept)

@@ -211,6 +211,7 @@ class Edition:
 
     def __init__(self, nb: dict, found: dict, known: dict, name: str = ""):
         self.nb, self.found, self.known, self.name = nb, found, known, name
+        self.anchors = set(re.findall(r"\]\(#([^)]+)\)", "".join("".join(c["source"]) for c in nb["cells"])))
 
     def whole(self) -> bool:
         """Whether the notebook's title is translated: then it has a page."""
@@ -333,7 +334,7 @@ class Edition:
             if not found:
                 cell["source"] = re.sub(r"\[([^\[\]]+)\]", lambda m: f"[{self.word(m[1])}]", "".join(cell["source"]))
                 return cell
-            cell["source"] = relinked("\n\n".join(self.text(k, t) for k, t in found.items()))
+            cell["source"] = relinked("\n\n".join(self.anchored(t, self.text(k, t)) for k, t in found.items()))
             cell["metadata"] = {"title": title}  # tools/filter.py asks for the English one
         elif found or not is_played(cell):
             keys = iter(found)
@@ -343,6 +344,17 @@ class Edition:
                     if "text/markdown" in output["data"]:
                         output["data"]["text/markdown"] = relinked("".join(output["data"]["text/markdown"]))
         return cell
+
+    def anchored(self, english: str, chinese: str) -> str:
+        """The Chinese text, whose headings answer to the English anchors that links of this page name."""
+        lines = [line for line in english.split("\n") if HEADING.match(line)]
+        anchors = iter([re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines])
+        made = []
+        for line in chinese.split("\n"):
+            if HEADING.match(line) and (anchor := next(anchors, "")) in self.anchors:
+                made.append(f"({anchor})=")
+            made.append(line)
+        return "\n".join(made)
 
     def notebook(self) -> dict:
         """The notebook of the Chinese page."""

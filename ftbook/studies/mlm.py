@@ -280,7 +280,7 @@ def _work(name: str) -> Path:
 
 def pack_texts() -> None:
     """Pack the three parts with the bundled tokenizer: "prepare"."""
-    from transformers import BertTokenizer
+    from transformers import AutoTokenizer
 
     both = [*articles("wiki_excerpt"), *articles("wikitext2")]
     parts = mlm.split_documents(both, held_out=0.01, seed=0)
@@ -290,7 +290,7 @@ def pack_texts() -> None:
             parts[0], entries, alphabet=min(400, entries // 8)
         )
     else:  # pieces of equal counts are drawn anew in every training
-        tokenizer = BertTokenizer.from_pretrained(ASSET)
+        tokenizer = AutoTokenizer.from_pretrained(ASSET)
     tokenizer.save_pretrained(_work("tokenizer"))
     for name, documents in zip(("train", "valid", "test"), parts, strict=True):
         ids = mlm.pack(documents, tokenizer, length=128)
@@ -324,9 +324,9 @@ class _Report:
 
 def _long_model():
     """The tokenizer of `pack_texts` and the network of the long run."""
-    from transformers import BertTokenizer
+    from transformers import AutoTokenizer
 
-    tokenizer = BertTokenizer.from_pretrained(_work("tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(_work("tokenizer"))
     size = runtime.pick(quick={"hidden": 16, "layers": 1}, cpu={})
     return mlm.small_bert(len(tokenizer), seed=SEED, **size), tokenizer
 

@@ -147,7 +147,7 @@ def _tuned(seed, optimizer, lr, head, decay):
     model = Classifier(seed)
     if decay is not None:
         options["weight_decay"] = decay
-    if optimizer == "Muon":  # this CPU multiplies bfloat16 slowly
+    if optimizer == "Muon":  # so that its row asks for no bfloat16
         options["dtype"] = torch.float32
     params: Any = model
     if head != 1.0:

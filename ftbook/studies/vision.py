@@ -1,6 +1,7 @@
 """The experiments of chapter 9: `make results CH=09`, or some by their names.
 
-source   a plain network on CIFAR-10, at the usual rate and at thirty times it
+source   a plain network on 2,000 images of CIFAR-10, at two rates
+recipe   the same on all images there are, a searched rate and the pixels
 photos   ants and bees: six ways to use photos, in repeated cross-validation
 whole    every weight trained, once, beside the way that holds three blocks
 before   what the untouched backbone does on the old task
@@ -14,8 +15,8 @@ bundled  trains the network that the package ships; only where it is named
 
 # %% ../../nbs/09_vision.ipynb #4ab2c962
 __all__ = [
-    "source_run", "halves", "cut", "WAYS", "tuned_by", "photo_run", "OldTask",
-    "bundled", "main",
+    "halves", "cut", "WAYS", "tuned_by", "OldTask", "source_run", "recipe_run",
+    "photo_run", "bundled", "main",
 ]  # fmt: skip
 
 import copy
@@ -51,69 +52,6 @@ from ftbook.vision import (
 CHAPTER = "09_vision"
 SEEDS = [1, 2, 3]
 QUICK = runtime.profile() == "quick"  # there substitutes stand in for the data
-
-# %% ../../nbs/09_vision.ipynb #15e4d327
-CIFAR = runtime.pick(
-    quick={"train": 100, "old": 20, "labels": [2], "steps": 4, "epochs": 1},
-    cpu={"train": 2_000, "old": 600, "labels": [10], "steps": 120},
-    gpu={"train": 40_000, "old": 4_000, "labels": [10, 50, 250], "steps": 120},
-)
-HELD_OUT = runtime.pick(quick=200, cpu=2_000)
-SCORED = runtime.pick(quick=None, cpu=2_000, gpu=10_000)
-
-
-@functools.cache
-def _cifar() -> tuple[ImageSet, ImageSet, ImageSet]:
-    """CIFAR-10: images to train on, held out, and to test on."""
-    images: Any = data.load("cifar10", "train", bundled=QUICK)
-    test: Any = data.load("cifar10", "test", bundled=QUICK)
-    sizes = [len(images) - HELD_OUT, HELD_OUT]
-    return (*images.split(sizes, seed=0), test[:SCORED])
-
-
-def _from_scratch(
-    train: ImageSet, valid: ImageSet, *, seed: int, **options: Any
-) -> tuple[nn.Module, History]:
-    """The two-convolution network, trained, and its history."""
-    runtime.seed_everything(seed)
-    channels = (train.x.shape[1], 64, 128)
-    net = TwoConvCNN(len(train.classes), channels, size=train.x.shape[-1])
-    model = Normalized(net, 0.5, 0.5)
-    settings = Settings(weight_decay=0.0, progress=False)
-    how: dict[str, Any] = {"batch_size": 128, "seed": seed, **options}
-    return model, fit(
-        model, train, valid, metrics="accuracy", settings=settings, **how
-    )
-
-# %% ../../nbs/09_vision.ipynb #ab99be26
-def source_run(seed: int, split: str, lr: float) -> dict[str, float]:
-    """SGD with momentum 0.9, and the curve over the epochs."""
-    train, valid, test = _cifar()
-    few = train.per_class(CIFAR["train"] // 10, seed=0)
-    options = {"optimizer": "sgd", "epochs": CIFAR.get("epochs", 10)}
-    model, history = _from_scratch(few, valid, seed=seed, lr=lr, **options)
-    curve = history["valid_accuracy"]
-    scores = {f"valid_accuracy_{e}": v for e, v in enumerate(curve, 1)}
-    scores["train_accuracy"] = history["train_accuracy"][-1]
-    scores["valid_accuracy"] = curve[-1]
-    if split == "test":
-        scores["test_accuracy"] = evaluate(model, test)["accuracy"]
-    return scores
-
-
-def _source(executor: Any = None) -> Any:
-    """Nothing is chosen: both rates are shown."""
-    return results.study(
-        source_run,
-        [{"lr": 0.001}, {"lr": 0.03}],
-        chapter=CHAPTER,
-        name="source",
-        choose="valid_accuracy",
-        budget=f"10 epochs, {CIFAR['train']:,} images",
-        seeds=SEEDS,
-        n=SCORED,
-        executor=executor,
-    )
 
 # %% ../../nbs/09_vision.ipynb #91738b8a
 PHOTOS = runtime.pick(
@@ -152,7 +90,7 @@ def halves(y: torch.Tensor, seed: int) -> list[tuple[Any, Any]]:
     a, b = (draws.permutation(order[i::2]) for i in (0, 1))
     return [(a, b), (b, a)]
 
-# %% ../../nbs/09_vision.ipynb #8b293c00
+
 def cut(model: Normalized, block: int) -> tuple[nn.Module, nn.Module]:
     """The first blocks of an EfficientNet, and everything behind them.
 
@@ -240,89 +178,6 @@ def tuned_by(
         spent["train_loss"] = history["train_loss"][-1]
     return model, spent
 
-# %% ../../nbs/09_vision.ipynb #1ae656b9
-def photo_run(
-    seed: int, split: str, way: str, lr: Any = None, strength: Any = None
-) -> dict[str, Any]:
-    """Every photo scored by a network that was tuned on the other half.
-
-    On "valid" a third of one half is held out and scored, nothing else.
-    """
-    y, pairs = _photos().y, halves(_photos().y, seed)
-    if split == "valid":
-        train = pairs[0][0]
-        pairs = [(train[len(train) // 3 :], train[: len(train) // 3])]
-    scores: dict[str, Any] = {}
-    spent: list[dict[str, float]] = []
-    for train, part in pairs:
-        found = {"lr": lr, "strength": strength}
-        model, took = tuned_by(way, train, seed=seed, **found)
-        changes = ["", *CHANGES] if way in SHIFTED and split == "test" else [""]
-        for change in changes:
-            given = _seen(WAYS[way], change)[part]
-            logits = predict(model, given, batch_size=64, precision="fp32")
-            right = (logits.argmax(1) == y[part]).double()
-            key = f"{change}_accuracy".lstrip("_")
-            scores.setdefault(key, np.zeros(len(y)))[part] = right
-            if not change:
-                lost = F.cross_entropy(logits, y[part], reduction="none")
-                scores.setdefault("loss", np.zeros(len(y)))[part] = lost
-        if (
-            split == "test"
-            and way not in (*SOLVED, "every weight")
-            and not spent
-        ):
-            took |= _forgotten(way, model)
-        spent.append(took)
-    used = np.sort(np.concatenate([part for _, part in pairs]))
-    means = {k: np.mean([s[k] for s in spent if k in s]) for k in spent[0]}
-    return {k: v[used] for k, v in scores.items()} | means
-
-# %% ../../nbs/09_vision.ipynb #66025f8b
-GRIDS = {  # of the rate, or of C, the inverse strength of the penalty
-    "pixels": [0.01, 0.1, 1.0, 10.0],
-    "small network from scratch": [1e-3, 3e-3, 1e-2, 3e-2],
-    "linear probe": [0.1, 1.0, 10.0, 100.0],
-    "last stage": [3e-5, 1e-4, 3e-4, 1e-3],
-    "whole network": [1e-4, 3e-4, 1e-3, 3e-3],
-    "LP-FT": [3e-5, 1e-4, 3e-4, 1e-3],
-}
-PHOTO_ROWS: list[dict[str, Any]] = [
-    {"way": way, "strength" if way in SOLVED else "lr": grid}
-    for way, grid in GRIDS.items()
-]
-PHOTO_ROWS[-1]["strength"] = results.ChosenFor(way="linear probe")
-
-
-def _photo_study(rows: Any, name: str, seeds: Any, executor: Any) -> Any:
-    epochs, size = PHOTOS["epochs"], PHOTOS["size"]
-    return results.study(
-        photo_run,
-        rows,
-        chapter=CHAPTER,
-        name=name,
-        choose="loss",
-        mode={"loss": "min"},
-        budget=f"{epochs} epochs of half the photos, {size} pixels",
-        seeds=seeds,
-        search_seeds=[0],
-        n=None if QUICK else {"valid": 66, "test": 397},
-        executor=executor,
-    )
-
-
-def _photos_study(executor: Any = None) -> Any:
-    """Every way, its rate or strength chosen on a third of one half."""
-    return _photo_study(PHOTO_ROWS, "photos", SEEDS, executor)
-
-
-def _whole(executor: Any = None) -> Any:
-    """One repeat with every weight trained, at the whole network's rate."""
-    found = results.load_study(CHAPTER, "photos")
-    lr = found.row("accuracy", way="whole network")["lr"]
-    rows = [{"way": "every weight", "lr": lr}]
-    return _photo_study(rows, "whole", SEEDS[:1], executor)
-
 # %% ../../nbs/09_vision.ipynb #1dda674e
 class OldTask:
     """What a pretrained body can still do for tasks it was not tuned for.
@@ -370,6 +225,207 @@ def _forgotten(way: str, model: nn.Module) -> dict[str, float]:
         return {}
     front, _ = cut(_untouched(), int(WAYS[way]))
     return _old_task().measure(nn.Sequential(front, model))
+
+# %% ../../nbs/09_vision.ipynb #15e4d327
+CIFAR = runtime.pick(
+    quick={"train": 100, "old": 20, "labels": [2], "steps": 4, "epochs": 1},
+    cpu={"train": 2_000, "old": 600, "labels": [10], "steps": 120},
+    gpu={"train": 40_000, "old": 4_000, "labels": [10, 50, 250], "steps": 120},
+)
+HELD_OUT = runtime.pick(quick=200, cpu=2_000)
+SCORED = runtime.pick(quick=None, cpu=2_000, gpu=10_000)
+
+
+@functools.cache
+def _cifar() -> tuple[ImageSet, ImageSet, ImageSet]:
+    """CIFAR-10: images to train on, held out, and to test on."""
+    images: Any = data.load("cifar10", "train", bundled=QUICK)
+    test: Any = data.load("cifar10", "test", bundled=QUICK)
+    sizes = [len(images) - HELD_OUT, HELD_OUT]
+    return (*images.split(sizes, seed=0), test[:SCORED])
+
+
+def _from_scratch(
+    train: ImageSet, valid: ImageSet, *, seed: int, **options: Any
+) -> tuple[nn.Module, History]:
+    """The two-convolution network, trained, and its history."""
+    runtime.seed_everything(seed)
+    channels = (train.x.shape[1], 64, 128)
+    net = TwoConvCNN(len(train.classes), channels, size=train.x.shape[-1])
+    model = Normalized(net, 0.5, 0.5)
+    settings = Settings(weight_decay=0.0, progress=False)
+    how: dict[str, Any] = {"batch_size": 128, "seed": seed, **options}
+    return model, fit(
+        model, train, valid, metrics="accuracy", settings=settings, **how
+    )
+
+# %% ../../nbs/09_vision.ipynb #ab99be26
+def source_run(seed: int, split: str, lr: float) -> dict[str, float]:
+    """SGD with momentum 0.9, and the curve over the epochs."""
+    train, valid, test = _cifar()
+    few = train.per_class(CIFAR["train"] // 10, seed=0)
+    options = {"optimizer": "sgd", "epochs": CIFAR.get("epochs", 10)}
+    model, history = _from_scratch(few, valid, seed=seed, lr=lr, **options)
+    curve = history["valid_accuracy"]
+    scores = {f"valid_accuracy_{e}": v for e, v in enumerate(curve, 1)}
+    scores["train_accuracy"] = history["train_accuracy"][-1]
+    scores["valid_accuracy"] = curve[-1]
+    if split == "test":
+        scores["test_accuracy"] = evaluate(model, test)["accuracy"]
+    return scores
+
+
+def _source(executor: Any = None) -> Any:
+    """Nothing is chosen: both rates are shown."""
+    return results.study(
+        source_run,
+        [{"lr": 0.001}, {"lr": 0.03}],
+        chapter=CHAPTER,
+        name="source",
+        choose="valid_accuracy",
+        budget=f"10 epochs, {CIFAR['train']:,} images",
+        seeds=SEEDS,
+        n=SCORED,
+        executor=executor,
+    )
+
+# %% ../../nbs/09_vision.ipynb #d3f1a9c2
+PIXELS, USUAL = "pixels, logistic regression", "plain network, usual rate"
+SEARCHED = "plain network, rate chosen"
+
+
+def recipe_run(
+    seed: int, split: str, way: str, lr: Any = None, strength: Any = None
+) -> dict[str, Any]:
+    """The recipe on all images there are, or a regression on their pixels.
+
+    `way` names the row. Scores: `accuracy` of every image, `seconds`, and of
+    the network the curve over the epochs.
+    """
+    train, valid, test = _cifar()
+    scored = test if split == "test" else valid
+    start = time.process_time()
+    scores: dict[str, Any] = {}
+    model: Any
+    if strength is not None:
+        x = (train.x.flatten(1) / 255 - 0.5).numpy()
+        head = nn.Linear(x.shape[1], len(train.classes))
+        put_probe(head, x, train.y.numpy(), strength)
+        model = Normalized(nn.Sequential(nn.Flatten(), head), 0.5, 1.0)
+    else:
+        options = {"optimizer": "sgd", "epochs": CIFAR.get("epochs", 10)}
+        model, history = _from_scratch(
+            train, valid, seed=seed, lr=lr, **options
+        )
+        curve = history["valid_accuracy"]
+        scores = {f"valid_accuracy_{e}": v for e, v in enumerate(curve, 1)}
+        scores["train_accuracy"] = history["train_accuracy"][-1]
+    scores["seconds"] = time.process_time() - start
+    logits = predict(model, scored.x, batch_size=128, precision="fp32")
+    right = (logits.argmax(1) == scored.y).double().numpy()
+    return scores | {"accuracy": right}
+
+
+def _recipe(executor: Any = None) -> Any:
+    """All images: the usual rate, the best of four, and the pixels."""
+    train, valid, test = _cifar()
+    network = {"way": SEARCHED, "lr": [0.003, 0.01, 0.03, 0.1]}
+    usual = results.Baseline(seeds=SEEDS, way=USUAL, lr=0.001)
+    pixels = results.Baseline(way=PIXELS, strength=[1e-3, 1e-2, 0.1, 1.0])
+    return results.study(
+        recipe_run,
+        [network, usual, pixels],
+        chapter=CHAPTER,
+        name="recipe",
+        choose="accuracy",
+        budget=f"{CIFAR.get('epochs', 10)} epochs, {len(train):,} images",
+        seeds=SEEDS,
+        n={"valid": len(valid), "test": len(test)},
+        executor=executor,
+    )
+
+# %% ../../nbs/09_vision.ipynb #1ae656b9
+def photo_run(
+    seed: int, split: str, way: str, lr: Any = None, strength: Any = None
+) -> dict[str, Any]:
+    """Every photo scored by a network that was tuned on the other half.
+
+    On "valid" a third of one half is held out and scored, nothing else.
+    """
+    y, pairs = _photos().y, halves(_photos().y, seed)
+    if split == "valid":
+        train = pairs[0][0]
+        pairs = [(train[len(train) // 3 :], train[: len(train) // 3])]
+    scores: dict[str, Any] = {}
+    spent: list[dict[str, float]] = []
+    for train, part in pairs:
+        found = {"lr": lr, "strength": strength}
+        model, took = tuned_by(way, train, seed=seed, **found)
+        changes = ["", *CHANGES] if way in SHIFTED and split == "test" else [""]
+        for change in changes:
+            given = _seen(WAYS[way], change)[part]
+            logits = predict(model, given, batch_size=64, precision="fp32")
+            right = (logits.argmax(1) == y[part]).double()
+            key = f"{change}_accuracy".lstrip("_")
+            scores.setdefault(key, np.zeros(len(y)))[part] = right
+            if not change:
+                lost = F.cross_entropy(logits, y[part], reduction="none")
+                scores.setdefault("loss", np.zeros(len(y)))[part] = lost
+        if (
+            split == "test"
+            and way not in (*SOLVED, "every weight")
+            and not spent
+        ):
+            took |= _forgotten(way, model)
+        spent.append(took)
+    used = np.sort(np.concatenate([part for _, part in pairs]))
+    means = {k: np.mean([s[k] for s in spent if k in s]) for k in spent[0]}
+    return {k: v[used] for k, v in scores.items()} | means
+
+
+GRIDS = {  # of the rate, or of C, the inverse strength of the penalty
+    "pixels": [0.01, 0.1, 1.0, 10.0],
+    "small network from scratch": [1e-3, 3e-3, 1e-2, 3e-2],
+    "linear probe": [0.1, 1.0, 10.0, 100.0],
+    "last stage": [3e-5, 1e-4, 3e-4, 1e-3],
+    "whole network": [1e-4, 3e-4, 1e-3, 3e-3],
+    "LP-FT": [3e-5, 1e-4, 3e-4, 1e-3],
+}
+PHOTO_ROWS: list[dict[str, Any]] = [
+    {"way": way, "strength" if way in SOLVED else "lr": grid}
+    for way, grid in GRIDS.items()
+]
+PHOTO_ROWS[-1]["strength"] = results.ChosenFor(way="linear probe")
+
+
+def _photo_study(rows: Any, name: str, seeds: Any, executor: Any) -> Any:
+    epochs, size = PHOTOS["epochs"], PHOTOS["size"]
+    return results.study(
+        photo_run,
+        rows,
+        chapter=CHAPTER,
+        name=name,
+        choose="loss",
+        mode={"loss": "min"},
+        budget=f"{epochs} epochs of half the photos, {size} pixels",
+        seeds=seeds,
+        search_seeds=[0],
+        n=None if QUICK else {"valid": 66, "test": 397},
+        executor=executor,
+    )
+
+
+def _photos_study(executor: Any = None) -> Any:
+    """Every way, its rate or strength chosen on a third of one half."""
+    return _photo_study(PHOTO_ROWS, "photos", SEEDS, executor)
+
+
+def _whole(executor: Any = None) -> Any:
+    """One repeat with every weight trained, at the whole network's rate."""
+    found = results.load_study(CHAPTER, "photos")
+    lr = found.row("accuracy", way="whole network")["lr"]
+    rows = [{"way": "every weight", "lr": lr}]
+    return _photo_study(rows, "whole", SEEDS[:1], executor)
 
 # %% ../../nbs/09_vision.ipynb #8c27d436
 def _before(executor: Any = None) -> None:
@@ -458,6 +514,7 @@ def main(*names: str, executor: Any = None) -> None:
     """Run some studies, by default all but "bundled"; stored runs stay."""
     known = {
         "source": _source,
+        "recipe": _recipe,
         "photos": _photos_study,
         "whole": _whole,
         "before": _before,

@@ -1,7 +1,7 @@
 // The controls of a page choose among drawings made when the chapter ran (tools/filter.py, `playable`). No kernel, no request; works from file://.
 (() => {
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
-  const WIDE = 720, LEGIBLE = 0.56;  // as in tools/filter.py
+  const WIDE = 560, LEGIBLE = 0.6;  // as in tools/filter.py
   const make = (tag, text, attributes = {}) => {
     const node = document.createElement(tag);
     node.textContent = text;
