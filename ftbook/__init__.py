@@ -40,6 +40,7 @@ PUBLIC = {
     "search": "successive_halving expected_best",
     "prompt": "Prompt label_scores calibrate pair_loss SetFit",
     "preference": "CartPole Policy Rollouts grpo_loss",
+    "together": "vote Stacking soup MultiTask TaskBatches pcgrad",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *PUBLIC]  # what help() prints; `dir` and completion know the names too
