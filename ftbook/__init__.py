@@ -39,6 +39,7 @@ PUBLIC = {
     "augment": "MixUp CutMix",
     "search": "successive_halving expected_best",
     "prompt": "Prompt label_scores calibrate pair_loss SetFit",
+    "sft": "Template JsonFormat",
     "preference": "CartPole Policy Rollouts grpo_loss",
     "together": "vote Stacking soup MultiTask TaskBatches pcgrad",
 }

@@ -33,6 +33,7 @@ NEEDS = {
     "10_ner": "wnut17 minilm",
     "11_peft": "wnut17 sst2 trec wikitext2 minilm smollm2",
     "12_prompt": "sst2 cr subj trec minilm smollm2",
+    "13_sft": "wnut17 sst2 wikitext2 minilm smollm2",
     "14_preference": "sst2 minilm smollm2",
     "15_regularize": "trec sst2 minilm",
     "16_augment": "cifar10 sst2 wnut17",

@@ -22,6 +22,7 @@ KEYS = {
     "08_finetune": "blocks replace_head",
     "10_ner": "spans plain_f1 to_iob2 iob2_transitions",
     "12_prompt": "calibrate pair_loss",
+    "13_sft": "encode_chats read_names",
     "14_preference": "group_advantages ppo_loss",
     "15_regularize": "_elastic_net _shrink mixout",
     "16_augment": "random_crop random_erasing replace_mentions",
