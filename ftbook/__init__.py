@@ -39,7 +39,9 @@ PUBLIC = {
     "augment": "MixUp CutMix",
     "search": "successive_halving expected_best",
     "prompt": "Prompt label_scores calibrate pair_loss SetFit",
+    "sft": "Template JsonFormat",
     "preference": "CartPole Policy Rollouts grpo_loss",
+    "together": "vote Stacking soup MultiTask TaskBatches pcgrad",
     "distill": "SoftLabels teacher_logits fit_soft cut Match",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}

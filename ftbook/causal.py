@@ -205,7 +205,7 @@ def _rotation(places: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     places : Tensor
-        Positions, shape (T,).
+        Positions, shape (..., T).
     size : int
         Dimensions D of a head.
     theta : float
@@ -214,10 +214,10 @@ def _rotation(places: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
     Returns
     -------
     cos, sin : Tensor
-        Shape (T, D / 2).
+        Shape (..., T, D / 2).
     """
     pairs = torch.arange(0, size, 2, device=places.device)
-    angles = places[:, None] / theta ** (pairs / size)
+    angles = places[..., None] / theta ** (pairs / size)
     return angles.cos(), angles.sin()
 
 
@@ -303,19 +303,21 @@ class _Attention(nn.Module):
         )
         return rotate(q, *turn), rotate(k, *turn), v
 
-    def forward(self, x: Tensor, turn: tuple, cache: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: tuple, cache: Any = None, seen: Any = None
+    ) -> Tensor:
         q, k, v = self.heads(x, turn)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)
         new, all_ = q.shape[2], k.shape[2]
-        seen = None  # what a new position may see: all before it, and itself
-        if 1 < new < all_:
+        causal = seen is None and new == all_
+        if seen is None and 1 < new < all_:  # all before it, and itself
             seen = torch.ones(new, all_, dtype=torch.bool, device=x.device)
             seen = seen.tril(all_ - new)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=new == all_
+            q, k, v, attn_mask=seen, is_causal=causal
         )
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -343,8 +345,10 @@ class _Block(nn.Module):
         self.post_attention_layernorm = _RMSNorm(s.width, s.eps)
         self.mlp = _FeedForward(s)
 
-    def forward(self, x: Tensor, turn: tuple, cache: Any = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, cache)
+    def forward(
+        self, x: Tensor, turn: tuple, cache: Any = None, seen: Any = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn, cache, seen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -402,13 +406,39 @@ class Decoder(nn.Module):
         past = 0 if cache is None else cache.length
         _check_ids(ids, past, self.sizes)
         places = torch.arange(past, past + ids.shape[1], device=ids.device)
+        x = self.read(ids, places, cache)
+        return self.logits(x if where is None else x[where])
+
+    def read(
+        self,
+        ids: Tensor,
+        places: Tensor,
+        cache: "Cache | None" = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """What becomes of each piece before the last norm, (B, T, H).
+
+        Parameters
+        ----------
+        ids : Tensor
+            Pieces, shape (B, T).
+        places : Tensor
+            Their positions, shape (T,), or (B, 1, T) where rows differ.
+        cache : Cache, optional
+        seen : Tensor of bool, optional
+            Which of all pieces each one may see, shape (B, 1, T, all);
+            default: those before it, and itself.
+        """
         size = self.sizes.width // self.sizes.heads
         turn = _rotation(places, size, self.sizes.theta)
         x = self.embed_tokens(ids)
         for block in self.layers:
-            x = block(x, turn, cache)
-        x = self.norm(x if where is None else x[where])
-        return F.linear(x, self.embed_tokens.weight)
+            x = block(x, turn, cache, seen)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (..., V) from what `read` gives."""
+        return F.linear(self.norm(x), self.embed_tokens.weight)
 
 # %% ../nbs/07_causal.ipynb #3fd6a901
 class Cache:
@@ -439,6 +469,15 @@ class Cache:
             v = torch.cat((self.values[layer], v), 2)
         self.keys[layer], self.values[layer] = k, v
         return k, v
+
+    def fork(self, rows: int) -> "Cache":
+        """A cache that goes on from this one, of one row, for so many rows."""
+        made = Cache()
+        for name in ("keys", "values"):
+            kept = getattr(self, name).items()
+            wide = {i: t.expand(rows, *t.shape[1:]) for i, t in kept}
+            setattr(made, name, wide)
+        return made
 
 # %% ../nbs/07_causal.ipynb #0e6c98a5
 def next_probabilities(

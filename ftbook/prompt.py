@@ -258,7 +258,7 @@ def label_scores(
             ids = torch.full((len(rows), int(ends.max()) + 1), start)
             for row, i in enumerate(rows):
                 ids[row, : len(asks[i])] = torch.tensor(asks[i])
-            cache = _forked(shared, len(rows))
+            cache = shared.fork(len(rows))
             where = torch.arange(len(rows)), ends
             logits = model(ids.to(device), where, cache).float()
             paid = logits.log_softmax(-1)[:, heads]
@@ -267,7 +267,7 @@ def label_scores(
                     given = torch.tensor(word[:-1], device=device)
                     more = model(
                         given.expand(len(rows), -1),
-                        cache=_forked(cache, len(rows)),
+                        cache=cache.fork(len(rows)),
                     ).float()
                     nexts = torch.tensor(word[1:], device=device)
                     nexts = nexts.expand(len(rows), -1)[..., None]
@@ -292,15 +292,6 @@ def _batches(order, asks, size: int, alike: bool) -> Iterator[list[int]]:
         part.append(i)
     if part:
         yield part
-
-
-def _forked(cache: Cache, rows: int) -> Cache:
-    """A cache that goes on from another, for so many rows."""
-    made = Cache()
-    for name in ("keys", "values"):
-        kept = getattr(cache, name).items()
-        setattr(made, name, {i: t.expand(rows, *t.shape[1:]) for i, t in kept})
-    return made
 
 # %% ../nbs/12_prompt.ipynb #15045832
 CONTENT_FREE = ("N/A", "", "[MASK]")

@@ -681,10 +681,10 @@ def test_the_home_page_says_in_its_first_screen_what_the_book_is(page):
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
-@pytest.mark.parametrize("address, first", [("index", "Start reading"), ("zh/index", "开始阅读")])
-def test_a_home_page_has_cards_and_buttons_and_its_table_stacks_on_a_phone(page, address, first):
+@pytest.mark.parametrize("home, first", [("index", "Start reading"), ("zh/index", "开始阅读")])
+def test_a_home_page_has_cards_and_buttons_and_its_table_stacks_on_a_phone(page, home, first):
     page.set_viewport_size({"width": 390, "height": 844})
-    page.goto(f"/{address}.html")
+    page.goto(f"/{home}.html")
     assert page.locator(".buttons .button").count() == 2 and page.locator(".buttons .first").inner_text() == first
     chapters = page.locator(".cards li a").evaluate_all("all => all.map(a => a.href)")
     assert len(chapters) > 10 and page.locator("article table").count() == 1

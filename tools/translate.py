@@ -211,6 +211,7 @@ class Edition:
 
     def __init__(self, nb: dict, found: dict, known: dict, name: str = ""):
         self.nb, self.found, self.known, self.name = nb, found, known, name
+        self.anchors = set(re.findall(r"\]\(#([^)]+)\)", "".join("".join(c["source"]) for c in nb["cells"])))
 
     def whole(self) -> bool:
         """Whether the notebook's title is translated: then it has a page."""
@@ -346,12 +347,11 @@ class Edition:
 
     def anchored(self, english: str, chinese: str) -> str:
         """The Chinese text, whose headings answer to the English anchors that links of this page name."""
-        wanted = set(re.findall(r"\]\(#([^)]+)\)", "".join("".join(c["source"]) for c in self.nb["cells"])))
         lines = [line for line in english.split("\n") if HEADING.match(line)]
         anchors = iter([re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines])
         made = []
         for line in chinese.split("\n"):
-            if HEADING.match(line) and (anchor := next(anchors, "")) in wanted:
+            if HEADING.match(line) and (anchor := next(anchors, "")) in self.anchors:
                 made.append(f"({anchor})=")
             made.append(line)
         return "\n".join(made)

@@ -469,7 +469,7 @@ def word_rows(task: str) -> list[dict]:
 # %% ../../nbs/16_augment.ipynb #a7c04a05
 TUNED = ("none", "EDA", "deletion", "embedding mixup", "written")
 TUNED += ("written, filtered",)
-TUNE_RATES = [3e-5, 1e-4, 3e-4]
+TUNE_RATES = [1e-5, 3e-5, 1e-4, 3e-4]
 TUNE_STEPS = runtime.pick(quick=2, cpu=60)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "corpora",
     "scores",
     "run",
+    "linear_tags",
     "run_model",
     "main",
     "recall_by",
@@ -332,6 +333,15 @@ def _seen(words):
     return rows
 
 
+def linear_tags(labeled, sentences, C, seen=word_shapes):
+    """IOB2 tags by a logistic regression on what is `seen` of each word."""
+    solver = LogisticRegression(C=C, max_iter=300)
+    linear = make_pipeline(DictVectorizer(), solver)
+    linear.fit(sum(map(seen, labeled.words), []), sum(labeled.tags, []))
+    tags = [linear.predict(seen(words)).tolist() for words in sentences]
+    return [to_iob2(t, "IOB2")[0] for t in tags]
+
+
 def run_model(seed, split, model, C=None, parts=None, **how):
     """One run of the study `models`; the linear model does without a seed.
 
@@ -340,12 +350,9 @@ def run_model(seed, split, model, C=None, parts=None, **how):
     if C is None:
         return run(seed, split, model=model, **how, **LONG)
     train_set, valid, test = parts or corpora()
-    solver = LogisticRegression(C=C, max_iter=300)
-    linear = make_pipeline(DictVectorizer(), solver)
-    linear.fit(sum(map(_seen, train_set.words), []), sum(train_set.tags, []))
     scored = valid if split == "valid" else test
-    tags = [linear.predict(_seen(w)).tolist() for w in scored.words]
-    found = entity_f1(scored.tags, [to_iob2(t, "IOB2")[0] for t in tags])
+    tags = linear_tags(train_set, scored.words, C, _seen)
+    found = entity_f1(scored.tags, tags)
     return {"valid_f1": found.f1} if split == "valid" else _sums(found)
 
 # %% ../../nbs/10_ner.ipynb #424802b4

@@ -391,6 +391,12 @@ def _paired(
 STEPS = runtime.pick(quick=2, cpu=8)
 
 
+GROUPS = {  # what is written for a batch
+    "prompts_per_batch": runtime.pick(quick=2, cpu=4),
+    "group": runtime.pick(quick=2, cpu=8),
+}
+
+
 def _grpo(
     policy: Policy,
     adapter: peft.Adapter,
@@ -407,8 +413,7 @@ def _grpo(
         _openings("train"),
         _kindness("train", judged),
         reference=adapter.disable,
-        prompts_per_batch=runtime.pick(quick=2, cpu=4),
-        group=runtime.pick(quick=2, cpu=8),
+        **GROUPS,
         steps=steps,
         every=every,
         new=NEW,
@@ -694,8 +699,7 @@ def run_sums(
             policy,
             asked,
             reward,
-            prompts_per_batch=runtime.pick(quick=2, cpu=4),
-            group=runtime.pick(quick=2, cpu=8),
+            **GROUPS,
             steps=SUM_STEPS,
             new=WRITE,
             stop=stop,

@@ -10,7 +10,7 @@
   const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
   const titles = sections.map(([, page, title]) => [split(page), split(title)]);
   // chapters explain; the glossary, the reference and the other appendices are for looking up, and so is what is left of a module
-  const place = sections.map(([address]) => (/A7_|api\/|#the-rest-of-the-module/.test(address) ? 0.45 : /nbs\/A|^index/.test(address) ? 0.75 : 1));
+  const place = sections.map(([address]) => (/A7_\w+\.html#|api\/|#the-rest-of-the-module/.test(address) ? 0.45 : /nbs\/A|^index/.test(address) ? 0.75 : 1));
 
   const CHINESE = sections.map(([address]) => address.startsWith("zh/"));  // an English query is for the English pages
 
