@@ -417,8 +417,11 @@ def cut(model: nn.Module, layers: Sequence[int]) -> nn.Module:
             "one"
         )
     made = copy.deepcopy(model)
-    own = made.get_submodule(name)
-    chosen = [copy.deepcopy(own[i]) for i in layers]  # type: ignore[index]
+    own: Any = made.get_submodule(name)
+    # one configuration for all: what is switched there reaches every layer
+    configs = (getattr(m, "config", None) for m in made.modules())
+    same = {id(c): c for c in configs if c is not None}
+    chosen = [copy.deepcopy(own[i], dict(same)) for i in layers]
     made.set_submodule(name, nn.ModuleList(chosen))
     for number, layer in enumerate(chosen):
         for module in layer.modules():

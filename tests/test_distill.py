@@ -238,6 +238,19 @@ def test_a_cut_model_runs_its_layers_in_order_and_shares_no_weight(bert):
     assert all(p.abs().max() > 0 for p in teacher.body.encoder.parameters() if p.ndim > 1)
 
 
+def test_how_a_cut_model_attends_is_switched_in_all_its_layers(bert):
+    teacher, inputs = bert
+    student = cut(teacher.eval(), [0, 0])
+    assert len({id(m.config) for m in student.modules() if hasattr(m, "config")}) == 1
+    with torch.no_grad():
+        before = student(**inputs)
+        student.body.set_attn_implementation("eager")
+        layers = student.body.encoder.layer
+        assert [layer.attention.self.config._attn_implementation for layer in layers] == ["eager"] * 2
+        assert teacher.body.config._attn_implementation == "sdpa"
+        assert torch.allclose(student(**inputs), before, atol=1e-5)
+
+
 @pytest.mark.parametrize("layers", [[], [4], [0, -5]])
 def test_layers_that_are_not_there_cannot_be_kept(bert, layers):
     with pytest.raises(ValueError, match="TextClassifier has 4: give numbers from 0 to 3, at least one"):

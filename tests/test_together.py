@@ -573,6 +573,20 @@ def test_rates_are_chosen_for_the_ways_that_train_and_taken_by_those_that_join()
         assert any(isinstance(r, results.Baseline) for r in made)
 
 
+def test_one_model_at_the_chosen_rate_is_the_first_of_those_that_are_joined():
+    lr = study.RATES[0]
+    alone = study._joined(1, "one model", 1, lr, chosen=False)
+    first, mean = (study._joined(1, way, 1, lr, chosen=True) for way in ("one model", "mean"))
+    assert len(alone) == len(first) == 1 and first[0] is mean[0]
+    assert all(np.array_equal(alone[0][split], first[0][split]) for split in ("valid", "test"))
+
+
+def test_the_layers_that_the_studies_train_attend_in_plain_steps_and_the_pretrained_ones_do_not():
+    for model in (study.Shared(), study._tuned(1, 0, 1e-3)[0]):
+        assert {layer.attention.self.config._attn_implementation for layer in model.layers} == {"eager"}
+    assert study.encoder()[0].config._attn_implementation == "sdpa"
+
+
 def test_the_tags_of_kept_states_are_scored_as_a_tagger_scores_them():
     from types import SimpleNamespace
 

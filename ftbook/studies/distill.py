@@ -42,7 +42,7 @@ from ftbook.distill import (
 from ..finetune import find_head, freeze, replace_head, tune
 from ..regularize import set_dropout
 from . import run_named
-from .finetune import ByLength, classifier, outputs, reviews
+from .finetune import ByLength, classifier, reviews
 from .prompt import encoder
 from ..texts import TextClassifier, encode_texts
 from ..train import Settings, fit, predict
@@ -168,6 +168,8 @@ def _texts(name: str, seed: int = 0) -> list[str]:
 def says(seed: int, name: str) -> Tensor:
     """The teacher's logits for the sentences of `_texts`."""
     torch.set_num_threads(1)
+    if name == KINDS[0]:  # these are training sentences, and were asked
+        return says(seed, "train")[halves(seed)[1]]
     inputs = encode_texts(_texts(name, seed), encoder()[1])
     file = _place(f"{name}-{seed}.safetensors".replace(" ", "-"))
     return teacher_logits(teacher(seed), inputs, file)
@@ -209,6 +211,13 @@ def _student(
     return net, functools.partial(encode_texts, tokenizer=tokenizer)
 
 
+@functools.lru_cache(8)
+def _numbers(bundled: bool, texts: tuple[str, ...]) -> dict[str, Tensor]:
+    """Texts as the tokenizer of a pretrained student writes them."""
+    tokenizer = models.load("bert_mini_en")[1] if bundled else encoder()[1]
+    return encode_texts(texts, tokenizer)
+
+
 def _trained(
     student: str,
     seed: int,
@@ -229,7 +238,13 @@ def _trained(
     epochs = -(-steps // -(-len(texts) // size))
     about: dict[str, Any] = {"lr": lr, "epochs": epochs, "seed": seed}
     about["settings"] = replace(PLAN, max_steps=steps)
-    inputs = read(texts)
+
+    def coded(given: Sequence[str]) -> dict[str, Tensor]:
+        if lstm:
+            return read(given)
+        return _numbers(student == "bundled BERT", tuple(given))
+
+    inputs = coded(texts)
     batches = functools.partial(ByLength, size=size, seed=seed)
     if isinstance(target, Tensor) and not target.is_floating_point():
         fit(net, batches(inputs | {"labels": target}), **about)
@@ -240,7 +255,7 @@ def _trained(
 
     def answer(asked: str | Sequence[str]) -> Tensor:
         given = _texts(asked) if isinstance(asked, str) else asked
-        return outputs(net, read(given))
+        return teacher_logits(net, coded(given))  # asked as a teacher is
 
     return answer
 

@@ -70,16 +70,32 @@ SEEDS = runtime.pick(quick=(1, 2), cpu=tuple(range(1, 11)))
 RATES = runtime.pick(quick=[1e-4, 1e-3], cpu=[3e-4, 1e-3, 3e-3, 1e-2])
 EQUAL = runtime.pick(quick=2, cpu=4)  # models whose training costs the same
 COUNTS = runtime.pick(quick=(2, 3), cpu=(2, 4, 8))
-ONE = {"way": "one model", "models": 1}
+SINGLE = {"way": "one model", "models": 1}
 
 # %% ../../nbs/18_together.ipynb #18b00002
+def _plain(model: nn.Module) -> nn.Module:
+    """The same with attention in plain steps, the faster way to train in
+    bfloat16 on a CPU; `fit` switches only a whole transformer to it.
+    """
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"  # type: ignore
+    return model
+
+
+def _options(lr: float) -> dict[str, Any]:
+    """Chapter 15's, in bfloat16 where the processor has it."""
+    about = regularize.options(lr)
+    return about | {"settings": replace(about["settings"], precision="auto")}
+
+
 def _tuned(seed: int, number: int, lr: float, how: str = "") -> tuple:
     """Chapter 15's model, tuned on the questions that the seed draws: the
     network, and the states that were kept on the way.
     """
-    of, about = questions_task(), regularize.options(lr)
+    of, about = questions_task(), _options(lr)
     own = 100 * seed + number  # of the head, and of the order of the examples
-    model = of.start(100 * seed if how == "same head" else own)
+    model = _plain(of.start(100 * seed if how == "same head" else own))
     if how in ("longer", "snapshots"):
         about["epochs"] *= EQUAL
     callbacks: list[Any] = []
@@ -153,9 +169,14 @@ def members(
     return found
 
 # %% ../../nbs/18_together.ipynb #18b00003
-def _joined(seed: int, way: str, models: int, lr: float) -> list[dict]:
-    """The models that a way joins."""
-    if way in ("mean", "votes", "soup, different heads"):
+def _joined(
+    seed: int, way: str, models: int, lr: float, chosen: bool
+) -> list[dict]:
+    """The models that a way joins; at the chosen rate one model is the first
+    of the members.
+    """
+    first = way == SINGLE["way"] and chosen
+    if first or way in ("mean", "votes", "soup, different heads"):
         found = members(seed, lr, max(COUNTS))
         return found["soup"] if "soup" in way else found["members"][:models]
     if way in ("mean, same head", "soup", "greedy soup"):
@@ -188,7 +209,7 @@ def run(
     torch.set_num_threads(1)
     if lr is None:
         return regularize.run(seed, split, way, C=C)
-    found = _joined(seed, way, models, lr)
+    found = _joined(seed, way, models, lr, chosen=split == "test")
     y = regularize.texts(split).y.numpy()
     if way == "votes":
         shares = vote([f[split] for f in found], hard=True)
@@ -205,14 +226,14 @@ def run(
 
 def rows() -> list[dict]:
     """The baselines, one model, and the ways to join several."""
-    one: Any = results.ChosenFor(**ONE)
+    one: Any = results.ChosenFor(**SINGLE)
     made: list[dict] = [
         results.Baseline(way="majority"),
         *(
             results.Baseline(SEEDS, way=way, C=regularize.DECAYS)
             for way in ("bag of words", "probe")
         ),
-        {**ONE, "lr": RATES},
+        {**SINGLE, "lr": RATES},
         {"way": "SWA", "models": 1, "lr": RATES},
         {"way": "trained longer", "models": 1, "lr": RATES},
         {"way": "snapshots", "models": EQUAL, "lr": RATES},
@@ -315,9 +336,9 @@ class Member:
         if self.kind != "tuned":
             self.model.fit(self._read(x), y)
             return self
-        self.model = questions_task().start(self.seed)
+        self.model = _plain(questions_task().start(self.seed))
         batches = finetune.ByLength(self._read(x), regularize.SIZE, self.seed)
-        about = regularize.options(self.strength)
+        about = _options(self.strength)
         fit(self.model, batches, seed=self.seed, **about)
         return self
 
@@ -426,7 +447,7 @@ LONG = runtime.pick(
 )  # pieces of a tagged sentence that are read
 
 
-def _classes(task: str) -> int:
+def _number(task: str) -> int:
     return len(
         corpora()[0].labels if task == TAGS else part(task, "train").classes
     )
@@ -486,7 +507,7 @@ class Shared(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = finetune.Upper(finetune.classifier(0)).layers
+        self.layers = finetune.Upper(_plain(finetune.classifier(0))).layers
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         mask = attention_mask[:, : int(attention_mask.sum(1).max())]
@@ -514,7 +535,7 @@ def trained(
     shared = Shared()
     width = few(tasks[0], seed, per_class)["hidden"].shape[-1]
     runtime.seed_everything(seed)
-    heads = {task: _classes(task) for task in tasks}
+    heads = {task: _number(task) for task in tasks}
     tokens = [task for task in tasks if task == TAGS]
     net = MultiTask(shared, heads, width, tokens=tokens, **how)
     loaders = {
@@ -524,7 +545,8 @@ def trained(
         for i, task in enumerate(tasks)
     }
     batches = TaskBatches(loaders, steps, shares, seed)
-    about: dict[str, Any] = {"callbacks": callbacks, "settings": finetune.PLAN}
+    plan = replace(finetune.PLAN, precision="auto")
+    about: dict[str, Any] = {"callbacks": callbacks, "settings": plan}
     fit(net, batches, loss=None, lr=lr, seed=seed, **about)
     return net
 
@@ -600,7 +622,7 @@ def _reads(net: MultiTask, task: str, coded: dict) -> tuple[Tensor, Tensor]:
 
 def _probed(task: str, seed: int, split: str, C: float, per_class: int = 0):
     """A logistic regression on what the frozen encoder gives, as a head."""
-    coded, classes = few(task, seed, per_class), _classes(task)
+    coded, classes = few(task, seed, per_class), _number(task)
     width = coded["hidden"].shape[-1]
     tokens = [t for t in (task,) if t == TAGS]
     net = MultiTask(Shared(), {task: classes}, width, tokens=tokens)
