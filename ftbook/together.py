@@ -839,14 +839,13 @@ def pcgrad(gradients: Tensor) -> Tensor:
             "a row for each task"
         )
     products = gradients @ gradients.T
-    made = []
-    for i, own in enumerate(gradients):
+    mix = torch.eye(len(gradients)).to(gradients)  # of the rows, for each row
+    for i, own in enumerate(mix):
         for j in torch.randperm(len(gradients)).tolist():
-            against = own @ gradients[j]
+            against = own @ products[j]
             if j != i and against < 0:
-                own = own - against / products[j, j] * gradients[j]
-        made.append(own)
-    return torch.stack(made)
+                own[j] -= against / products[j, j]
+    return mix @ gradients
 
 # %% ../nbs/18_together.ipynb #18a00018
 def _gradients(model: MultiTask, losses: Mapping[str, Tensor]) -> Tensor:

@@ -75,8 +75,9 @@ MAIN, SELF = "2 layers", "another student's answers"
 DEPTH = {"1 layer": 1, MAIN: 2, "3 layers": 3}
 STUDENTS = ("bag of words", "LSTM", "bundled BERT", *DEPTH)
 PLAN = Settings(schedule="linear", warmup=0.1, progress=False)
-RATES = runtime.pick(quick=[3e-4, 1e-3], cpu=[1e-4, 3e-4, 1e-3, 3e-3])
-FASTER = runtime.pick(quick=[1e-3, 1e-2], cpu=[1e-3, 3e-3, 1e-2, 3e-2])
+RATES = runtime.pick(quick=[3e-4, 1e-3], cpu=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
+FASTER = runtime.pick(quick=[1e-3, 1e-2], cpu=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
+SLOWER = runtime.pick(quick=[3e-4, 1e-3], cpu=[3e-5, 1e-4, 3e-4, 1e-3, 3e-3])
 DECAYS = runtime.pick(
     quick=[1.0, 10.0], cpu=[0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4]
 )
@@ -368,7 +369,7 @@ def rows(name: str) -> list[dict]:
         made.append(results.Baseline(SEEDS, C=DECAYS, **words))
     for student in STUDENTS[1:]:
         for way in two:
-            lr = FASTER if student == "LSTM" else RATES
+            lr = FASTER if student == "LSTM" else SLOWER
             if student in DEPTH:
                 lr = _chosen("targets", student=MAIN, way=way)
             if student != MAIN:

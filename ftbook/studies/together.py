@@ -67,19 +67,20 @@ __all__ = [
 CHAPTER = "18_together"
 QUICK = runtime.profile() == "quick"  # there substitutes stand in for the data
 SEEDS = runtime.pick(quick=(1, 2), cpu=tuple(range(1, 11)))
-RATES = runtime.pick(quick=[1e-4, 1e-3], cpu=[3e-4, 1e-3, 3e-3, 1e-2])
+# of equals the middle one
+RATES = runtime.pick(quick=[1e-4, 1e-3], cpu=[1e-3, 3e-4, 3e-3, 1e-4, 1e-2])
 EQUAL = runtime.pick(quick=2, cpu=4)  # models whose training costs the same
 COUNTS = runtime.pick(quick=(2, 3), cpu=(2, 4, 8))
 SINGLE = {"way": "one model", "models": 1}
 
 # %% ../../nbs/18_together.ipynb #18b00002
-def _plain(model: nn.Module) -> nn.Module:
+def _plain(model: Any) -> Any:
     """The same with attention in plain steps, the faster way to train in
     bfloat16 on a CPU; `fit` switches only a whole transformer to it.
     """
     for module in model.modules():
         if hasattr(module, "config"):
-            module.config._attn_implementation = "eager"  # type: ignore
+            module.config._attn_implementation = "eager"
     return model
 
 
@@ -250,7 +251,7 @@ PER_CLASS = runtime.pick(quick=4, cpu=32)
 FOLDS = runtime.pick(quick=2, cpu=5)
 KINDS = ("words", "letters", "vectors", "tuned")
 PENALTIES = regularize.DECAYS  # of the linear members
-FINAL = runtime.pick(quick=[0.1, 1.0], cpu=[0.01, 0.1, 1.0, 10.0])
+FINAL = runtime.pick(quick=[0.1, 1.0], cpu=[0.01, 0.1, 1.0, 10.0, 100.0])
 
 
 def _questions(seed: int) -> tuple[list[str], np.ndarray, dict]:
