@@ -309,8 +309,8 @@ def _tuned(seed, base, lr):
 def _wikipedia():
     """Pieces of articles that no run trains on, to measure forgetting."""
     quick = runtime.profile() == "quick"
-    lines: Any = data.load("wikitext2", "valid", bundled=quick)
-    text = "\n".join(lines)[: runtime.pick(quick=2_000, cpu=40_000)]
+    text: Any = data.load("wikitext2", "valid", bundled=quick)
+    text = text[: runtime.pick(quick=2_000, cpu=40_000)]
     (pieces,) = causal.encode([text], decoder()[1])
     return pieces[: runtime.pick(quick=128, cpu=2_048)]
 
