@@ -328,7 +328,7 @@ def is_long(lines: list) -> bool:
 def _first_lines(node) -> list:
     """The lines of a docstring's first sentence."""
     text = (ast.get_docstring(node) or "").strip().split("\n\n")[0]
-    return re.split(r"(?<=[.!?:;])\s", text, maxsplit=1)[0].split("\n")
+    return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0].split("\n")
 
 
 def _opening(node, lines: list) -> list:
