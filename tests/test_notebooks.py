@@ -136,7 +136,6 @@ def _recipe(path) -> tuple[str, list[str], str]:
 
 
 LEFT_OUT = [p for p in CHAPTERS if re.search(r"leave (it|the first cell) out", _recipe(p)[0])]
-OPEN = {"11_peft": "mine_folder", "15_regularize": "csv"}  # to be repaired when the chapter is run again
 
 
 @pytest.mark.parametrize("path", LEFT_OUT, ids=lambda p: p.stem)
@@ -144,7 +143,7 @@ def test_a_recipe_needs_nothing_from_the_cell_that_its_reader_leaves_out(path):
     text, (_, *kept), above = _recipe(path)
     made, taken = _names("\n".join(kept))
     given = set(re.findall(r"`(\w+)`", text)) | set(dir(builtins)) | _names(above)[0]
-    missing = taken - made - given - {OPEN.get(path.stem), "mine", "my_file"}
+    missing = taken - made - given - {"mine", "my_file"}
     assert not missing, f"NameError for {', '.join(sorted(missing))}: make it in the second cell, or above the section"
 
 
