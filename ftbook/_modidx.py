@@ -1032,7 +1032,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ftbook.preference.Rollouts.__len__': ('preference.html#rollouts.__len__', 'ftbook/preference.py'),
                                    'ftbook.preference.Rollouts.draw': ('preference.html#rollouts.draw', 'ftbook/preference.py'),
                                    'ftbook.preference._attention': ('preference.html#_attention', 'ftbook/preference.py'),
-                                   'ftbook.preference._check_positive': ('preference.html#_check_positive', 'ftbook/preference.py'),
+                                   'ftbook.preference._check_alike': ('preference.html#_check_alike', 'ftbook/preference.py'),
                                    'ftbook.preference._pairs': ('preference.html#_pairs', 'ftbook/preference.py'),
                                    'ftbook.preference.bradley_terry': ('preference.html#bradley_terry', 'ftbook/preference.py'),
                                    'ftbook.preference.group_advantages': ('preference.html#group_advantages', 'ftbook/preference.py'),

@@ -44,6 +44,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .causal import Decoder, generate
 from .compute import evaluating
+from .losses import _check_positive
 
 # %% ../nbs/14_preference.ipynb #14a00005
 def policy_gradient(logits: Tensor, target: Tensor) -> Tensor:
@@ -318,7 +319,13 @@ def ipo(
     >>> ipo(one, one - 5, one, one, beta=0.1).item()  # margin 5 = 1 / 0.2
     0.0
     """
-    _check_positive(beta=beta)
+    _check_positive("beta", beta)
+    _check_alike(
+        chosen=chosen,
+        rejected=rejected,
+        reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected,
+    )
     gain = chosen - reference_chosen.detach()
     loss = rejected - reference_rejected.detach()
     return (gain - loss - 0.5 / beta).square().mean()
@@ -327,8 +334,8 @@ def ipo(
 def simpo(
     chosen: Tensor,
     rejected: Tensor,
-    chosen_length: Tensor,
-    rejected_length: Tensor,
+    chosen_length: Tensor | int,
+    rejected_length: Tensor | int,
     *,
     beta: float = 2.0,
     gamma: float = 1.0,
@@ -339,8 +346,8 @@ def simpo(
     ----------
     chosen, rejected : Tensor (N,)
         Log-probabilities of whole answers.
-    chosen_length, rejected_length : Tensor (N,)
-        Their numbers of pieces.
+    chosen_length, rejected_length : Tensor (N,) or int
+        Their numbers of pieces; one number, if all have as many.
     beta, gamma : float
         Factor of the means, and the margin.
 
@@ -354,8 +361,23 @@ def simpo(
     >>> round(simpo(p, 2 * p, size, 2 * size, gamma=0.0).item(), 4)  # log 2
     0.6931
     """
-    _check_positive(beta=beta)
-    margin = beta * (chosen / chosen_length - rejected / rejected_length)
+    _check_positive("beta", beta)
+    ours, theirs = (
+        n if isinstance(n, Tensor) and n.ndim else torch.full_like(chosen, float(n))
+        for n in (chosen_length, rejected_length)
+    )
+    _check_alike(
+        chosen=chosen,
+        rejected=rejected,
+        chosen_length=ours,
+        rejected_length=theirs,
+    )
+    if min(ours.min(), theirs.min()) < 1:
+        raise ValueError(
+            "a length is below 1: give the number of pieces of each answer, "
+            "and leave empty answers out"
+        )
+    margin = beta * (chosen / ours - rejected / theirs)
     return -F.logsigmoid(margin - gamma).mean()
 
 
@@ -394,7 +416,13 @@ def kto(
     >>> kto(zero, zero, torch.tensor([True, False])).item()
     0.5
     """
-    _check_positive(beta=beta)
+    _check_positive("beta", beta)
+    _check_alike(policy=policy, reference=reference, good=good)
+    if good.dtype != torch.bool:
+        raise TypeError(
+            f"good has the type {good.dtype}: give bool, True for a thumb up, "
+            "for instance good > 0"
+        )
     gain = policy - reference.detach()
     start = gain.detach().mean().clamp_min(0)
     up, down = weights
@@ -403,10 +431,21 @@ def kto(
     return (weight * (1 - (beta * signed).sigmoid())).mean()
 
 
-def _check_positive(**given: float) -> None:
+def _check_alike(**given: Tensor) -> None:
+    """Refuse what would be broadcast: one number for each answer, (N,)."""
     for name, value in given.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value}: it must be greater than 0")
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}: give a Tensor (N,)"
+            )
+    shapes = {name: tuple(value.shape) for name, value in given.items()}
+    first = next(iter(shapes.values()))
+    if len(first) != 1 or not first[0] or set(shapes.values()) != {first}:
+        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            f"shapes are {told}: give one number for each answer, all of the "
+            "same shape (N,), N at least 1"
+        )
 
 # %% ../nbs/14_preference.ipynb #14a00008
 class Policy(nn.Module):
@@ -594,6 +633,14 @@ def ppo_loss(
     >>> ppo_loss(two.log(), 0 * one, one, one).item()  # 2 is clipped to 1.2
     -1.2000000476837158
     """
+    shapes = [tuple(t.shape) for t in (logp, old, advantage, mask)]
+    if logp.ndim != 2 or len(set(shapes)) > 1:
+        raise ValueError(
+            f"logp, old, advantage and mask have the shapes {shapes}: give "
+            "(B, T) for each; spread an answer's advantage over its pieces"
+        )
+    if not 0 < clip < 1:
+        raise ValueError(f"clip={clip}: give a number between 0 and 1")
     ratio = (logp - old).exp()
     gain = torch.minimum(
         ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage

@@ -306,9 +306,9 @@ def test_pairs_and_betas_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="3 rows are no pairs"):
         bradley_terry(torch.zeros(3))
     for loss in (ipo, simpo):
-        with pytest.raises(ValueError, match="beta=0: it must be greater than 0"):
+        with pytest.raises(ValueError, match="beta must be > 0, got 0"):
             loss(one, one, one, one, beta=0)
-    with pytest.raises(ValueError, match="beta=-1"):
+    with pytest.raises(ValueError, match="beta must be > 0, got -1"):
         kto(one, one, one > 0, beta=-1)
 
 
@@ -526,3 +526,29 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     with pytest.raises(ValueError, match="no study 'dpo'; use toy, length, sums, frontier, relatives, hacked"):
         study.main("dpo")
     assert preference.__all__[1] == "CartPole"
+
+
+def test_losses_of_pairs_refuse_what_would_be_broadcast_in_silence():
+    two, one = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0])
+    sizes = torch.tensor([2, 3])
+    for wrong in (one, two[None], two[:0]):
+        with pytest.raises(ValueError, match="one number for each answer"):
+            preference.ipo(two, wrong, two, two)
+        with pytest.raises(ValueError, match="one number for each answer"):
+            preference.simpo(two, two, wrong, sizes)
+        with pytest.raises(ValueError, match="one number for each answer"):
+            preference.kto(two, two, wrong > 0)
+    with pytest.raises(TypeError, match="rejected is a list"):
+        preference.ipo(two, [-1.0, -2.0], two, two)
+    with pytest.raises(ValueError, match="a length is below 1"):
+        preference.simpo(two, two, sizes, sizes * 0)
+    with pytest.raises(TypeError, match="give bool"):
+        preference.kto(two, two, sizes)
+
+
+def test_the_clipped_loss_refuses_an_advantage_for_each_answer_alone():
+    pieces = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="spread an answer's advantage"):
+        preference.ppo_loss(pieces, pieces, torch.zeros(2), pieces + 1)
+    with pytest.raises(ValueError, match="clip=-1"):
+        preference.ppo_loss(*[pieces] * 4, clip=-1)
