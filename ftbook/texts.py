@@ -274,7 +274,9 @@ def _csv_rows(
             break
     else:
         sign = ","
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True)
+    lines = csv.reader(
+        io.StringIO(text, newline=""), delimiter=sign, strict=True
+    )
     names: list[str] = []
     try:
         for cells in lines:
@@ -312,7 +314,9 @@ def _json_rows(name: str, text: str) -> list[tuple[int, dict]]:
                 f"{name}, line {number} is no JSON ({error}); write one "
                 'object a line, such as {"text": "too late"}'
             ) from None
-        rows = enumerate(made, 1) if isinstance(made, list) else [(number, made)]
+        rows = (
+            enumerate(made, 1) if isinstance(made, list) else [(number, made)]
+        )
         found.extend(rows)
     return found
 
@@ -342,4 +346,3 @@ def _check_row(name: str, line: int, row: Any, columns: Sequence[str]) -> None:
             raise ValueError(
                 f"{where}: {column!r} is empty; fill it in, or take the row out"
             )
-
