@@ -21,7 +21,7 @@ PUBLIC = {
     "models": "",
     "losses": "mse bce_with_logits cross_entropy focal label_smoothing distillation_kl info_nce dpo calibration_error",
     "optim": "SGD AdaGrad RMSProp Adam AdamW Lion Muon range_test",
-    "texts": "TextClassifier encode_texts",
+    "texts": "TextClassifier encode_texts read_table",
     "batches": "",
     "compute": "",
     "scoring": "",
@@ -41,6 +41,8 @@ PUBLIC = {
     "prompt": "Prompt label_scores calibrate pair_loss SetFit",
     "sft": "Template JsonFormat",
     "preference": "CartPole Policy Rollouts grpo_loss",
+    "together": "vote Stacking soup MultiTask TaskBatches pcgrad",
+    "distill": "SoftLabels teacher_logits fit_soft cut Match",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *PUBLIC]  # what help() prints; `dir` and completion know the names too
