@@ -297,7 +297,7 @@ def _csv_rows(
         ) from None
     return found
 
-
+# %% ../nbs/08_finetune.ipynb #7ab1e0f6
 def _json_rows(name: str, text: str) -> list[tuple[int, dict]]:
     """Number of the line, or of the object in a list, and each object."""
     if text.lstrip()[0] == "[":
