@@ -141,16 +141,21 @@ def test_without_correlation_columns_are_rounded_to_the_nearest():
 
 @pytest.mark.parametrize("per", ["channel", "group"])
 def test_columns_and_scaling_lose_less_than_rounding(per):
-    x, w, grid = correlated(), torch.randn(8, 16), Grid(3, per, 8)
-    second = x.mT @ x / len(x)
-
-    def off(made):
-        return float(((x @ (w - made).mT) ** 2).mean())
-
-    factor = scale_inputs(w, second, grid)
-    plain = off(fake_quantize(w, grid))
-    assert off(round_columns(w, second, grid)) < 0.8 * plain
-    assert off(fake_quantize(w * factor, grid) / factor) <= plain * (1 + 1e-5)
+    sums = torch.zeros(3)
+    for seed in range(6):
+        x, grid = correlated(seed=seed), Grid(3, per, 8)
+        w = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
+        second = x.mT @ x / len(x)
+        factor = scale_inputs(w, second, grid)
+        made = (
+            fake_quantize(w, grid),
+            round_columns(w, second, grid),
+            fake_quantize(w * factor, grid) / factor,
+        )
+        off = torch.stack([((x @ (w - m).mT) ** 2).mean() for m in made])
+        assert off[2] <= off[0] * (1 + 1e-5)  # one of its powers is 0
+        sums += off / off[0]
+    assert sums[1] < 0.8 * sums[0] and sums[2] < 0.9 * sums[0]
 
 
 def test_moments_see_visible_positions_only_and_leave_modes():
