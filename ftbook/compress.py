@@ -420,6 +420,10 @@ class _Coded:
             x = fake_quantize(x, grid, scale.view(1, 1), zero.view(1, 1))
         return super().forward(x)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """The class has no name that pickle could look up."""
+        return _rebuilt, (type(self).__mro__[2], self.__dict__)
+
     def _whole(self) -> bool:
         """Whether codes times codes is all that there is to compute."""
         plain = self.grid == Grid() and self.factor is None
@@ -440,6 +444,12 @@ class _Coded:
 @functools.cache
 def _coded_class(kind: type) -> type:
     return type(f"Quantized{kind.__name__}", (_Coded, kind), {})
+
+
+def _rebuilt(kind: type, state: dict[str, Any]) -> Any:
+    made = object.__new__(_coded_class(kind))
+    made.__dict__.update(state)
+    return made
 
 
 def _packed(codes: Tensor, grid: Grid) -> Tensor:

@@ -200,6 +200,14 @@ def test_convolutions_and_embeddings_are_coded_too():
     torch.testing.assert_close(model[2](photo), kept[2](photo), rtol=0.1, atol=0.05)
 
 
+def test_a_coded_model_is_copied_and_pickled(tmp_path):
+    model, x = net(), torch.randn(3, 16)
+    quantize_layers(model, activations="dynamic")
+    torch.save(model, tmp_path / "whole")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "whole", weights_only=False)):
+        assert torch.equal(other(x), model(x)) and other[0].codes is not model[0].codes
+
+
 def test_training_on_the_grid_ends_on_the_grid():
     model, x = net(), torch.randn(128, 16)
     y = (x[:, 0] > 0).long()
