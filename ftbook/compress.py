@@ -335,12 +335,17 @@ def round_columns(
     h.diagonal().add_(damp * mean if mean > 0 else 1.0)
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True).float()
     made = torch.empty_like(left)
-    for i in range(n):
-        column, j = left[:, i], int(order[i])
-        code = _codes(column, step[:, j], middle[:, j], grid)
-        made[:, j] = (code - middle[:, j]) * step[:, j]
-        error = (column - made[:, j]) / upper[i, i]
-        left[:, i + 1 :] -= error[:, None] * upper[i, i + 1 :]
+    for start in range(0, n, 128):  # the columns far away wait for a block
+        end = min(start + 128, n)
+        errors = torch.empty(len(left), end - start)
+        for i in range(start, end):
+            column, j = left[:, i], int(order[i])
+            code = _codes(column, step[:, j], middle[:, j], grid)
+            made[:, j] = (code - middle[:, j]) * step[:, j]
+            error = (column - made[:, j]) / upper[i, i]
+            left[:, i + 1 : end] -= error[:, None] * upper[i, i + 1 : end]
+            errors[:, i - start] = error
+        left[:, end:] -= errors @ upper[start:end, end:]
     return made
 
 
@@ -697,6 +702,18 @@ def _check_share(share: float) -> None:
         )
 
 
+def _best(score: Tensor, n: int) -> Tensor:
+    """True for the n highest scores; of equal ones the last."""
+    gone = len(score) - n
+    if not gone:
+        return torch.ones_like(score, dtype=torch.bool)
+    edge = score.kthvalue(gone).values
+    keep = score > edge
+    tied = (score == edge).nonzero()[:, 0]
+    keep[tied[len(tied) - (n - int(keep.sum())) :]] = True
+    return keep
+
+
 def prune(
     model: nn.Module,
     share: float = 0.5,
@@ -757,9 +774,7 @@ def prune(
             kept[name] = (rank < 2).reshape(score.shape)
     else:
         flat = torch.cat([v.flatten().float() for v in value.values()])
-        gone = flat.argsort(stable=True)[: round(share * len(flat))]
-        keep = torch.ones(len(flat), dtype=torch.bool).to(flat.device)
-        keep[gone] = False
+        keep = _best(flat, len(flat) - round(share * len(flat)))
         parts = keep.split([v.numel() for v in value.values()])
         kept = {
             name: part.reshape(score.shape)

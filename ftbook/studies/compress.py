@@ -46,6 +46,7 @@ from ..finetune import find_head, put_probe, replace_head, tune
 from ..losses import distillation_kl
 from . import run_named
 from .finetune import ByLength, classifier, outputs, reviews
+from .mlm import detokenize
 from .prompt import encoder
 from .regularize import digit_parts
 from ..texts import encode_texts
@@ -554,8 +555,8 @@ def _decoder() -> tuple[Any, Any]:
 
 @functools.cache
 def _pieces(split: str) -> np.ndarray:
-    lines: Any = data.load("wikitext2", split, bundled=QUICK)
-    text = "\n".join(lines)[: 40 * PIECES]
+    text: Any = data.load("wikitext2", split, bundled=QUICK)
+    text = detokenize(text[: 20 * len(SEEDS) * PIECES])
     (found,) = causal.encode([text], _decoder()[1])
     return found
 
@@ -745,11 +746,41 @@ def _costs(executor: Any) -> None:
         found[way]["megabytes"] = size / 1e6
     results.record(CHAPTER, "costs", found)
 
+
+def _samples(executor: Any) -> None:
+    """Test sentences that rounding turns around, and how sure the model was of
+    them before, beside all others; of the first seed.
+    """
+    way, test = "3 bits, per channel", reviews()["test"]
+    before, after = (
+        outputs(net, _inputs("test")).softmax(1)
+        for net in (tuned(SEEDS[0]), smaller(SEEDS[0], way))
+    )
+    turned = before.argmax(1) != after.argmax(1)
+    sure = before.amax(1)
+    found = {
+        "way": way,
+        "turned": int(turned.sum()),
+        "to wrong": int((turned & (before.argmax(1) == test.y)).sum()),
+        "sure of turned": float(sure[turned].mean()) if turned.any() else 0.0,
+        "sure of others": float(sure[~turned].mean()),
+        "shown": [
+            {
+                "text": test.texts[i],
+                "label": test.classes[test.y[i]],
+                "before": float(before[i, test.y[i]]),
+                "after": float(after[i, test.y[i]]),
+            }
+            for i in turned.nonzero()[:8, 0].tolist()
+        ],
+    }
+    results.record(CHAPTER, "samples", found)
+
 # %% ../../nbs/20_compress.ipynb #20b00011
 def main(*wanted: str, executor: Any = None) -> None:
     """Fill in what is missing of "tuned", "bits", "inputs", "cuts", "grid",
-    "zeros", "thin", "order", "photos", "decoder", "ticket" and "costs", in
-    this order.
+    "zeros", "thin", "order", "photos", "decoder", "ticket", "samples" and
+    "costs", in this order.
     """
     known: dict[str, Callable] = {
         "tuned": lambda executor: [tuned(seed) for seed in SEEDS]
@@ -763,5 +794,5 @@ def main(*wanted: str, executor: Any = None) -> None:
     ):
         known[name] = functools.partial(_trained, ways, name)
     known |= {"order": _order, "photos": _photo, "decoder": _decoders}
-    known |= {"ticket": _tickets, "costs": _costs}
+    known |= {"ticket": _tickets, "samples": _samples, "costs": _costs}
     run_named(known, wanted, executor)
