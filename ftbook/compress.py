@@ -415,6 +415,8 @@ class _Coded:
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's own, on a rounded input where `activations` said so."""
+        if isinstance(self, nn.Embedding):  # only the rows that are asked for
+            return self.codes.view(self.shape)[x].float() * self.scale[x]
         if self.reads == "dynamic" and self._whole():
             return self._integers(x)
         if self.reads == "dynamic":
@@ -437,8 +439,8 @@ class _Coded:
     def _integers(self, x: Tensor) -> Tensor:
         """x Wᵀ + b in whole numbers, the same, faster."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        scale, zero = scales(rows, Grid())
-        left = _codes(rows, scale, zero, Grid()).to(torch.int8)
+        scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+        left = (rows * (1 / scale)).round().to(torch.int8)
         product = torch._int_mm(left, self.codes.view(self.shape).mT)
         y = product.float() * scale * self.scale.mT
         bias: Any = self.bias  # type: ignore[attr-defined]
@@ -458,20 +460,26 @@ def _rebuilt(kind: type, state: dict[str, Any]) -> Any:
 
 
 def _packed(codes: Tensor, grid: Grid) -> Tensor:
-    """Codes as bytes; of at most 4 bits two to a byte."""
+    """Codes as bytes: four of 2 bits, two of 3 or 4 bits, or one in each."""
     if grid.bits > 4:
         kind = torch.int8 if grid.symmetric else torch.uint8
         return codes.flatten().to(kind)
+    many = 8 // grid.bits
     flat = (codes.flatten() - grid.low).to(torch.uint8)
-    flat = F.pad(flat, (0, len(flat) % 2))
-    return flat[0::2] * 16 + flat[1::2]
+    flat = F.pad(flat, (0, -len(flat) % many)).view(-1, many)
+    made = flat[:, 0]
+    for i in range(1, many):
+        made = made * 2 ** (8 // many) + flat[:, i]
+    return made
 
 
 def _unpacked(codes: Tensor, grid: Grid, n: int) -> Tensor:
     if grid.bits > 4:
         return codes
-    both = torch.stack((codes >> 4, codes & 15), 1).flatten()[:n]
-    return both.to(torch.int16) + grid.low
+    width = 8 // (8 // grid.bits)
+    shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8)
+    parts = (codes[:, None] >> shifts.to(codes.device)) & (2**width - 1)
+    return parts.flatten()[:n].to(torch.int16) + grid.low
 
 
 def _put_codes(
@@ -1099,6 +1107,7 @@ _NAMES = ("codes", "scale", "zero", "factor", "range")
 def save(model: nn.Module, path: str | os.PathLike) -> int:
     """Write a model to one safetensors file; codes stay codes.
 
+    Four codes of 2 bits, or two of 3 or 4 bits, share a byte.
     Weights of which more than half are zero are written as a bit for each and
     the others.
 
@@ -1175,8 +1184,10 @@ def read(path: str | os.PathLike) -> dict[str, Tensor]:
             part = {k: found.pop(stem + k, None) for k in _NAMES}
             codes, scale = part["codes"], part["scale"]
             if told["bits"] <= 4:
-                codes = torch.stack((codes >> 4, codes & 15), 1).flatten()[:n]
-                codes = codes.to(torch.int16) + told["low"]
+                width = 8 // (8 // told["bits"])
+                shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8)
+                codes = (codes[:, None] >> shifts) & (2**width - 1)
+                codes = codes.flatten()[:n].to(torch.int16) + told["low"]
             made = codes.reshape(len(scale), -1).float()
             if part["zero"] is not None:
                 made = made - part["zero"].float()

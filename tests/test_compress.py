@@ -33,7 +33,7 @@ from ftbook.train import fit
 
 GRIDS = [
     Grid(bits, per, 8, symmetric)
-    for bits in (2, 4, 8)
+    for bits in (2, 3, 4, 8)
     for per in ("tensor", "channel", "group")
     for symmetric in (True, False)
 ]

@@ -320,7 +320,8 @@ def _study(
 
 
 def _untrained(name: str, executor: Any) -> None:
-    made = _baselines() + [{"way": way} for way in names(name)]
+    ways = dict.fromkeys((WHOLE, *names(name)))
+    made = _baselines() + [{"way": way} for way in ways]
     budget = f"no training; {CALIBRATION} sentences where inputs are read"
     _study(run, made, name, budget, executor)
 
@@ -376,7 +377,7 @@ def run_trained(
 
 
 def _trained(ways: Sequence[str], name: str, executor: Any) -> None:
-    made = _baselines()
+    made = [*_baselines(), {"way": WHOLE}]
     made += [{"way": way, "lr": RATES} for way in ways]
     budget = f"{STEPS} batches of 32 sentences"
     _study(run_trained, made, name, budget, executor)
@@ -705,9 +706,9 @@ def _bytes(net: nn.Module) -> int:
 def _cost(file: str) -> dict[str, float]:
     """Time and memory of a variant, in a process that does nothing else."""
     torch.set_num_threads(1)
-    texts, tokenizer = reviews()["test"].texts[:TIMED], encoder()[1]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    net: Any = torch.load(file, weights_only=False)  # written a moment ago
+    made: Any = torch.load(file, weights_only=False)  # written a moment ago
+    net, tokenizer, texts = made
     took: dict[int, list[float]] = {1: [], 32: []}
     for many, times in took.items():
         parts = [texts[i : i + many] for i in range(0, len(texts), many)]
@@ -739,7 +740,9 @@ def _costs(executor: Any) -> None:
             size = _bytes(made)
         with tempfile.TemporaryDirectory() as folder:
             file = str(Path(folder, "made"))
-            torch.save(made, file)
+            tokenizer = None if way == WORDS else encoder()[1]
+            texts = reviews()["test"].texts[:TIMED]
+            torch.save((made, tokenizer, texts), file)
             fresh = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=fresh) as pool:
                 found[way] = pool.submit(_cost, file).result()
