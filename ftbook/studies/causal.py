@@ -321,6 +321,9 @@ def run_size(seed: int, shape: str, pieces: int) -> dict[str, float]:
     }
 
 
+STEEPEST = 3  # exponent that a fit may take
+
+
 def law(theta: np.ndarray, n: Any, d: Any) -> np.ndarray:
     """Bits per byte of n parameters after d pieces, equation (7.5); n and d in
     millions.
@@ -350,7 +353,7 @@ def fit_law(n: np.ndarray, d: np.ndarray, y: np.ndarray) -> np.ndarray:
         least_squares(
             lambda t: np.log(law(t, n, d) / y),
             start,
-            bounds=(0, [5, 5, 3, 5, 3]),
+            bounds=(0, [5, 5, STEEPEST, 5, STEEPEST]),
         )
         for start in starts
     ]
@@ -473,7 +476,7 @@ WINDOWS = (
 def _windows() -> None:
     """What the windows do to SmolLM2's perplexity on a piece of WikiText-2."""
     text = "\n".join(articles("wikitext2")[:3])[
-        : runtime.pick(quick=500, cpu=4_000)
+        : runtime.pick(quick=500, cpu=20_000)
     ]
     found = _smollm2()
     (ids,) = causal.encode([text], found["tokenizer"])

@@ -188,7 +188,7 @@ def run(seed, split, method, lr=None, C=None, size=SIZE, r=8):
 TASK = runtime.pick(quick="sst2", cpu="trec")
 LABELS = runtime.pick(quick=2, cpu=16)  # of each class
 PASSES = runtime.pick(quick=1, cpu=3)
-STEPS = [3e-4, 1e-3, 3e-3]  # the rates of LoRA
+STEPS = [3e-4, 1e-3, 3e-3, 1e-2]  # the rates of LoRA
 FILE = "the file's 4 bits"
 SIZES = runtime.pick(
     quick={"valid": 12, "test": 12}, cpu={"valid": 200, "test": 300}

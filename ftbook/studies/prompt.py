@@ -68,7 +68,7 @@ PROMPTS = {
 }
 TASKS = tuple(PROMPTS)[: runtime.pick(quick=2, cpu=4)]
 COUNTS = runtime.pick(quick=(0, 1, 2), cpu=(0, 2, 4, 8, 16, 64))
-ASKED = COUNTS[: runtime.pick(quick=2, cpu=5)]  # with so many a prompt is asked
+ASKED = COUNTS[: runtime.pick(quick=2, cpu=6)]  # with so many a prompt is asked
 SEEDS = runtime.pick(quick=(1, 2), cpu=(1, 2, 3))
 RATES = runtime.pick(
     quick=[3e-4, 1e-3], cpu=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
