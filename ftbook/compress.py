@@ -390,6 +390,29 @@ def _output_error(change: Tensor, second: Tensor) -> float:
     """Mean squared change of the outputs, summed over them, (20.3)."""
     return float(((change @ second) * change).sum())
 
+# %% ../nbs/20_compress.ipynb #20a00014
+def _packed(codes: Tensor, grid: Grid) -> Tensor:
+    """Codes as bytes: four of 2 bits, two of 3 or 4 bits, or one in each."""
+    if grid.bits > 4:
+        kind = torch.int8 if grid.symmetric else torch.uint8
+        return codes.flatten().to(kind)
+    many = 8 // grid.bits
+    flat = (codes.flatten() - grid.low).to(torch.uint8)
+    flat = F.pad(flat, (0, -len(flat) % many)).view(-1, many)
+    made = flat[:, 0]
+    for i in range(1, many):
+        made = made * 2 ** (8 // many) + flat[:, i]
+    return made
+
+
+def _unpacked(codes: Tensor, grid: Grid, n: int) -> Tensor:
+    if grid.bits > 4:
+        return codes
+    width = 8 // (8 // grid.bits)
+    shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8)
+    parts = (codes[:, None] >> shifts.to(codes.device)) & (2**width - 1)
+    return parts.flatten()[:n].to(torch.int16) + grid.low
+
 # %% ../nbs/20_compress.ipynb #20a00007
 class _Coded:
     """In front of a layer's class: its weight is decoded when it is read."""
@@ -449,37 +472,14 @@ class _Coded:
 
 
 @functools.cache
-def _coded_class(kind: type) -> type:
+def _coded_class(kind: Any) -> type:
     return type(f"Quantized{kind.__name__}", (_Coded, kind), {})
 
 
-def _rebuilt(kind: type, state: dict[str, Any]) -> Any:
+def _rebuilt(kind: Any, state: dict[str, Any]) -> Any:
     made = object.__new__(_coded_class(kind))
     made.__dict__.update(state)
     return made
-
-
-def _packed(codes: Tensor, grid: Grid) -> Tensor:
-    """Codes as bytes: four of 2 bits, two of 3 or 4 bits, or one in each."""
-    if grid.bits > 4:
-        kind = torch.int8 if grid.symmetric else torch.uint8
-        return codes.flatten().to(kind)
-    many = 8 // grid.bits
-    flat = (codes.flatten() - grid.low).to(torch.uint8)
-    flat = F.pad(flat, (0, -len(flat) % many)).view(-1, many)
-    made = flat[:, 0]
-    for i in range(1, many):
-        made = made * 2 ** (8 // many) + flat[:, i]
-    return made
-
-
-def _unpacked(codes: Tensor, grid: Grid, n: int) -> Tensor:
-    if grid.bits > 4:
-        return codes
-    width = 8 // (8 // grid.bits)
-    shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8)
-    parts = (codes[:, None] >> shifts.to(codes.device)) & (2**width - 1)
-    return parts.flatten()[:n].to(torch.int16) + grid.low
 
 
 def _put_codes(
@@ -793,7 +793,7 @@ def prune(
             module.weight.mul_(kept[name])
     return kept
 
-
+# %% ../nbs/20_compress.ipynb #20a00015
 class Pruning:
     """A callback of `fit` that prunes, or keeps what is pruned at zero.
 
@@ -884,8 +884,8 @@ class Pruning:
             return
         done = min(1.0, run.step / max(1, run.total_steps // 2))
         now = self.share * (1 - (1 - done) ** 3)
-        about = {"skip": self.skip, "scores": self._ranked(run.model)}
-        self.masks = prune(run.model, now, **about)
+        ranked = self._ranked(run.model)
+        self.masks = prune(run.model, now, scores=ranked, skip=self.skip)
 
     def _ranked(self, model: nn.Module) -> dict[str, Tensor] | None:
         """Scores, lowest where something is pruned already."""

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ftbook import compress, models
+from ftbook import compress, models, results
 from ftbook.compress import (
     Grid,
     Pruning,
@@ -29,8 +30,10 @@ from ftbook.compress import (
     shrink,
     simulate,
 )
+from ftbook.studies import compress as study
 from ftbook.train import fit
 
+ROOT = Path(__file__).parent.parent
 GRIDS = [
     Grid(bits, per, 8, symmetric)
     for bits in (2, 3, 4, 8)
@@ -399,3 +402,45 @@ def test_tied_weights_are_refused_and_nothing_is_changed():
     with pytest.raises(ValueError, match="share one weight"):
         quantize_layers(model)
     assert type(model[0]) is nn.Embedding and type(model[1]) is nn.Linear
+
+
+@pytest.fixture
+def stored(monkeypatch, tmp_path):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    (tmp_path / "08_finetune.json").write_text((ROOT / "results" / "08_finetune.json").read_text())
+    return tmp_path
+
+
+def test_the_names_of_variants_belong_to_one_study_each():
+    parts = [study.names(name) for name in ("bits", "inputs", "cuts")]
+    flat = [way for part in parts for way in part]
+    assert len(flat) == len(set(flat)) and set(flat) == set(study.CHANGES)
+    with pytest.raises(ValueError, match="allowed are bits, inputs, cuts"):
+        study.names("sums")
+    with pytest.raises(ValueError, match="allowed are 32 bits"):
+        study.smaller(0, "1 bit")
+
+
+def test_the_picture_has_a_price_and_a_score_for_every_variant():
+    known = {study.WORDS, *study.CHANGES, *study.ORDER}
+    assert set(study.PICTURE) <= known
+
+
+def test_making_a_variant_leaves_the_tuned_model_as_it_is(stored):
+    before = copy.deepcopy(study.tuned(0).state_dict())
+    for way in ("4 bits, per group", "70% of weights zero", "50% of heads gone", "50% by rank, weighted"):
+        study.smaller(0, way)
+    study._combined(0, "DPQ")
+    after = study.tuned(0).state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_studies_run_in_the_quick_profile_and_do_not_run_twice(stored, monkeypatch):
+    study.main("order", "decoder", "samples")
+    for name in ("order", "decoder"):
+        assert len(results.load_study(study.CHAPTER, name).final) > 0
+    for name in ("run_order", "run_decoder"):
+        monkeypatch.setattr(study, name, lambda *a, **_: pytest.fail("it ran again"))
+    study.main("order", "decoder")
+    with pytest.raises(ValueError, match="no study 'sums'"):
+        study.main("sums")

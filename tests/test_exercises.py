@@ -143,6 +143,11 @@ WRONG = [
     ("search", "trials", 20),
     ("search", "hyperband", lambda total, factor: []),
     ("search", "hyperband", lambda total, factor: [[(27, 1)], [(9, 3)], [(3, 9)], [(1, 27)]]),
+    ("compress", "faster", {"8 bits", "low rank"}),
+    ("compress", "bits", 4.5),
+    ("compress", "rounded", (1.0, -0.4, 0.2)),
+    ("compress", "rank", 192),
+    ("compress", "clipped_scale", lambda w, bits, share: w.abs().max() / 2 ** (bits - 1)),
 ]
 
 

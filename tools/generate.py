@@ -38,6 +38,7 @@ NEEDS = {
     "15_regularize": "trec sst2 minilm",
     "16_augment": "cifar10 sst2 wnut17",
     "17_search": "fashion_mnist",
+    "20_compress": "sst2 hymenoptera wikitext2 minilm efficientnet_lite0 smollm2",
     "A1_data": "fashion_mnist cifar10 hymenoptera wnut17 sst2 cr subj trec wikitext2 wiki_excerpt",
     "A2_models": "minilm smollm2 efficientnet_lite0 sst2 hymenoptera",
     "A8_debug": "cifar10 sst2 wnut17 minilm",

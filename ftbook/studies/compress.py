@@ -205,7 +205,7 @@ def _library(net: nn.Module, seed: int) -> nn.Module:
 
         return quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
 
-
+# %% ../../nbs/20_compress.ipynb #20b00012
 CHANGES: dict[str, Callable] = {WHOLE: lambda net, seed: net}
 CHANGES |= {
     f"{bits} bits, per {per}": _rounded(bits, per)
@@ -498,8 +498,7 @@ def run_photo(
         return {"accuracy": (part.y == most).numpy()}
     if C is not None:
         flat = {
-            p: images_small(_photos(p).x).flatten(1).numpy()
-            for p in ("pool", split)
+            p: _tiny(_photos(p).x).flatten(1).numpy() for p in ("pool", split)
         }
         fitted = LogisticRegression(C=C, max_iter=2000)
         fitted.fit(flat["pool"], _photos("pool").y.numpy())
@@ -515,7 +514,7 @@ def run_photo(
     return {"accuracy": (told == part.y).numpy()}
 
 
-def images_small(x: Tensor) -> Tensor:
+def _tiny(x: Tensor) -> Tensor:
     """Photos of 16 pixels, 0 to 1, for the baseline."""
     return nn.functional.interpolate(x.float() / 255, 16, mode="area")
 
@@ -555,7 +554,7 @@ def _decoder() -> tuple[Any, Any]:
 
 
 @functools.cache
-def _pieces(split: str) -> np.ndarray:
+def _pieces(split: str) -> Any:
     text: Any = data.load("wikitext2", split, bundled=QUICK)
     text = detokenize(text[: 20 * len(SEEDS) * PIECES])
     (found,) = causal.encode([text], _decoder()[1])
@@ -640,7 +639,12 @@ def run_ticket(
     if way != WHOLE:
         scores = None
         if way == TICKETS[3]:
-            scores = {n: torch.rand(net[int(n)].weight.shape) for n in "13"}
+            scores = {
+                n: torch.rand_like(p.detach())
+                for n, p in (
+                    (n, net.get_parameter(f"{n}.weight")) for n in "13"
+                )
+            }
         masks = prune(net, 1 - KEPT, scores=scores)
         fresh = _digits(seed + 1000).state_dict()
         net.load_state_dict(fresh if way == TICKETS[2] else first)
@@ -749,7 +753,7 @@ def _costs(executor: Any) -> None:
         found[way]["megabytes"] = size / 1e6
     results.record(CHAPTER, "costs", found)
 
-
+# %% ../../nbs/20_compress.ipynb #20b00013
 def _samples(executor: Any) -> None:
     """Test sentences that rounding turns around, and how sure the model was of
     them before, beside all others; of the first seed.
