@@ -472,11 +472,11 @@ class _Coded:
 
 
 @functools.cache
-def _coded_class(kind: Any) -> type:
+def _coded_class(kind: type) -> type:
     return type(f"Quantized{kind.__name__}", (_Coded, kind), {})
 
 
-def _rebuilt(kind: Any, state: dict[str, Any]) -> Any:
+def _rebuilt(kind: type, state: dict[str, Any]) -> Any:
     made = object.__new__(_coded_class(kind))
     made.__dict__.update(state)
     return made
@@ -493,7 +493,8 @@ def _put_codes(
     codes = _packed(_codes(grid.rows(weight), scale, zero, grid), grid)
     shape = tuple(weight.shape)
     del module._parameters["weight"]
-    module.__class__ = _coded_class(type(module))
+    kind: Any = type(module)
+    module.__class__ = _coded_class(kind)
     for name, value in {
         "codes": codes,
         "scale": scale,
