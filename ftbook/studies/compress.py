@@ -16,7 +16,6 @@ import copy
 import functools
 import hashlib
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -710,22 +709,23 @@ def _bytes(net: nn.Module) -> int:
 def _cost(file: str) -> dict[str, float]:
     """Time and memory of a variant, in a process that does nothing else."""
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    made: Any = torch.load(file, weights_only=False)  # written a moment ago
-    net, tokenizer, texts = made
+    import transformers.models.bert.modeling_bert  # noqa: F401 not measured
+
     took: dict[int, list[float]] = {1: [], 32: []}
-    for many, times in took.items():
-        parts = [texts[i : i + many] for i in range(0, len(texts), many)]
-        for part in [parts[0], *parts]:
-            start = time.perf_counter()
-            if hasattr(net, "predict"):
-                net.predict(part)
-            else:
-                with torch.inference_mode():
-                    net(**encode_texts(part, tokenizer))
-            times.append(1000 * (time.perf_counter() - start))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {"memory": max(0, after - before) / 1024}
+    with runtime.Meter("cpu") as meter:
+        made: Any = torch.load(file, weights_only=False)  # written just now
+        net, tokenizer, texts = made
+        for many, times in took.items():
+            parts = [texts[i : i + many] for i in range(0, len(texts), many)]
+            for part in [parts[0], *parts]:
+                start = time.perf_counter()
+                if hasattr(net, "predict"):
+                    net.predict(part)
+                else:
+                    with torch.inference_mode():
+                        net(**encode_texts(part, tokenizer))
+                times.append(1000 * (time.perf_counter() - start))
+    found = {"memory": meter.peak_mb}
     for many, times in took.items():
         low, high = np.percentile(times[1:], [50, 95])
         found |= {f"p50 of {many}": float(low), f"p95 of {many}": float(high)}
