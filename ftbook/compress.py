@@ -3,7 +3,8 @@
 `Grid` says which numbers a weight may take, `quantize_layers` puts a model's
 weights on it, by rounding or with the inputs that `moments` has seen;
 `simulate` trains on the grid. `prune` and `Pruning` set weights to zero,
-`shrink` takes heads and neurons out of a BERT, `low_rank` splits matrices.
+`shrink` takes heads and neurons out of a BERT (`head_gradients` says which
+heads matter), `low_rank` splits matrices.
 `save` writes a file that a reader of 25 lines opens.
 
 >>> net = nn.Sequential(nn.Linear(64, 8))
@@ -19,12 +20,13 @@ __all__ = [
     "scales",
     "fake_quantize",
     "moments",
+    "input_ranges",
     "round_columns",
-    "scale_inputs",
     "quantize_layers",
     "simulate",
     "prune",
     "Pruning",
+    "head_gradients",
     "shrink",
     "low_rank",
     "save",
@@ -49,6 +51,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from .compute import evaluating
 from .runtime import atomic_write
 
 # %% ../nbs/20_compress.ipynb #20a00003
@@ -216,6 +219,52 @@ def fake_quantize(
     return made.reshape(weight.shape)
 
 # %% ../nbs/20_compress.ipynb #20a00005
+def _listen(
+    model: nn.Module,
+    batches: Iterable[Any],
+    note: Callable[[str, Tensor], None],
+) -> None:
+    """Tell `note` what each linear layer reads of each batch, (n, n_in)."""
+    seen: dict[str, Tensor | None] = {}
+    heard: set[str] = set()
+
+    def hear(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            x, mask = args[0].detach().float(), seen.get("mask")
+            if mask is not None and x.ndim == 3:
+                keep = mask[:, : x.shape[1]].bool()
+                x = x[keep] if keep.shape == x.shape[:2] else x
+            heard.add(name)
+            note(name, x.reshape(-1, x.shape[-1]))
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(hear(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                if isinstance(batch, Mapping):
+                    given = {k: v for k, v in batch.items() if k != "labels"}
+                    seen["mask"] = given.get("attention_mask")
+                    model(**given)
+                elif isinstance(batch, tuple):
+                    model(*batch)
+                else:
+                    model(batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if not heard:
+        raise ValueError(
+            "no linear layer has read anything; give at least one batch, and a "
+            "model with nn.Linear layers"
+        )
+
+
 def moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """What the linear layers read: the mean of x xᵀ over positions.
 
@@ -240,49 +289,51 @@ def moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    seen: dict[str, Tensor] = {}
 
-    def note(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            x, mask = args[0].detach().float(), seen.get("mask")
-            if mask is not None and x.ndim == 3:
-                keep = mask[:, : x.shape[1]].bool()
-                x = x[keep] if keep.shape == x.shape[:2] else x
-            x = x.reshape(-1, x.shape[-1])
-            sums[name] = sums.get(name, 0) + x.mT @ x
-            counts[name] = counts.get(name, 0) + len(x)
+    def note(name: str, x: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + x.mT @ x
+        counts[name] = counts.get(name, 0) + len(x)
 
-        return hook
-
-    hooks = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                if isinstance(batch, Mapping):
-                    given = {k: v for k, v in batch.items() if k != "labels"}
-                    seen["mask"] = given.get("attention_mask")  # type: ignore
-                    model(**given)
-                elif isinstance(batch, tuple):
-                    model(*batch)
-                else:
-                    model(batch)
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
-    if not sums:
-        raise ValueError(
-            "no linear layer has read anything; give at least one batch, and a "
-            "model with nn.Linear layers"
-        )
+    _listen(model, batches, note)
     return {name: total / counts[name] for name, total in sums.items()}
+
+
+def input_ranges(
+    model: nn.Module, batches: Iterable[Any], clip: float = 0.0
+) -> dict[str, tuple[float, float]]:
+    """Lowest and highest input of every linear layer, for static activations.
+
+    Parameters
+    ----------
+    model, batches
+        As for `moments`.
+    clip : float
+        Share of a batch's inputs that may lie below, and again above; a few
+        outliers beyond the range buy all others a finer step.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(4, 1))
+    >>> x = torch.tensor([[-1.0, 0.0, 2.0, 50.0]])
+    >>> input_ranges(net, [x])["0"], input_ranges(net, [x], clip=0.25)["0"]
+    ((-1.0, 50.0), (0.0, 2.0))
+    """
+    if not 0 <= clip < 0.5:
+        raise ValueError(
+            f"clip={clip}: give the share of inputs that may lie beyond each "
+            "end, 0 or more and less than 0.5"
+        )
+    found: dict[str, tuple[float, float]] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        flat, beyond = x.flatten(), int(clip * x.numel())
+        first = float(flat.kthvalue(1 + beyond).values)
+        last = float(flat.kthvalue(len(flat) - beyond).values)
+        low, high = found.get(name, (first, last))
+        found[name] = min(low, first), max(high, last)
+
+    _listen(model, batches, note)
+    return found
 
 # %% ../nbs/20_compress.ipynb #20a00006
 def round_columns(
@@ -349,7 +400,7 @@ def round_columns(
     return made
 
 
-def scale_inputs(weight: Tensor, second: Tensor, grid: Grid) -> Tensor:
+def _scale_inputs(weight: Tensor, second: Tensor, grid: Grid) -> Tensor:
     """Factors of the inputs with which rounding costs least.
 
     The weight is multiplied by them before it is rounded, the input divided.
@@ -372,7 +423,7 @@ def scale_inputs(weight: Tensor, second: Tensor, grid: Grid) -> Tensor:
 
     Examples
     --------
-    >>> scale_inputs(torch.ones(1, 2), torch.eye(2), Grid())
+    >>> _scale_inputs(torch.ones(1, 2), torch.eye(2), Grid())
     tensor([1., 1.])
     """
     size = second.diagonal().sqrt().clamp_min(1e-8)
@@ -542,7 +593,7 @@ def quantize_layers(
     grid : Grid, optional
         Default: 8 bits, symmetric, a scale for each output.
     method : "nearest", "columns" or "scaled"
-        Rounding, `round_columns`, or `scale_inputs` and rounding; the last two
+        Rounding, `round_columns`, or `_scale_inputs` and rounding; the last two
         are for linear layers that are in `data`, all others are rounded.
     data : dict, optional
         What `moments` gives.
@@ -611,7 +662,7 @@ def quantize_layers(
         if second is not None and method == "columns":
             weight = round_columns(weight, second, own)
         elif second is not None and method == "scaled":
-            factor = scale_inputs(weight, second, own)
+            factor = _scale_inputs(weight, second, own)
             weight = weight * factor
             scale, zero = scales(weight, own)
         plans.append((module, weight, scale, zero, own, factor))
@@ -937,17 +988,120 @@ def _narrowed(linear: nn.Linear, rows: Any = None, columns: Any = None) -> Any:
     return made.to(weight)
 
 
+def _blocks(model: nn.Module) -> dict[str, Any]:
+    """Name -> layer, of a model that is built like BERT."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "attention") and hasattr(module, "intermediate")
+    }
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no layers with `attention` and "
+            "`intermediate`; heads and neurons are taken out of models built "
+            "like BERT"
+        )
+    return found
+
+
+def _energies(weight: Tensor, second: Tensor, size: int) -> Tensor:
+    """Mean square of what each head adds to the output, (20.5)."""
+    slots = torch.arange(len(second)).split(size)
+    parts = [(weight[:, s].detach(), second[s][:, s]) for s in slots]
+    return torch.tensor([_output_error(w, s) for w, s in parts])
+
+# %% ../nbs/20_compress.ipynb #20a00016
+def head_gradients(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> dict[str, Tensor]:
+    """How much the loss depends on each head: the mean of |∂L/∂m|, (20.6).
+
+    Parameters
+    ----------
+    model : Module
+        Built like BERT, as for `shrink`; runs in eval mode.
+    batches : iterable of dicts
+        As the model reads them, with "labels".
+    loss : callable (output, labels) -> mean over the batch
+
+    Returns
+    -------
+    dict name of a layer -> Tensor (heads,)
+        For `shrink(..., scores=...)`.
+
+    References
+    ----------
+    P. Michel, O. Levy, G. Neubig (2019), arXiv:1905.10650.
+
+    Examples
+    --------
+    >>> from ftbook import models
+    >>> from ftbook.texts import TextClassifier, encode_texts
+    >>> body, tokenizer = models.load("bert_mini_en")
+    >>> batch = encode_texts(["A short one."], tokenizer)
+    >>> net = TextClassifier(body, 2)
+    >>> found = head_gradients(net, [batch | {"labels": torch.tensor([1])}])
+    >>> [len(score) for score in found.values()]
+    [4, 4, 4, 4]
+    """
+    masks: dict[str, Tensor] = {}
+    sums: dict[str, Any] = {}
+    n = 0
+
+    def masked(name: str, size: int) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> tuple:
+            x = args[0]
+            ones = x.new_ones(len(x), x.shape[-1] // size, requires_grad=True)
+            masks[name] = ones
+            return (x * ones.repeat_interleave(size, 1)[:, None],)
+
+        return hook
+
+    hooks = [
+        layer.attention.output.dense.register_forward_pre_hook(
+            masked(name, layer.attention.self.attention_head_size)
+        )
+        for name, layer in _blocks(model).items()
+    ]
+    try:
+        with evaluating(model), torch.enable_grad():
+            for batch in batches:
+                if (labels := batch.get("labels")) is None:
+                    raise ValueError(
+                        f"a batch has {', '.join(batch)} and no labels; the "
+                        "loss needs them"
+                    )
+                given = {k: v for k, v in batch.items() if k != "labels"}
+                output = model(**given)
+                whole = loss(getattr(output, "logits", output), labels)
+                of_each = torch.autograd.grad(
+                    len(labels) * whole, list(masks.values())
+                )
+                for name, slope in zip(masks, of_each, strict=True):
+                    sums[name] = sums.get(name, 0) + slope.abs().sum(0)
+                n += len(labels)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if not n:
+        raise ValueError("there was no batch; give at least one with labels")
+    return {name: total / n for name, total in sums.items()}
+
+# %% ../nbs/20_compress.ipynb #20a00017
 def shrink(
     model: nn.Module,
     data: Mapping[str, Tensor],
     *,
     heads: float = 0.0,
     neurons: float = 0.0,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """A copy of a BERT without some of its heads and inner neurons.
 
     Those go that contribute least to the output of their block: the mean
-    square of what a head, or a neuron, adds to it (20.5).
+    square of what a head, or a neuron, adds to it, (20.5).
 
     Parameters
     ----------
@@ -958,10 +1112,8 @@ def shrink(
         From `moments(model, batches)`.
     heads, neurons : float
         Share of each layer that goes; one of each always stays.
-
-    References
-    ----------
-    P. Michel, O. Levy, G. Neubig (2019), arXiv:1905.10650.
+    scores : dict name of a layer -> Tensor (heads,), optional
+        Heads with the lowest go, instead of (20.5); from `head_gradients`.
 
     Examples
     --------
@@ -977,18 +1129,7 @@ def shrink(
     _check_share(heads)
     _check_share(neurons)
     made = copy.deepcopy(model)
-    blocks = [
-        (name, module)
-        for name, module in made.named_modules()
-        if hasattr(module, "attention") and hasattr(module, "intermediate")
-    ]
-    if not blocks:
-        raise ValueError(
-            f"{type(model).__name__} has no layers with `attention` and "
-            "`intermediate`; shrink is for models built like BERT"
-        )
-    for name, found in blocks:
-        layer: Any = found
+    for name, layer in _blocks(made).items():
         own, out = layer.attention.self, layer.attention.output
         for part in ("attention.output.dense", "output.dense"):
             if f"{name}.{part}" not in data:
@@ -996,18 +1137,19 @@ def shrink(
                     f"data lack {name}.{part}; give moments(model, batches) of "
                     "this very model"
                 )
+        size = own.attention_head_size
+        score = _energies(
+            out.dense.weight, data[f"{name}.attention.output.dense"], size
+        )
+        if scores is not None:
+            if name not in scores or scores[name].shape != score.shape:
+                raise ValueError(
+                    f"scores must have {len(score)} numbers for {name}; give "
+                    "head_gradients(model, batches) of this very model"
+                )
+            score = scores[name]
         if heads:
-            second = data[f"{name}.attention.output.dense"]
-            size = own.attention_head_size
-            slots = torch.arange(second.shape[0]).split(size)
-            score = torch.tensor(
-                [
-                    _output_error(
-                        out.dense.weight[:, s].detach(), second[s][:, s]
-                    )
-                    for s in slots
-                ]
-            )
+            slots = torch.arange(size * len(score)).split(size)
             kept = torch.cat([slots[int(i)] for i in _kept(score, heads)])
             for which in ("query", "key", "value"):
                 setattr(own, which, _narrowed(getattr(own, which), rows=kept))
@@ -1042,7 +1184,7 @@ def low_rank(
         Layers that would not become smaller stay as they are.
     data : dict, optional
         From `moments`: the SVD is then of W S^½, which keeps what the inputs
-        use, (20.6).
+        use, (20.7).
     skip : iterable of str
 
     Returns

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from ftbook import compress, models, results
 from ftbook.compress import (
     Grid,
     Pruning,
+    _scale_inputs,
     fake_quantize,
+    head_gradients,
+    input_ranges,
     low_rank,
     moments,
     prune,
@@ -25,12 +29,12 @@ from ftbook.compress import (
     read,
     round_columns,
     save,
-    scale_inputs,
     scales,
     shrink,
     simulate,
 )
 from ftbook.studies import compress as study
+from ftbook.texts import TextClassifier
 from ftbook.train import fit
 
 ROOT = Path(__file__).parent.parent
@@ -117,14 +121,50 @@ def test_one_scale_for_all_is_torchs_per_tensor():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-def test_scales_are_those_of_torchao():
-    from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
-
-    w = torch.randn(6, 16)
-    theirs, _ = choose_qparams_affine(
-        w, MappingType.SYMMETRIC_NO_CLIPPING_ERR, (1, 16), torch.int8, quant_min=-127, quant_max=127
+@pytest.mark.parametrize("per", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scales_and_rounded_weights_are_those_of_torchao(bits, per):
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        choose_qparams_affine,
+        dequantize_affine,
+        quantize_affine,
     )
-    torch.testing.assert_close(scales(w, Grid())[0].flatten(), theirs.flatten())
+
+    w, grid = torch.randn(6, 16), Grid(bits, per, 8)
+    block = {"tensor": (6, 16), "channel": (1, 16), "group": (1, 8)}[per]
+    ends = {"quant_min": grid.low, "quant_max": grid.high}
+    kind = MappingType.SYMMETRIC_NO_CLIPPING_ERR
+    step, zero = choose_qparams_affine(w, kind, block, torch.int8, **ends)
+    torch.testing.assert_close(scales(w, grid)[0].flatten(), step.flatten())
+    codes = quantize_affine(w, block, step, zero, torch.int8, **ends)
+    theirs = dequantize_affine(codes, block, step, zero, torch.int8, **ends)
+    torch.testing.assert_close(fake_quantize(w, grid), theirs)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="ONNX Runtime is not installed")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounded_weights_are_those_of_onnx_runtime(symmetric):
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    w, grid = torch.randn(6, 16), Grid(symmetric=symmetric)
+    step, middle = (v.flatten() for v in scales(w, grid))
+    middle = middle.to(torch.int8 if symmetric else torch.uint8)
+    known = [
+        numpy_helper.from_array(step.numpy(), "step"),
+        numpy_helper.from_array(middle.numpy(), "middle"),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["w", "step", "middle"], ["codes"], axis=0),
+        helper.make_node("DequantizeLinear", ["codes", "step", "middle"], ["made"], axis=0),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [6, 16]) for name in ("w", "made")]
+    graph = helper.make_graph(nodes, "rounding", ends[:1], ends[1:], known)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (theirs,) = session.run(None, {"w": w.numpy()})
+    torch.testing.assert_close(fake_quantize(w, grid), torch.from_numpy(theirs))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -166,7 +206,7 @@ def test_columns_and_scaling_lose_less_than_rounding(per):
         x, grid = correlated(seed=seed), Grid(3, per, 8)
         w = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
         second = x.mT @ x / len(x)
-        factor = scale_inputs(w, second, grid)
+        factor = _scale_inputs(w, second, grid)
         made = (
             fake_quantize(w, grid),
             round_columns(w, second, grid),
@@ -209,6 +249,14 @@ def test_static_activations_follow_their_range():
     ranges = {"0": (float(x.min()), float(x.max())), "2": (0.0, 6.0)}
     quantize_layers(model, activations="static", ranges=ranges)
     torch.testing.assert_close(model(x), wanted, rtol=0.1, atol=0.1)
+
+
+def test_ranges_hold_all_inputs_or_all_but_the_share_that_is_clipped():
+    model, x = net(), torch.randn(4, 50, 16)
+    low, high = input_ranges(model, x)["0"]
+    assert (low, high) == (float(x.min()), float(x.max()))
+    low, high = input_ranges(model, [x], clip=0.01)["0"]
+    assert int((x < low).sum()) == int((x > high).sum()) == 32
 
 
 def test_convolutions_and_embeddings_are_coded_too():
@@ -288,6 +336,50 @@ def test_a_shrunk_bert_runs_and_is_smaller_and_one_without_loss_is_the_same():
     assert small(**batch).last_hidden_state.isfinite().all()
     same = shrink(body, data)
     torch.testing.assert_close(same(**batch).last_hidden_state, body(**batch).last_hidden_state)
+
+
+def test_gradients_of_heads_are_finite_differences_of_their_masks():
+    body, batch = bert()
+    torch.manual_seed(0)
+    model = TextClassifier(body, 2).double().eval()
+    given = {k: batch[k] for k in ("input_ids", "attention_mask")} | {"labels": torch.tensor([1, 0])}
+    found = head_gradients(model, [given])
+    layers, step = model.body.encoder.layer, 1e-5
+    size = layers[0].attention.self.attention_head_size
+    for layer, head in ((0, 0), (1, 2), (len(layers) - 1, 1)):
+        sizes = []
+        for row in range(2):
+            losses = []
+            for mask in (1 + step, 1 - step):
+
+                def scale(module, args, mask=mask, head=head):
+                    x = args[0].clone()
+                    x[..., size * head : size * (head + 1)] *= mask
+                    return (x,)
+
+                hook = layers[layer].attention.output.dense.register_forward_pre_hook(scale)
+                one = {k: given[k][row : row + 1] for k in ("input_ids", "attention_mask")}
+                losses.append(nn.functional.cross_entropy(model(**one), given["labels"][row : row + 1]))
+                hook.remove()
+            sizes.append(float((losses[0] - losses[1]).detach().abs() / (2 * step)))
+        score = found[f"body.encoder.layer.{layer}"][head]
+        assert float(score) == pytest.approx(sum(sizes) / 2, rel=1e-4, abs=1e-9)
+    assert not model.training and all(not m._forward_pre_hooks for m in model.modules())
+
+
+def test_heads_with_the_lowest_given_scores_go():
+    body, batch = bert()
+    data = moments(body, [batch])
+    names = [n for n, m in body.named_modules() if hasattr(m, "intermediate")]
+    heads = body.config.num_attention_heads
+    small = shrink(body, data, heads=0.5, scores=dict.fromkeys(names, torch.arange(float(heads))))
+    own, size = body.encoder.layer[0].attention.self, body.encoder.layer[0].attention.self.attention_head_size
+    kept = own.query.weight[size * (heads - heads // 2) :]
+    assert torch.equal(small.encoder.layer[0].attention.self.query.weight, kept)
+    with pytest.raises(ValueError, match="head_gradients"):
+        shrink(body, data, heads=0.5, scores={})
+    with pytest.raises(ValueError, match="no labels"):
+        head_gradients(body, [batch])
 
 
 def test_a_silent_neuron_goes_first_and_is_not_missed():
@@ -378,6 +470,8 @@ def test_the_reader_works_where_the_book_is_not(tmp_path):
         (lambda: scales(torch.tensor([[float("nan")]]), Grid()), "not finite"),
         (lambda: fake_quantize(torch.ones(1, 2), Grid(), torch.zeros(1, 1)), "greater than 0"),
         (lambda: moments(net(), []), "at least one batch"),
+        (lambda: input_ranges(net(), [torch.ones(1, 16)], clip=0.5), "less than 0.5"),
+        (lambda: head_gradients(net(), []), "built like BERT"),
         (lambda: round_columns(torch.ones(2, 3), torch.eye(2), Grid()), "n_in"),
         (lambda: quantize_layers(nn.ReLU()), "no layer left"),
         (lambda: quantize_layers(net(), method="columns"), "moments"),
@@ -412,10 +506,10 @@ def stored(monkeypatch, tmp_path):
 
 
 def test_the_names_of_variants_belong_to_one_study_each():
-    parts = [study.names(name) for name in ("bits", "inputs", "cuts")]
+    parts = [study.names(name) for name in ("bits", "inputs", "cuts", "peers")]
     flat = [way for part in parts for way in part]
     assert len(flat) == len(set(flat)) and set(flat) == set(study.CHANGES)
-    with pytest.raises(ValueError, match="allowed are bits, inputs, cuts"):
+    with pytest.raises(ValueError, match="allowed are bits, inputs, cuts, peers"):
         study.names("sums")
     with pytest.raises(ValueError, match="allowed are 32 bits"):
         study.smaller(0, "1 bit")
@@ -428,11 +522,57 @@ def test_the_picture_has_a_price_and_a_score_for_every_variant():
 
 def test_making_a_variant_leaves_the_tuned_model_as_it_is(stored):
     before = copy.deepcopy(study.tuned(0).state_dict())
-    for way in ("4 bits, per group", "70% of weights zero", "50% of heads gone", "50% by rank, weighted"):
+    for way in ("4 bits, per group", "70% of weights zero", "50% of heads gone, by gradient", "50% by rank, weighted"):
         study.smaller(0, way)
-    study._combined(0, "DPQ")
+    study._combined(0, "DPQ", 1e-4, 1e-4)
     after = study.tuned(0).state_dict()
     assert list(after) == list(before) and all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_costs_are_kept_one_by_one_and_measured_once(stored, monkeypatch):
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *a, **_: ThreadPoolExecutor(1))
+    made = []
+
+    def make(way):
+        made.append(way)
+        if way == "broken" and len(made) == 2:
+            raise RuntimeError("killed")
+        return nn.Linear(4, 2), None, {1: [torch.ones(1, 4)] * 3}, 40
+
+    with pytest.raises(RuntimeError, match="killed"):
+        study._in_turn("costs", ("first", "broken"), make)
+    study._in_turn("costs", ("broken", "first"), make)
+    assert made == ["first", "broken", "broken"]
+    found = results.load(study.CHAPTER, "costs")
+    assert list(found) == ["broken", "first"] and set(found["first"]) == {
+        "memory",
+        "p50 of 1",
+        "p95 of 1",
+        "megabytes",
+    }
+
+
+def test_what_is_trained_is_read_from_its_file_the_next_time(stored, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "_place", lambda name: tmp_path / "kept" / name)
+    first, again, other = (nn.Linear(2, 2) for _ in range(3))
+    study._kept(first, lambda: None, 1e-3, "P")
+    study._kept(again, lambda: pytest.fail("it was trained again"), 1e-3, "P")
+    assert torch.equal(first.weight, again.weight)
+    trained = []
+    study._kept(other, lambda: trained.append(1), 1e-4, "P")
+    assert trained
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("torchao", "onnxruntime", "onnxscript"))),
+    reason="torchao and ONNX Runtime are not installed",
+)
+def test_other_libraries_round_the_same_model(stored):
+    inputs = {k: v for k, v in study._inputs("test").items() if k != "labels"}
+    wanted = study.outputs(study.tuned(0), inputs)
+    for way in study.PEERS:
+        made = study.outputs(study.smaller(0, way), inputs)
+        assert (made - wanted).norm() < 0.1 * wanted.norm(), way
 
 
 def test_studies_run_in_the_quick_profile_and_do_not_run_twice(stored, monkeypatch):

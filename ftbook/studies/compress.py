@@ -3,7 +3,8 @@
 `tuned` is MiniLM on film reviews, `smaller` makes a variant of it by name,
 `run` scores one, `run_order` combines the ways, `run_photo` has photos,
 `run_decoder` a language model, `run_ticket` digits; `main` fills in what
-results/20_compress.json lacks.
+results/20_compress.json lacks. What is trained is kept in the cache folder, so
+that a study that broke off goes on.
 
 >>> names("bits")[0]
 '32 bits'
@@ -33,6 +34,8 @@ from .. import causal, data, models, results, runtime
 from ftbook.compress import (
     Grid,
     Pruning,
+    head_gradients,
+    input_ranges,
     low_rank,
     moments,
     prune,
@@ -48,7 +51,7 @@ from .finetune import ByLength, classifier, outputs, reviews
 from .mlm import detokenize
 from .prompt import encoder
 from .regularize import digit_parts
-from ..texts import encode_texts
+from ..texts import encode_texts, masked_mean
 from ..train import Settings, fit, predict
 
 __all__ = [
@@ -71,9 +74,12 @@ EPOCHS = runtime.pick(quick=1, cpu=2)  # of the model that all begin with
 STEPS = runtime.pick(quick=2, cpu=40)  # of 32 sentences, after or while cutting
 CALIBRATION = runtime.pick(quick=16, cpu=256)  # sentences that `moments` reads
 GROUP = runtime.pick(quick=16, cpu=64)
-PLAN = Settings(schedule="linear", warmup=0.1, precision="fp32", progress=False)
-RATES = runtime.pick(quick=[1e-4, 1e-3], cpu=[3e-5, 1e-4, 3e-4, 1e-3])
-DECAYS = runtime.pick(quick=[1.0, 10.0], cpu=[0.1, 1.0, 10.0, 100.0, 1e3])
+PLAN = Settings(schedule="linear", warmup=0.1, progress=False)
+RATES = runtime.pick(
+    quick=[1e-4, 1e-3], cpu=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+)
+DECAYS = runtime.pick(quick=[1.0, 10.0], cpu=[0.1, 1.0, 10.0, 100.0, 1e3, 1e4])
+CLIPS = runtime.pick(quick=[0.0, 1e-2], cpu=[0.0, 1e-5, 1e-4, 1e-3, 1e-2])
 WHOLE = "32 bits"
 HEAD = ("head",)  # two outputs, which stay whole
 
@@ -95,34 +101,47 @@ def _rate() -> float:
     return more.row("accuracy", method="full")["lr"]
 
 
-@functools.lru_cache(maxsize=2)
-def tuned(seed: int) -> nn.Module:
-    """MiniLM tuned on film reviews, from a file where there is one of the same
-    texts and settings. Make a copy before changing it.
+def _kept(net: nn.Module, train: Callable[[], Any], *about: Any) -> nn.Module:
+    """Train a network in place, or read its weights from the file of an
+    earlier run with the same texts and settings.
     """
-    torch.set_num_threads(1)
-    net, part = classifier(seed), reviews()["train"]
-    about = repr((seed, _rate(), EPOCHS, PLAN, part.y.tolist(), part.texts))
-    mark = hashlib.sha256(about.encode()).hexdigest()[:12]
-    file = _place(f"tuned-{seed}-{mark}.safetensors")
+    part = reviews()["train"]
+    known = repr((about, PLAN, part.y.tolist(), part.texts))
+    file = _place(
+        f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.safetensors"
+    )
     if file is not None and file.is_file():
         net.load_state_dict(load_file(file))
         return net.eval()
-    how: dict[str, Any] = {"lr": _rate(), "epochs": EPOCHS, "seed": seed}
-    batches = ByLength(_inputs("train"), 32, seed)
-    tune(net, batches, settings=PLAN, **how)
+    train()
     if file is not None:
-        with runtime.atomic_write(file) as part_file:
-            save_file(net.state_dict(), part_file)
+        with runtime.atomic_write(file) as made:
+            save_file(net.state_dict(), made)
     return net.eval()
 
 
-def _calibration(seed: int) -> Iterator[dict]:
-    """Batches of training sentences, drawn with the seed, without labels."""
+@functools.lru_cache(maxsize=2)
+def tuned(seed: int) -> nn.Module:
+    """MiniLM tuned on film reviews. Make a copy before changing it."""
+    torch.set_num_threads(1)
+    net, rate = classifier(seed), _rate()
+    how: dict[str, Any] = {"lr": rate, "epochs": EPOCHS, "seed": seed}
+    batches = ByLength(_inputs("train"), 32, seed)
+    return _kept(
+        net,
+        lambda: tune(net, batches, settings=PLAN, **how),
+        rate,
+        EPOCHS,
+        seed,
+    )
+
+
+def _calibration(seed: int, labels: bool = False) -> Iterator[dict]:
+    """Batches of training sentences, drawn with the seed."""
     whole = _inputs("train")
     draws = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(whole["labels"]), generator=draws)[:CALIBRATION]
-    few = {k: v[drawn] for k, v in whole.items() if k != "labels"}
+    few = {k: v[drawn] for k, v in whole.items() if labels or k != "labels"}
     yield from ByLength(few, 32)
 
 
@@ -130,42 +149,17 @@ def _calibration(seed: int) -> Iterator[dict]:
 def _moments(seed: int) -> dict[str, Tensor]:
     return moments(tuned(seed), _calibration(seed))
 
-
-def _ranges(net: nn.Module, seed: int) -> dict[str, tuple[float, float]]:
-    """Lowest and highest input of every linear layer on the same sentences."""
-    found: dict[str, tuple[float, float]] = {}
-
-    def note(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            low, high = found.get(name, (0.0, 0.0))
-            x = args[0]
-            found[name] = (min(low, float(x.min())), max(high, float(x.max())))
-
-        return hook
-
-    hooks = [
-        m.register_forward_pre_hook(note(n))
-        for n, m in net.named_modules()
-        if isinstance(m, nn.Linear)
-    ]
-    with torch.no_grad():
-        for batch in _calibration(seed):
-            net(**batch)
-    for hook in hooks:
-        hook.remove()
-    return found
-
 # %% ../../nbs/20_compress.ipynb #20b00003
 def _rounded(bits: int, per: str = "channel", **how: Any) -> Callable:
     """A function (net, seed) that keeps the weights as codes."""
 
-    def change(net: nn.Module, seed: int) -> nn.Module:
+    def change(net: nn.Module, seed: int, clip: float = 0.0) -> nn.Module:
         about = dict(how)
         symmetric = about.pop("symmetric", True)
         if about.get("method", "nearest") != "nearest":
             about["data"] = _moments(seed)
         if about.get("activations") == "static":
-            about["ranges"] = _ranges(net, seed)
+            about["ranges"] = input_ranges(net, _calibration(seed), clip)
         grid = Grid(bits, per, GROUP, symmetric)
         quantize_layers(net, grid, skip=HEAD, **about)
         return net
@@ -181,8 +175,14 @@ def _pruned(share: float, pattern: str | None = None) -> Callable:
     return change
 
 
-def _shrunk(**shares: float) -> Callable:
-    return lambda net, seed: shrink(net, _moments(seed), **shares)
+def _shrunk(by: str = "", **shares: float) -> Callable:
+    def change(net: nn.Module, seed: int) -> nn.Module:
+        scores = None
+        if by == "gradient":
+            scores = head_gradients(net, _calibration(seed, labels=True))
+        return shrink(net, _moments(seed), scores=scores, **shares)
+
+    return change
 
 
 def _factored(share: float, weighted: bool) -> Callable:
@@ -203,6 +203,86 @@ def _library(net: nn.Module, seed: int) -> nn.Module:
         from torch.ao.quantization import quantize_dynamic
 
         return quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+
+# %% ../../nbs/20_compress.ipynb #20b00014
+def _need(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is not installed; the rows of other libraries need it: "
+            "pip install 'ftbook[bench]'"
+        ) from error
+
+
+def _torchao(net: nn.Module, seed: int) -> nn.Module:
+    """torchao's: 8-bit weights for each output, inputs rounded as they come."""
+    lib = _need("torchao.quantization")
+    lib.quantize_(
+        net,
+        lib.Int8DynamicActivationInt8WeightConfig(),
+        filter_fn=lambda m, n: isinstance(m, nn.Linear) and n not in HEAD,
+    )
+    return net
+
+
+class OnnxNet(nn.Module):
+    """A network as ONNX Runtime runs it on one thread; it can be pickled."""
+
+    def __init__(self, net: nn.Module, inputs: dict[str, Tensor]):
+        super().__init__()
+        for name in ("onnxscript", "onnxruntime"):
+            _need(name)
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        free: Any = torch.export.Dim.DYNAMIC
+        with tempfile.TemporaryDirectory() as folder:
+            whole, small = (Path(folder, n) for n in ("whole", "small"))
+            torch.onnx.export(
+                _Fixed(net).eval(),
+                tuple(inputs.values()),
+                str(whole),
+                input_names=list(inputs),
+                dynamic_shapes=({0: free, 1: free},) * len(inputs),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+            kind: Any = {"weight_type": QuantType.QInt8, "per_channel": True}
+            quantize_dynamic(whole, small, **kind)
+            self.file = small.read_bytes()
+
+    @functools.cached_property
+    def _session(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        return onnxruntime.InferenceSession(self.file, options)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits."""
+        given = {k: v.numpy() for k, v in inputs.items() if k != "labels"}
+        return torch.from_numpy(self._session.run(None, given)[0])
+
+
+class _Fixed(nn.Module):
+    """Without what depends on the values of the mask, for the export."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net: Any = net
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        h = self.net.body(input_ids=input_ids, attention_mask=attention_mask)
+        return self.net.head(masked_mean(h.last_hidden_state, attention_mask))
+
+
+def _onnx(net: nn.Module, seed: int) -> nn.Module:
+    few = {k: v[:2] for k, v in _inputs("train").items() if k != "labels"}
+    return OnnxNet(net, few)
 
 # %% ../../nbs/20_compress.ipynb #20b00012
 CHANGES: dict[str, Callable] = {WHOLE: lambda net, seed: net}
@@ -225,13 +305,17 @@ CHANGES |= {
     for kind in ("dynamic", "static")
 }
 CHANGES["torch's dynamic 8 bits"] = _library
+PEERS = "torchao's dynamic 8 bits", "ONNX Runtime's dynamic 8 bits"
+CHANGES |= dict(zip(PEERS, (_torchao, _onnx), strict=True))
 CHANGES |= {
     f"{share:.0%} of weights zero": _pruned(share)
     for share in (0.3, 0.5, 0.7, 0.9)
 }
 CHANGES["2 of 4 zero"] = _pruned(0.5, "2:4")
 CHANGES |= {
-    f"{share:.0%} of heads gone": _shrunk(heads=share) for share in (0.25, 0.5)
+    f"{share:.0%} of heads gone{told}": _shrunk(by, heads=share)
+    for share in (0.25, 0.5)
+    for by, told in (("", ""), ("gradient", ", by gradient"))
 }
 CHANGES |= {
     f"{share:.0%} of neurons gone": _shrunk(neurons=share)
@@ -246,8 +330,8 @@ WORDS, MAJORITY = "bag of words", "majority"
 
 
 def names(study: str) -> list[str]:
-    """The variants of "bits", of "inputs" or of "cuts"."""
-    known = [n for n in CHANGES if n != WHOLE]
+    """The variants of "bits", "inputs", "cuts" or "peers"."""
+    known = [n for n in CHANGES if n != WHOLE and n not in PEERS]
     inputs = [
         n
         for n in known
@@ -256,16 +340,17 @@ def names(study: str) -> list[str]:
     bits = [n for n in known if " bits, per" in n and n not in inputs]
     cuts = [n for n in known if n not in bits + inputs]
     found = {"bits": [WHOLE, *bits], "inputs": inputs, "cuts": cuts}
+    found["peers"] = list(PEERS)
     if study not in found:
         raise ValueError(f"study {study!r}: allowed are {', '.join(found)}")
     return found[study]
 
 
-def smaller(seed: int, way: str) -> nn.Module:
+def smaller(seed: int, way: str, **about: float) -> nn.Module:
     """A variant of the tuned model, by its name in `CHANGES`."""
     if way not in CHANGES:
         raise ValueError(f"way {way!r}: allowed are {', '.join(CHANGES)}")
-    return CHANGES[way](copy.deepcopy(tuned(seed)), seed).eval()
+    return CHANGES[way](copy.deepcopy(tuned(seed)), seed, **about).eval()
 
 # %% ../../nbs/20_compress.ipynb #20b00004
 @functools.cache
@@ -286,7 +371,11 @@ def _right(net: nn.Module, split: str) -> dict[str, np.ndarray]:
 
 
 def run(
-    seed: int, split: str, way: str, C: float | None = None
+    seed: int,
+    split: str,
+    way: str,
+    C: float | None = None,
+    clip: float | None = None,
 ) -> dict[str, np.ndarray]:
     """Which sentences a variant gets right; nothing is trained."""
     torch.set_num_threads(1)
@@ -296,10 +385,11 @@ def run(
     if C is not None:
         told = _words(C).predict(part.texts)
         return {"accuracy": told == part.y.numpy()}
-    return _right(smaller(seed, way), split)
+    about = {} if clip is None else {"clip": clip}
+    return _right(smaller(seed, way, **about), split)
 
 
-COUNTS = ("valid", "test")
+COUNTS, STATIC = ("valid", "test"), "8 bits, static inputs"
 
 
 def _baselines(**more: Any) -> list[dict]:
@@ -320,7 +410,10 @@ def _study(
 
 def _untrained(name: str, executor: Any) -> None:
     ways = dict.fromkeys((WHOLE, *names(name)))
-    made = _baselines() + [{"way": way} for way in ways]
+    made = _baselines() + [
+        {"way": way} | ({"clip": CLIPS} if way == STATIC else {})
+        for way in ways
+    ]
     budget = f"no training; {CALIBRATION} sentences where inputs are read"
     _study(run, made, name, budget, executor)
 
@@ -391,31 +484,38 @@ def _answers(seed: int) -> Tensor:
     return outputs(tuned(seed), _inputs("train"))
 
 
-@functools.lru_cache(maxsize=8)
-def _combined(seed: int, steps: str) -> nn.Module:
-    """The tuned model after these steps, one letter each."""
+@functools.lru_cache(maxsize=12)
+def _combined(
+    seed: int, steps: str, d: float = 0.0, p: float = 0.0
+) -> nn.Module:
+    """The tuned model after these steps, one letter each; `d` and `p` are the
+    rates at which "D" and "P" train.
+    """
     if steps in ("", WHOLE):
         return tuned(seed)
-    before = copy.deepcopy(_combined(seed, steps[:-1]))
+    before = copy.deepcopy(_combined(seed, steps[:-1], d, p))
     if steps[-1] == "Q":
         return _rounded(8, activations="dynamic")(before, seed).eval()
+    about = seed, steps, d, p, STEPS, CALIBRATION
     if steps[-1] == "P":
         seen = moments(before, _calibration(seed))
-        net = shrink(before, seen, heads=0.25, neurons=0.5)
-        _taught(net, seed, _rate())
-    else:
-        net = before
-        layers = net.body.encoder.layer  # type: ignore[union-attr]
-        half = layers[: max(1, len(layers) // 2)]  # type: ignore
-        net.body.encoder.layer = half  # type: ignore[union-attr]
-        net.body.config.num_hidden_layers = len(half)  # type: ignore
-        inputs = _inputs("train") | {"labels": _answers(seed)}
-        plan = replace(PLAN, max_steps=2 * STEPS)
-        batches: Any = ByLength(inputs, 32, seed)
-        epochs = -(-2 * STEPS // len(batches))
-        how: dict[str, Any] = {"lr": _rate(), "epochs": epochs, "seed": seed}
-        fit(net, batches, loss=_softly, settings=plan, **how)
-    return net.eval()
+        small = shrink(before, seen, heads=0.25, neurons=0.5)
+        return _kept(small, lambda: _taught(small, seed, p), *about)
+    layers = before.body.encoder.layer  # type: ignore[union-attr]
+    half = layers[: max(1, len(layers) // 2)]  # type: ignore
+    before.body.encoder.layer = half  # type: ignore[union-attr]
+    before.body.config.num_hidden_layers = len(half)  # type: ignore
+    return _kept(before, lambda: _asked(before, seed, d), *about)
+
+
+def _asked(net: nn.Module, seed: int, lr: float) -> None:
+    """Train on the tuned model's answers to the training sentences."""
+    inputs = _inputs("train") | {"labels": _answers(seed)}
+    plan = replace(PLAN, max_steps=2 * STEPS)
+    batches: Any = ByLength(inputs, 32, seed)
+    epochs = -(-2 * STEPS // len(batches))
+    how: dict[str, Any] = {"lr": lr, "epochs": epochs, "seed": seed}
+    fit(net, batches, loss=_softly, settings=plan, **how)
 
 
 def _softly(output: Tensor, target: Tensor) -> Tensor:
@@ -424,17 +524,28 @@ def _softly(output: Tensor, target: Tensor) -> Tensor:
 
 
 def run_order(
-    seed: int, split: str, way: str, C: float | None = None
+    seed: int,
+    split: str,
+    way: str,
+    C: float | None = None,
+    d: float = 0.0,
+    p: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """Distill, prune and quantize in the order of the letters."""
     torch.set_num_threads(1)
     if C is not None or way == MAJORITY:
         return run(seed, split, way, C)
-    return _right(_combined(seed, way), split)
+    return _right(_combined(seed, way, d, p), split)
 
 
 def _order(executor: Any) -> None:
-    made = _baselines() + [{"way": way} for way in ORDER]
+    made = [*_baselines(), {"way": WHOLE}, {"way": "Q"}]
+    made += [{"way": letter, letter.lower(): RATES} for letter in "DP"]
+    for way in ORDER:
+        if way not in (WHOLE, *"DPQ"):
+            letters = [c for c in "DP" if c in way]
+            rates = {c.lower(): results.ChosenFor(way=c) for c in letters}
+            made.append({"way": way} | rates)
     budget = f"D {2 * STEPS}, P {STEPS} batches of 32 sentences, Q none"
     _study(run_order, made, "order", budget, executor)
 
@@ -461,27 +572,35 @@ def _network() -> tuple[nn.Module, Callable]:
     return models.load("efficientnet_lite0")
 
 
-def _seen(net: nn.Module, x: Tensor) -> Tensor:
-    parts = [predict(net, _network()[1](part)) for part in x.split(64)]
-    return torch.cat(parts)
+def _changed(net: nn.Module, way: str, skip: tuple[str, ...]) -> nn.Module:
+    if way == PHOTOS[-1]:
+        prune(net, 0.5, skip=skip)
+    elif way != WHOLE:
+        grid = Grid(int(way[0]), way.rpartition(" ")[2])
+        quantize_layers(net, grid, skip=skip)
+    return net
 
 
 @functools.cache
-def _features() -> np.ndarray:
-    """What the last layer reads of the photos of the pool."""
+def _features(way: str, split: str) -> Tensor:
+    """What the last layer reads of the photos; no seed changes it."""
     body = copy.deepcopy(_network()[0])
-    body.set_submodule(find_head(body)[0], nn.Identity())
-    return _seen(body, _photos("pool").x).numpy()
+    head = find_head(body)[0]
+    body.set_submodule(head, nn.Identity())
+    look, x = _network()[1], _photos(split).x
+    net = _changed(body, way, (head,))
+    return torch.cat([predict(net, look(part)) for part in x.split(64)])
 
 
-def _probed(seed: int) -> nn.Module:
-    """EfficientNet-Lite0 with a linear probe on half of the pool."""
+def _probe(seed: int) -> nn.Module:
+    """A linear probe on the whole network's features of half of the pool."""
     net, pool = copy.deepcopy(_network()[0]), _photos("pool")
     replace_head(net, 2)
     half = np.random.default_rng(seed).permutation(len(pool))
     half = half[: len(pool) // 2]
-    put_probe(find_head(net)[1], _features()[half], pool.y[half], C=0.1)
-    return net
+    seen = _features(WHOLE, "pool").numpy()
+    put_probe(find_head(net)[1], seen[half], pool.y[half], C=0.1)
+    return find_head(net)[1]
 
 
 def run_photo(
@@ -502,14 +621,8 @@ def run_photo(
         fitted = LogisticRegression(C=C, max_iter=2000)
         fitted.fit(flat["pool"], _photos("pool").y.numpy())
         return {"accuracy": fitted.predict(flat[split]) == part.y.numpy()}
-    net = _probed(seed)
-    skip = (find_head(net)[0],)
-    if way == PHOTOS[-1]:
-        prune(net, 0.5, skip=skip)
-    elif way != WHOLE:
-        grid = Grid(int(way[0]), way.rpartition(" ")[2])
-        quantize_layers(net, grid, skip=skip)
-    told = _seen(net, part.x).argmax(1)
+    with torch.no_grad():
+        told = _probe(seed)(_features(way, split)).argmax(1)
     return {"accuracy": (told == part.y).numpy()}
 
 
@@ -538,7 +651,8 @@ def _photo(executor: Any) -> None:
     )
 
 # %% ../../nbs/20_compress.ipynb #20b00008
-PIECES = runtime.pick(quick=64, cpu=1024)
+PIECES = runtime.pick(quick=64, cpu=2048)
+WINDOW = runtime.pick(quick=16, cpu=128)
 SIMPLE = ("8 bits, per channel", "4 bits, per channel", "4 bits, per group")
 LISTENS = ("4 bits, per group, columns", "4 bits, per group, scaled")
 
@@ -560,29 +674,34 @@ def _pieces(split: str) -> Any:
     return found
 
 
+def _small_decoder(seed: int, way: str) -> Any:
+    """SmolLM2, its weights rounded in a way."""
+    net = copy.deepcopy(_decoder()[0])
+    if way in (WHOLE, "uniform"):
+        return net
+    per = "group" if "group" in way else "channel"
+    grid = Grid(int(way[0]), per, runtime.pick(quick=16, cpu=64))
+    how: dict[str, Any] = {"embeddings": False}
+    if way in LISTENS:
+        start = seed * PIECES % max(1, len(_pieces("train")) - PIECES)
+        text = _pieces("train")[start : start + PIECES]
+        rows = torch.as_tensor(np.asarray(text)).long()
+        rows = rows[: len(rows) // WINDOW * WINDOW].view(-1, WINDOW)
+        how |= {"method": way.rpartition(" ")[2]}
+        how["data"] = moments(net, rows.split(4))
+    quantize_layers(net, grid, **how)
+    return net
+
+
 def run_decoder(seed: int, split: str, way: str) -> dict[str, np.ndarray]:
     """Nats for a piece of Wikipedia; the seed draws the text that is read to
     round better.
     """
     torch.set_num_threads(1)
-    net = copy.deepcopy(_decoder()[0])
-    size = runtime.pick(quick=16, cpu=128)
-    if way not in (WHOLE, "uniform"):
-        per = "group" if "group" in way else "channel"
-        grid = Grid(int(way[0]), per, runtime.pick(quick=16, cpu=64))
-        how: dict[str, Any] = {"embeddings": False}
-        if way in LISTENS:
-            start = seed * PIECES % max(1, len(_pieces("train")) - PIECES)
-            text = _pieces("train")[start : start + PIECES]
-            rows = torch.as_tensor(np.asarray(text)).long()
-            rows = rows[: len(rows) // size * size].view(-1, size)
-            how |= {"method": way.rpartition(" ")[2]}
-            how["data"] = moments(net, rows.split(4))
-        quantize_layers(net, grid, **how)
-    pieces = _pieces(split)[:PIECES]
+    pieces, net = _pieces(split)[:PIECES], _small_decoder(seed, way)
     if way == "uniform":
         return {"nats": np.full(len(pieces), np.log(net.sizes.vocab))}
-    about = {"window": size, "batch_size": 4}
+    about = {"window": WINDOW, "batch_size": 4}
     return {"nats": causal.losses(net, [pieces], 0, **about)[0]}
 
 
@@ -656,7 +775,7 @@ def run_ticket(
 
 
 def _tickets(executor: Any) -> None:
-    rates = runtime.pick(quick=[1e-3], cpu=[1e-3, 3e-3, 1e-2, 3e-2])
+    rates = runtime.pick(quick=[1e-3], cpu=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     made: list[dict] = [results.Baseline(way=MAJORITY)]
     made += [{"way": way, "lr": rates} for way in TICKETS]
     results.study(
@@ -692,6 +811,7 @@ PICTURE = runtime.pick(
         "DP",
         "DQ",
         "DPQ",
+        *PEERS,
     ),
 )
 
@@ -700,31 +820,42 @@ def _bytes(net: nn.Module) -> int:
     """Of a file; torch's own coded layers are none that `save` knows."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "net")
-        if any("quantized" in type(m).__module__ for m in net.modules()):
+        if isinstance(net, OnnxNet):
+            return len(net.file)
+        kinds = {type(v).__module__ for v in net.state_dict().values()}
+        kinds |= {type(m).__module__ for m in net.modules()}
+        if any("quantized" in k or "torchao" in k for k in kinds):
             torch.save(net.state_dict(), file)
             return file.stat().st_size
         return save(net, file)
 
 
+def _answer(net: Any, read: Callable | None, part: Any) -> None:
+    if hasattr(net, "predict"):
+        net.predict(part)
+        return
+    given = part if read is None else read(part)
+    with torch.inference_mode():
+        net(**given) if isinstance(given, dict) else net(given)
+
+
 def _cost(file: str) -> dict[str, float]:
-    """Time and memory of a variant, in a process that does nothing else."""
+    """Time and memory of a variant, in a process that does nothing else. The
+    time is that of the processor: a pause for others does not count.
+    """
     torch.set_num_threads(1)
     import transformers.models.bert.modeling_bert  # noqa: F401 not measured
 
-    took: dict[int, list[float]] = {1: [], 32: []}
+    took: dict[int, list[float]] = {}
     with runtime.Meter("cpu") as meter:
         made: Any = torch.load(file, weights_only=False)  # written just now
-        net, tokenizer, texts = made
-        for many, times in took.items():
-            parts = [texts[i : i + many] for i in range(0, len(texts), many)]
-            for part in [parts[0], *parts]:
-                start = time.perf_counter()
-                if hasattr(net, "predict"):
-                    net.predict(part)
-                else:
-                    with torch.inference_mode():
-                        net(**encode_texts(part, tokenizer))
-                times.append(1000 * (time.perf_counter() - start))
+        net, read, parts = made
+        for many, given in parts.items():
+            took[many] = []
+            for part in [given[0], *given]:
+                start = time.process_time()
+                _answer(net, read, part)
+                took[many].append(1000 * (time.process_time() - start))
     found = {"memory": meter.peak_mb}
     for many, times in took.items():
         low, high = np.percentile(times[1:], [50, 95])
@@ -732,26 +863,88 @@ def _cost(file: str) -> dict[str, float]:
     return found
 
 
-def _costs(executor: Any) -> None:
-    """Of every variant in the picture: the first seed's model."""
-    found: dict[str, dict] = {}
-    for way in PICTURE:
-        made: Any = _words(10.0)
-        if way == WORDS:
-            size = 4 * (2 * len(made[0].vocabulary_) + 1)
-        else:
-            made = _combined(0, way) if way in ORDER else smaller(0, way)
-            size = _bytes(made)
+def _in_turn(key: str, ways: Sequence[str], make: Callable[[str], Any]) -> None:
+    """Measure what is missing, store each variant as soon as it is known;
+    `make` gives a network, its reader, its inputs and its bytes.
+    """
+    try:
+        known = dict(results.load(CHAPTER, key, runtime.profile()))
+    except KeyError:
+        known = {}
+    found = {w: dict(known[w]) for w in ways if w in known}
+    for way in ways:
+        if way in found:
+            continue
+        *made, size = make(way)
         with tempfile.TemporaryDirectory() as folder:
             file = str(Path(folder, "made"))
-            tokenizer = None if way == WORDS else encoder()[1]
-            texts = reviews()["test"].texts[:TIMED]
-            torch.save((made, tokenizer, texts), file)
+            torch.save(tuple(made), file)
+            del made
             fresh = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=fresh) as pool:
                 found[way] = pool.submit(_cost, file).result()
         found[way]["megabytes"] = size / 1e6
-    results.record(CHAPTER, "costs", found)
+        results.record(CHAPTER, key, {w: found[w] for w in ways if w in found})
+
+
+def _priced(way: str) -> tuple:
+    """The first seed's variant, with sentences one by one and 32 at once."""
+    texts = reviews()["test"].texts[:TIMED]
+    parts = {
+        many: [texts[i : i + many] for i in range(0, len(texts), many)]
+        for many in (1, 32)
+    }
+    if way == WORDS:
+        bag = _words(10.0)
+        size = 4 * (2 * len(bag[0].vocabulary_) + 1)
+        return bag, None, parts, size
+    made = _chosen(way) if way in ORDER else smaller(0, way)
+    read = functools.partial(encode_texts, tokenizer=encoder()[1])
+    return made, read, parts, _bytes(made)
+
+
+def _chosen(way: str) -> nn.Module:
+    """A combination at the rates that its study chose."""
+    rates = {}
+    for letter in "DP":
+        if letter in way:
+            row = results.load_study(CHAPTER, "order").row(
+                "accuracy", way=letter
+            )
+            rates[letter.lower()] = row[letter.lower()]
+    return _combined(0, way, **rates)
+
+
+def _costs(executor: Any) -> None:
+    _in_turn("costs", PICTURE, _priced)
+
+
+OTHERS = runtime.pick(
+    quick=("photos: 32 bits",),
+    cpu=(
+        *(f"photos: {way}" for way in PHOTOS if "6" not in way),
+        *(f"decoder: {way}" for way in (WHOLE, *SIMPLE)),
+    ),
+)
+
+
+def _priced_too(name: str) -> tuple:
+    """A network for photos or a language model, with inputs."""
+    kind, way = name.split(": ")
+    if kind == "photos":
+        net = copy.deepcopy(_network()[0])
+        net = _changed(net, way, (find_head(net)[0],))
+        x = _network()[1](_photos("test").x[:64])
+        parts = {1: list(x[:16].split(1)), 32: list(x.split(32))}
+    else:
+        net = _small_decoder(0, way)
+        ids = torch.as_tensor(np.asarray(_pieces("test")[: 8 * WINDOW])).long()
+        parts = {1: list(ids.view(-1, WINDOW).split(1))}
+    return net.eval(), None, parts, _bytes(net)
+
+
+def _more_costs(executor: Any) -> None:
+    _in_turn("other costs", OTHERS, _priced_too)
 
 # %% ../../nbs/20_compress.ipynb #20b00013
 def _samples(executor: Any) -> None:
@@ -786,13 +979,14 @@ def _samples(executor: Any) -> None:
 # %% ../../nbs/20_compress.ipynb #20b00011
 def main(*wanted: str, executor: Any = None) -> None:
     """Fill in what is missing of "tuned", "bits", "inputs", "cuts", "grid",
-    "zeros", "thin", "order", "photos", "decoder", "ticket", "samples" and
-    "costs", in this order.
+    "zeros", "thin", "order", "photos", "decoder", "ticket", "samples",
+    "costs", "other costs" and "peers", in this order. The last one and the
+    costs of its rows need `pip install 'ftbook[bench]'`.
     """
     known: dict[str, Callable] = {
         "tuned": lambda executor: [tuned(seed) for seed in SEEDS]
     }
-    for name in ("bits", "inputs", "cuts"):
+    for name in ("bits", "inputs", "cuts", "peers"):
         known[name] = functools.partial(_untrained, name)
     for name, ways in (
         ("grid", TRAINED[:2]),
@@ -802,4 +996,5 @@ def main(*wanted: str, executor: Any = None) -> None:
         known[name] = functools.partial(_trained, ways, name)
     known |= {"order": _order, "photos": _photo, "decoder": _decoders}
     known |= {"ticket": _tickets, "samples": _samples, "costs": _costs}
+    known |= {"other costs": _more_costs, "peers": known.pop("peers")}
     run_named(known, wanted, executor)
