@@ -120,7 +120,7 @@ def _kept(net: nn.Module, train: Callable[[], Any], *about: Any) -> nn.Module:
     return net.eval()
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=len(SEEDS))
 def tuned(seed: int) -> nn.Module:
     """MiniLM tuned on film reviews. Make a copy before changing it."""
     torch.set_num_threads(1)
@@ -145,7 +145,7 @@ def _calibration(seed: int, labels: bool = False) -> Iterator[dict]:
     yield from ByLength(few, 32)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=len(SEEDS))
 def _moments(seed: int) -> dict[str, Tensor]:
     return moments(tuned(seed), _calibration(seed))
 
@@ -479,12 +479,12 @@ ORDER = (WHOLE, "D", "P", "Q", "DP", "DQ", "PQ", "DPQ", "PDQ")
 MEANT = {"D": "distill", "P": "prune", "Q": "quantize"}
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _answers(seed: int) -> Tensor:
     return outputs(tuned(seed), _inputs("train"))
 
 
-@functools.lru_cache(maxsize=12)
+@functools.lru_cache(maxsize=4)
 def _combined(
     seed: int, steps: str, d: float = 0.0, p: float = 0.0
 ) -> nn.Module:
