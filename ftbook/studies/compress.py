@@ -225,6 +225,8 @@ def _torchao(net: nn.Module, seed: int) -> nn.Module:
         lib.Int8DynamicActivationInt8WeightConfig(),
         filter_fn=lambda m, n: isinstance(m, nn.Linear) and n not in HEAD,
     )
+    for module in net.modules():  # how it shows itself; pickle refuses it
+        module.__dict__.pop("extra_repr", None)
     return net
 
 
@@ -477,6 +479,7 @@ def _trained(ways: Sequence[str], name: str, executor: Any) -> None:
 # %% ../../nbs/20_compress.ipynb #20b00006
 ORDER = (WHOLE, "D", "P", "Q", "DP", "DQ", "PQ", "DPQ", "PDQ")
 MEANT = {"D": "distill", "P": "prune", "Q": "quantize"}
+RATE = {"D": "lr_d", "P": "lr_p"}
 
 
 @functools.cache
@@ -486,26 +489,28 @@ def _answers(seed: int) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _combined(
-    seed: int, steps: str, d: float = 0.0, p: float = 0.0
+    seed: int, steps: str, lr_d: float = 0.0, lr_p: float = 0.0
 ) -> nn.Module:
-    """The tuned model after these steps, one letter each; `d` and `p` are the
-    rates at which "D" and "P" train.
+    """The tuned model after these steps, one letter each; the rates are those
+    of "D" and of "P".
     """
     if steps in ("", WHOLE):
         return tuned(seed)
-    before = copy.deepcopy(_combined(seed, steps[:-1], d, p))
+    rest = steps[:-1]
+    rates = lr_d * ("D" in rest), lr_p * ("P" in rest)  # one file for each
+    before = copy.deepcopy(_combined(seed, rest, *rates))
     if steps[-1] == "Q":
         return _rounded(8, activations="dynamic")(before, seed).eval()
-    about = seed, steps, d, p, STEPS, CALIBRATION
+    about = seed, steps, lr_d, lr_p, STEPS, CALIBRATION
     if steps[-1] == "P":
         seen = moments(before, _calibration(seed))
         small = shrink(before, seen, heads=0.25, neurons=0.5)
-        return _kept(small, lambda: _taught(small, seed, p), *about)
+        return _kept(small, lambda: _taught(small, seed, lr_p), *about)
     layers = before.body.encoder.layer  # type: ignore[union-attr]
     half = layers[: max(1, len(layers) // 2)]  # type: ignore
     before.body.encoder.layer = half  # type: ignore[union-attr]
     before.body.config.num_hidden_layers = len(half)  # type: ignore
-    return _kept(before, lambda: _asked(before, seed, d), *about)
+    return _kept(before, lambda: _asked(before, seed, lr_d), *about)
 
 
 def _asked(net: nn.Module, seed: int, lr: float) -> None:
@@ -528,23 +533,23 @@ def run_order(
     split: str,
     way: str,
     C: float | None = None,
-    d: float = 0.0,
-    p: float = 0.0,
+    lr_d: float = 0.0,
+    lr_p: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """Distill, prune and quantize in the order of the letters."""
     torch.set_num_threads(1)
     if C is not None or way == MAJORITY:
         return run(seed, split, way, C)
-    return _right(_combined(seed, way, d, p), split)
+    return _right(_combined(seed, way, lr_d, lr_p), split)
 
 
 def _order(executor: Any) -> None:
     made = [*_baselines(), {"way": WHOLE}, {"way": "Q"}]
-    made += [{"way": letter, letter.lower(): RATES} for letter in "DP"]
+    made += [{"way": letter, RATE[letter]: RATES} for letter in "DP"]
     for way in ORDER:
         if way not in (WHOLE, *"DPQ"):
             letters = [c for c in "DP" if c in way]
-            rates = {c.lower(): results.ChosenFor(way=c) for c in letters}
+            rates = {RATE[c]: results.ChosenFor(way=c) for c in letters}
             made.append({"way": way} | rates)
     budget = f"D {2 * STEPS}, P {STEPS} batches of 32 sentences, Q none"
     _study(run_order, made, "order", budget, executor)
@@ -906,12 +911,10 @@ def _priced(way: str) -> tuple:
 def _chosen(way: str) -> nn.Module:
     """A combination at the rates that its study chose."""
     rates = {}
-    for letter in "DP":
+    known = results.load_study(CHAPTER, "order")
+    for letter, name in RATE.items():
         if letter in way:
-            row = results.load_study(CHAPTER, "order").row(
-                "accuracy", way=letter
-            )
-            rates[letter.lower()] = row[letter.lower()]
+            rates[name] = known.row("accuracy", way=letter)[name]
     return _combined(0, way, **rates)
 
 
