@@ -928,13 +928,14 @@ class Pruning:
 
     def on_step_end(self, run: Any) -> None:
         """Prune up to the share of this step, and hold what is pruned."""
-        if self.fixed:
+        half = max(1, (run.total_steps or 0) // 2)
+        if self.fixed or run.step > half:
             modules = dict(run.model.named_modules())
             with torch.no_grad():
                 for name, mask in self.masks.items():
                     modules[name].weight.mul_(mask.to(run.device))
             return
-        done = min(1.0, run.step / max(1, run.total_steps // 2))
+        done = run.step / half
         now = self.share * (1 - (1 - done) ** 3)
         ranked = self._ranked(run.model)
         self.masks = prune(run.model, now, scores=ranked, skip=self.skip)
