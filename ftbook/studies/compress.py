@@ -594,7 +594,8 @@ def _features(way: str, split: str) -> Tensor:
     body.set_submodule(head, nn.Identity())
     look, x = _network()[1], _photos(split).x
     net = _changed(body, way, (head,))
-    return torch.cat([predict(net, look(part)) for part in x.split(64)])
+    parts = [predict(net, look(p), precision="fp32") for p in x.split(64)]
+    return torch.cat(parts)
 
 
 def _probe(seed: int) -> nn.Module:
@@ -911,9 +912,9 @@ def _priced(way: str) -> tuple:
 def _chosen(way: str) -> nn.Module:
     """A combination at the rates that its study chose."""
     rates = {}
-    known = results.load_study(CHAPTER, "order")
     for letter, name in RATE.items():
         if letter in way:
+            known = results.load_study(CHAPTER, "order")
             rates[name] = known.row("accuracy", way=letter)[name]
     return _combined(0, way, **rates)
 
@@ -936,6 +937,7 @@ def _priced_too(name: str) -> tuple:
     kind, way = name.split(": ")
     if kind == "photos":
         net = copy.deepcopy(_network()[0])
+        replace_head(net, 2)
         net = _changed(net, way, (find_head(net)[0],))
         x = _network()[1](_photos("test").x[:64])
         parts = {1: list(x[:16].split(1)), 32: list(x.split(32))}
