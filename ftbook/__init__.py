@@ -38,6 +38,7 @@ PUBLIC = {
     "regularize": "Proximal WeightAverage l2_sp mixout penalty",
     "augment": "MixUp CutMix",
     "search": "successive_halving expected_best",
+    "compress": "Grid quantize_layers prune Pruning low_rank",
     "prompt": "Prompt label_scores calibrate pair_loss SetFit",
     "sft": "Template JsonFormat",
     "preference": "CartPole Policy Rollouts grpo_loss",

@@ -147,6 +147,11 @@ WRONG = [
     ("together", "shares", (0.5, 0.3, 0.2)),
     ("together", "select", lambda p, y, rounds: (0, 1, 2, 3)),
     ("together", "select", lambda p, y, rounds: [0] * rounds),
+    ("compress", "faster", {"8 bits", "low rank"}),
+    ("compress", "bits", 4.5),
+    ("compress", "rounded", (1.0, -0.4, 0.2)),
+    ("compress", "rank", 192),
+    ("compress", "clipped_scale", lambda w, bits, share: w.abs().max() / 2 ** (bits - 1)),
 ]
 
 
