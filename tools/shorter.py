@@ -8,7 +8,10 @@ import re
 
 TAG = re.compile(r"""<!--.*?-->|<(/?)([a-zA-Z][\w-]*)((?:[^<>"']|"[^"]*"|'[^']*')*?)(/?)>""", re.S)
 EMPTY = set("img br hr input meta link source wbr col path circle rect line use".split())
-ROWS, SHOWN = 10, 8  # a table of more rows than ROWS shows SHOWN; the chapter's result, in its first section, may have RESULT
+ROWS, SHOWN = (
+    10,
+    8,
+)  # a table of more rows than ROWS shows SHOWN; the chapter's result, in its first section, may have RESULT
 RESULT = 14
 LINES, BEGINNING = 12, 10  # the same of the lines that a cell prints
 NAMES = 4  # on the fold of several cells
@@ -133,7 +136,9 @@ def with_class(page: str, node: Node, name: str) -> tuple:
     """The edit that adds a class to an element."""
     known = re.search(r'\bclass="([^"]*)"', node.attributes)
     attributes = node.attributes
-    attributes = attributes.replace(known[0], f'class="{known[1]} {name}"', 1) if known else f' class="{name}"{attributes}'
+    attributes = (
+        attributes.replace(known[0], f'class="{known[1]} {name}"', 1) if known else f' class="{name}"{attributes}'
+    )
     return node.start, node.inner, f"<{node.tag}{attributes}>"
 
 
@@ -171,7 +176,9 @@ def folded_sections(page: str, root: Node) -> list:
         if node.tag != "section" or not node.children or node.children[0].tag != "h2":
             continue
         title = node.children[0]
-        said = re.sub(r'<a class="headerlink.*?</a>|<a class="anchorjs.*?</a>', "", page[title.inner : title.outer], flags=re.S)
+        said = re.sub(
+            r'<a class="headerlink.*?</a>|<a class="anchorjs.*?</a>', "", page[title.inner : title.outer], flags=re.S
+        )
         said = text_of(said).rstrip("#")
         if not LOOKED_UP.search(said):
             continue
