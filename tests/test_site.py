@@ -267,6 +267,75 @@ def test_the_height_of_what_is_not_laid_out_yet_is_guessed_well(pages, visitor):
         visitor.evaluate("sessionStorage.clear()")
 
 
+SCREENS = 36  # the longest chapter; each is at most as long as this in screens of 1280 x 800
+
+
+def test_no_chapter_is_longer_than_its_screens(pages, visitor):
+    visitor.set_viewport_size({"width": 1280, "height": 800})
+    seen = {}
+    for name in [p for p in pages if re.match(r"nbs/\d", p)]:
+        visitor.goto(f"/{name}")
+        visitor.add_style_tag(content="section { content-visibility: visible !important; }")
+        seen[name] = round(visitor.evaluate("document.documentElement.scrollHeight") / 800, 1)
+    assert {name: screens for name, screens in seen.items() if screens > SCREENS} == {}
+    assert sum(seen.values()) / len(seen) < 30, seen
+
+
+def test_a_link_into_a_folded_section_opens_it(visitor, site):
+    opened = "document.querySelector('#references > details.part').open"
+    visitor.goto("/nbs/10_ner.html")
+    assert not visitor.evaluate(opened)
+    visitor.evaluate("location.hash = '#references'")
+    assert holds(visitor, opened, 5)
+    for address in ("/nbs/10_ner.html", (site / "nbs" / "10_ner.html").as_uri()):
+        visitor.goto("about:blank")
+        visitor.goto(f"{address}#the-rest-of-the-module")
+        assert holds(visitor, "document.querySelector('#the-rest-of-the-module > details.part').open", 5)
+        top = "document.querySelector('#the-rest-of-the-module').getBoundingClientRect().top"
+        assert holds(visitor, f"Math.abs({top}) < 200", 5)
+    inside = "document.querySelector('#references details.part li, #references details.part p')"
+    visitor.goto("/nbs/10_ner.html")
+    visitor.evaluate(f"{inside}.id = 'inside'; location.hash = '#inside'")
+    assert holds(visitor, f"{opened} && {inside}.getBoundingClientRect().top < innerHeight", 5)
+
+
+def test_a_section_one_looks_up_opens_by_keyboard(visitor):
+    visitor.goto("/nbs/10_ner.html")
+    visitor.locator("#references > details.part > summary").focus()
+    visitor.keyboard.press("Enter")
+    assert visitor.evaluate("document.querySelector('#references > details.part').open")
+    assert visitor.evaluate("document.querySelector('#references > h2').offsetHeight") > 0
+
+
+def test_a_long_table_shows_its_beginning_and_all_of_it_when_asked_on_paper_and_without_scripts(page, address):
+    shown = "[...document.querySelector('table.long').tBodies[0].rows].filter(r => r.getClientRects().length).length"
+    rows = "document.querySelector('table.long').tBodies[0].rows.length"
+    name = "/nbs/15_regularize.html"
+    page.goto(name)
+    page.add_style_tag(content="section { content-visibility: visible !important; }")
+    total = page.evaluate(rows)
+    assert total > 10 and page.evaluate(shown) == 8
+    button = page.locator("table.long + button.more").first
+    said = button.inner_text()
+    assert said == f"Show all {total} rows" and button.get_attribute("aria-expanded") == "false"
+    page.locator("table.long .sorter").first.press("Enter")
+    assert page.evaluate(shown) == 8, "the first ones in the new order"
+    for pressed, wanted in (("true", total), ("false", 8)):
+        button.press("Enter")
+        assert page.evaluate(shown) == wanted and button.get_attribute("aria-expanded") == pressed
+    page.emulate_media(media="print")
+    assert page.evaluate(shown) == total and not button.is_visible()
+    assert page.evaluate("document.querySelector('#references li, #references p').checkVisibility()")
+    page.emulate_media(media="null")
+    context = page.context.browser.new_context(java_script_enabled=False, base_url=address)
+    plain = context.new_page()
+    plain.goto(name)
+    assert plain.locator("button.more >> visible=true").count() == 0
+    assert plain.locator("table.long").first.locator("tbody tr >> visible=true").count() == total
+    assert plain.locator("#references details.part p, #references details.part li").first.is_visible()
+    context.close()
+
+
 def test_a_reload_keeps_the_place(visitor):
     seen = "() => [...document.querySelectorAll('article h2, article p')].findIndex(e => e.getBoundingClientRect().bottom > 90)"
     top = "i => document.querySelectorAll('article h2, article p')[i].getBoundingClientRect().top"

@@ -62,6 +62,9 @@ def _cleaned(file: Path) -> BeautifulSoup:
     for link in tree.find_all("a", href=re.compile("^https://colab")):
         line = link.find_parent("p")
         (line or link).decompose()
+    for part in tree.select("details.part"):  # a section that the site folds: tools/shorter.py
+        part.summary.decompose()
+        part.unwrap()
     for summary in tree.select("details.hide > summary"):  # the theme has a text for each state
         above = summary.find_parent("div", class_="cell").find_previous_sibling()
         if "Show the whole code" in summary.get_text() and above is not None and "highlight-python" in above["class"]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from .api import names as api_names
 from .heights import with_heights
 from .settings import ROOT, book, parts, settings
+from .shorter import shorter
 from .translate import LANGUAGE
 
 DONE = "<!-- finished -->"
@@ -47,6 +48,15 @@ CHROME = {  # what the theme says beside a Chinese page
     ">Show code: checks<": ">显示代码：检验<",
     ">Show code: ": ">显示代码：",
     ">Show code of the study": ">显示实验的代码",
+    ">Show code (": ">显示代码 (",
+    ">Show the whole code (": ">显示完整代码 (",
+    ">Show all ": ">显示全部 ",
+    " cells)": " 格)",
+    " rows</button>": " 行</button>",
+    " lines</button>": " 行</button>",
+    "<summary>Show this section<": "<summary>展开本节<",
+    "<summary>Show ": "<summary>展开 ",
+    " entries</summary>": " 条</summary>",
 }
 
 
@@ -365,6 +375,8 @@ def finish_page(file: Path, out: Path) -> Reader:
         page = searching(page)
     if file.name == "index.html" and file.parent.name != "api":
         page = stacking(page)
+    if file.parent.name in ("nbs", "zh") and file.name != "index.html" and "glossary" not in file.name:
+        page = shorter(page)
     page = with_heights(page)
     page = switched(page, file.relative_to(out).as_posix(), out)
     at = page.index("<head>") + len("<head>")

@@ -7,6 +7,8 @@ import math
 import re
 from html.parser import HTMLParser
 
+from .shorter import BEGINNING, SHOWN
+
 LETTERS, LINE, CODE_LINE = (
     84,
     25.6,
@@ -24,7 +26,7 @@ class Heights(HTMLParser):
         super().__init__()
         self.heights: dict = {}
         self.open: list = []  # tags, with what each of them began
-        self.letters = self.code = self.cells = 0
+        self.letters = self.code = self.cells = self.rows = 0
         self.feed(page)
 
     def add(self, pixels: float) -> None:
@@ -42,7 +44,11 @@ class Heights(HTMLParser):
             self.add(height * min(1, 690 / width) + 24 if width else 300)
         if tag in EMPTY:
             return
-        kind = ""
+        kind = "long" if "long" in (a.get("class") or "").split() else ""  # it shows its beginning: tools/shorter.py
+        if tag == "table":
+            self.rows = 0
+        elif tag == "button" and a.get("class") == "more":
+            self.add(42)
         if tag == "details" and "open" not in a:
             self.add(30)
             kind = "closed"  # its summary is the line just added
@@ -58,11 +64,13 @@ class Heights(HTMLParser):
         if tag in EMPTY or not any(t == tag for t, _, _ in self.open):
             return
         if tag == "pre":
-            self.add(self.code * CODE_LINE + 52)
+            self.add((min(self.code, BEGINNING) if self.inside("long") else self.code) * CODE_LINE + 52)
         elif tag in ("td", "th"):
             self.cells = max(self.cells, math.ceil(self.letters / 22))
         elif tag == "tr":
-            self.add(self.cells * 20 + 13)
+            self.rows += 1
+            if not self.inside("long") or self.rows <= SHOWN + 1:
+                self.add(self.cells * 20 + 13)
         elif tag in BLOCKS and not self.inside("table", "math"):
             self.add(math.ceil(self.letters / LETTERS) * LINE + MARGINS[tag] if self.letters else 0)
             self.letters = 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from .api import pages as api_pages
 from .finish import DONE, article, beside, index, linked, promise
 from .settings import ROOT
+from .shorter import shorter
 
 STATIC = ROOT / "site" / "static"
 SHARED = "book.css", "book.js", "play.js", "find.js", "favicon.svg", "card.png"
@@ -96,6 +97,7 @@ def finish(out: Path) -> None:
         page, address = file.read_text(encoding="utf-8"), file.relative_to(out).as_posix()
         if file.parent.name == "nbs" and DONE not in page:
             page = linked(page, names(file.stem))
+            page = page if "glossary" in file.stem else shorter(page)
         page = dressed(page, address)
         file.write_text(page, encoding="utf-8")
         said[address] = article(page)

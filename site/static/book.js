@@ -5,7 +5,7 @@
   const KEY = "ftbook-code";
   const chinese = document.documentElement.lang.startsWith("zh");
   const said = (english, other) => (chinese ? other : english);
-  const folds = () => document.querySelectorAll("div.cell details, details.code-fold");
+  const folds = () => document.querySelectorAll("div.cell details, details.code-fold, details.part");
   const remembered = () => { try { return localStorage.getItem(KEY) === "all"; } catch { return false; } };
   const keep = (all) => { try { localStorage.setItem(KEY, all ? "all" : "some"); } catch { /* private window */ } };
 
@@ -153,6 +153,42 @@
     [...asked.values()][0].before(count);
   };
 
+  // a table or an output that shows its beginning shows all of it
+  const unfold = (box, all = true) => {
+    const button = box.nextElementSibling;
+    box.classList.toggle("all", all);
+    button.setAttribute("aria-expanded", String(all));
+    const open = button.dataset.open ||= button.textContent;
+    button.textContent = all ? said("Show the first ones only", "只显示开头") : open;
+  };
+  const unfolding = () => {
+    for (const button of document.querySelectorAll("button.more")) {
+      const box = button.previousElementSibling;
+      button.addEventListener("click", () => { unfold(box, !box.classList.contains("all")); reach(box.parentElement); });
+    }
+  };
+  // a link into what is folded, or to a folded section, opens it
+  const reveal = (hash = location.hash) => {
+    let place = null;
+    try { place = hash.length > 1 && document.getElementById(decodeURIComponent(hash.slice(1))); } catch { /* half an escape */ }
+    if (!place) return;
+    const closed = [...place.querySelectorAll(":scope > details.part")];
+    for (let e = place; e; e = e.parentElement) if (e.tagName === "DETAILS") closed.push(e);
+    const row = place.closest("table.long:not(.all)");
+    if (row) unfold(row);
+    if (!row && closed.every((e) => e.open)) return;
+    for (const e of closed) e.open = true;
+    place.scrollIntoView();
+  };
+  const following = () => {
+    reveal();
+    addEventListener("hashchange", () => reveal());
+    document.addEventListener("click", (event) => { // the same place once more: the address does not change
+      const link = event.target.closest?.('a[href^="#"]');
+      if (link && link.hash === location.hash) reveal(link.hash);
+    });
+  };
+
   // paper is white: a dark page is printed in the light theme
   const paper = () => {
     const root = document.documentElement;
@@ -161,7 +197,7 @@
     addEventListener("afterprint", () => { if (theme) root.dataset.theme = theme; theme = ""; });
   };
 
-  const enrich = () => { heights(); document.querySelectorAll("article table, main table").forEach(sortable); filter(); quiz(); paper(); };
+  const enrich = () => { heights(); document.querySelectorAll("article table, main table").forEach(sortable); filter(); quiz(); paper(); unfolding(); following(); };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", enrich); else enrich();
   addEventListener("load", () => setTimeout(reach)); // a task of its own, as each script is
   addEventListener("resize", () => reach());
