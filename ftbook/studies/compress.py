@@ -230,7 +230,7 @@ def _torchao(net: nn.Module, seed: int) -> nn.Module:
     return net
 
 
-class OnnxNet(nn.Module):
+class _OnnxNet(nn.Module):
     """A network as ONNX Runtime runs it on one thread; it can be pickled."""
 
     def __init__(self, net: nn.Module, inputs: dict[str, Tensor]):
@@ -284,7 +284,7 @@ class _Fixed(nn.Module):
 
 def _onnx(net: nn.Module, seed: int) -> nn.Module:
     few = {k: v[:2] for k, v in _inputs("train").items() if k != "labels"}
-    return OnnxNet(net, few)
+    return _OnnxNet(net, few)
 
 # %% ../../nbs/20_compress.ipynb #20b00012
 CHANGES: dict[str, Callable] = {WHOLE: lambda net, seed: net}
@@ -826,7 +826,7 @@ def _bytes(net: nn.Module) -> int:
     """Of a file; torch's own coded layers are none that `save` knows."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "net")
-        if isinstance(net, OnnxNet):
+        if isinstance(net, _OnnxNet):
             return len(net.file)
         kinds = {type(v).__module__ for v in net.state_dict().values()}
         kinds |= {type(m).__module__ for m in net.modules()}
@@ -892,7 +892,7 @@ def _in_turn(key: str, ways: Sequence[str], make: Callable[[str], Any]) -> None:
         found[way]["megabytes"] = size / 1e6
         results.record(CHAPTER, key, {w: found[w] for w in ways if w in found})
 
-
+# %% ../../nbs/20_compress.ipynb #20b00015
 def _priced(way: str) -> tuple:
     """The first seed's variant, with sentences one by one and 32 at once."""
     texts = reviews()["test"].texts[:TIMED]
