@@ -1741,7 +1741,7 @@ BROKEN = [
     (dict(r=None), "does not describe an adapter"),
     (dict(r="8"), "does not describe an adapter"),
     (dict(r=0), "rank r=0"),
-    (dict(lora_alpha=None), "does not describe an adapter"),
+    (dict(lora_alpha=None), "alpha must be positive"),
     (dict(peft_type="FTBOOK", method="PromptTuning", fields={"lenght": 3}), "does not describe an adapter"),
     (dict(peft_type="FTBOOK", method="IA3", fields={"feedforward": "(a+)+b"}), "method 'IA3', which ftbook does not"),
     (dict(peft_type="FTBOOK", method=["x"]), "does not know"),
