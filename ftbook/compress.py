@@ -732,12 +732,12 @@ def simulate(
     (['0'], True)
     """
     if not on:
-        found = {
-            n: m
-            for n, m in model.named_modules()
-            if parametrize.is_parametrized(m, "weight")
-            and isinstance(m.parametrizations.weight[0], _OnGrid)  # type: ignore
-        }
+
+        def on_grid(m: Any) -> bool:
+            kept = parametrize.is_parametrized(m, "weight")
+            return kept and isinstance(m.parametrizations.weight[0], _OnGrid)
+
+        found = {n: m for n, m in model.named_modules() if on_grid(m)}
         for module in found.values():
             parametrize.remove_parametrizations(module, "weight", False)
         return list(found)
@@ -1314,7 +1314,8 @@ def read(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     with safe_open(str(path), "pt") as file:
         about = json.loads((file.metadata() or {}).get("about", "{}"))
-        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        keys = file.keys()
+        found = {key: file.get_tensor(key) for key in keys}
     for key, told in about.items():
         shape, n = told["shape"], math.prod(told["shape"])
         if "sparse" in told:

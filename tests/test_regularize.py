@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import Interrupt
 from sklearn.linear_model import ElasticNet, Lasso, Ridge
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
@@ -740,18 +741,6 @@ CALLBACKS = {
     "EMA": lambda m: rg.WeightAverage(0.9),
     "SWA": lambda m: rg.WeightAverage(start=0.5, every=2),
 }
-
-
-class Interrupt(Stops):
-    def on_step_end(self, run):
-        if run.step == self.at:
-            raise KeyboardInterrupt
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
 
 
 @pytest.mark.parametrize("name", CALLBACKS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import Interrupt
 from torch import nn
 
 from ftbook import results
@@ -277,23 +278,6 @@ def test_cycles_of_unequal_length_end_with_the_run_and_too_many_are_refused():
         Snapshots(0)
     with pytest.raises(ValueError, match="9 cycles in 2 steps"):
         fit(nn.Linear(2, 2), (torch.rand(4, 2), torch.tensor([0, 1, 0, 1])), batch_size=2, callbacks=[Snapshots(9)])
-
-
-class Interrupt:
-    """Breaks a run off after a step; 0 lets it end."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def on_step_end(self, run):
-        if run.step == self.at:
-            raise KeyboardInterrupt
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
 
 
 def test_snapshots_of_a_run_broken_off_are_those_of_the_unbroken_one(tmp_path):

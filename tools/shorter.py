@@ -8,15 +8,11 @@ import re
 
 TAG = re.compile(r"""<!--.*?-->|<(/?)([a-zA-Z][\w-]*)((?:[^<>"']|"[^"]*"|'[^']*')*?)(/?)>""", re.S)
 EMPTY = set("img br hr input meta link source wbr col path circle rect line use".split())
-ROWS, SHOWN = (
-    10,
-    8,
-)  # a table of more rows than ROWS shows SHOWN; the chapter's result, in its first section, may have RESULT
-RESULT = 14
+ROWS, SHOWN = 10, 8  # a table of more rows than ROWS shows SHOWN
+RESULT = 14  # rows that the chapter's result, in its first section, may have
 LINES, BEGINNING = 12, 10  # the same of the lines that a cell prints
 NAMES = 4  # on the fold of several cells
 LOOKED_UP = re.compile(r"rest of the module|^References$|^参考文献$", re.I)
-TITLED = re.compile(r"<h2[^>]*>(.*?)</h2>", re.S)
 
 
 class Node:
@@ -134,11 +130,10 @@ def one_fold(page: str, run: list) -> str:
 
 def with_class(page: str, node: Node, name: str) -> tuple:
     """The edit that adds a class to an element."""
-    known = re.search(r'\bclass="([^"]*)"', node.attributes)
-    attributes = node.attributes
-    attributes = (
-        attributes.replace(known[0], f'class="{known[1]} {name}"', 1) if known else f' class="{name}"{attributes}'
-    )
+    if known := re.search(r'\bclass="([^"]*)"', node.attributes):
+        attributes = node.attributes.replace(known[0], f'class="{known[1]} {name}"', 1)
+    else:
+        attributes = f' class="{name}"{node.attributes}'
     return node.start, node.inner, f"<{node.tag}{attributes}>"
 
 
@@ -146,8 +141,10 @@ def more(count: int, what: str) -> str:
     return f'\n<button type="button" class="more" aria-expanded="false">Show all {count} {what}</button>'
 
 
-def long_ones(page: str, root: Node, first: range) -> list:
-    """Edits that mark long tables and outputs and put a button below them; `first` is where the chapter's first section stands."""
+def long_ones(page: str, root: Node) -> list:
+    """Edits that mark long tables and outputs and put a button below them."""
+    sections = [n for n in root.walk() if n.tag == "section" and n.children and n.children[0].tag == "h2"]
+    first = range(sections[0].start, sections[0].end) if sections else range(0)  # where the chapter's result stands
     edits: list = []
 
     def look(node: Node, closed: bool, printed: bool) -> None:
@@ -201,17 +198,10 @@ def edited(page: str, edits: list) -> str:
 
 def shorter(page: str) -> str:
     """The page with fewer and shorter pieces open; a page without sections of a chapter stays as it is."""
-    for find in (joined_folds, long_found, folded_sections):
-        tag = "article" if "<article" in page else "main"
+    tag = "article" if "<article" in page else "main"
+    for find in (joined_folds, long_ones, folded_sections):
         start, end = page.find(f"<{tag}"), page.find(f"</{tag}>")
         if start < 0:
             return page
         page = edited(page, find(page, tree(page, start, end)))
     return page
-
-
-def long_found(page: str, root: Node) -> list:
-    """`long_ones`, with the place of the first section below the page's title."""
-    sections = [n for n in root.walk() if n.tag == "section" and n.children and n.children[0].tag == "h2"]
-    first = range(sections[0].start, sections[0].end) if sections else range(0)
-    return long_ones(page, root, first)

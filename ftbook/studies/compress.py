@@ -46,8 +46,15 @@ from ftbook.compress import (
 )
 from ..finetune import find_head, put_probe, replace_head, tune
 from ..losses import distillation_kl
-from . import run_named
-from .finetune import ByLength, classifier, outputs, reviews
+from . import bag_of_words, run_named
+from .distill import photo_network
+from ftbook.studies.finetune import (
+    ByLength,
+    classifier,
+    outputs,
+    photos_of,
+    reviews,
+)
 from .mlm import detokenize
 from .prompt import encoder
 from .regularize import digit_parts
@@ -357,14 +364,8 @@ def smaller(seed: int, way: str, **about: float) -> nn.Module:
 # %% ../../nbs/20_compress.ipynb #20b00004
 @functools.cache
 def _words(C: float) -> Any:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    bag = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2))
     part = reviews()["train"]
-    fitted = make_pipeline(bag, LogisticRegression(C=C, max_iter=2000))
-    return fitted.fit(part.texts, part.y.numpy())
+    return bag_of_words(C).fit(part.texts, part.y.numpy())
 
 
 def _right(net: nn.Module, split: str) -> dict[str, np.ndarray]:
@@ -559,24 +560,6 @@ PHOTOS = (WHOLE, "8 bits, per tensor", "8 bits, per channel")
 PHOTOS += ("6 bits, per channel", "4 bits, per channel", "50% zero")
 
 
-@functools.cache
-def _photos(name: str) -> Any:
-    """``pool``, ``valid`` and ``test``."""
-    size = runtime.pick(quick=32, cpu=224)
-    split = "valid" if name == "test" else "train"
-    file: Any = data.load("hymenoptera", split, bundled=QUICK, size=size)
-    if name == "test":
-        return file
-    return file.split([len(file) - 100, 100], seed=0)[name == "valid"]
-
-
-@functools.cache
-def _network() -> tuple[nn.Module, Callable]:
-    if QUICK:
-        return models.EfficientNetLite0().eval(), lambda x: x / 255
-    return models.load("efficientnet_lite0")
-
-
 def _changed(net: nn.Module, way: str, skip: tuple[str, ...]) -> nn.Module:
     if way == PHOTOS[-1]:
         prune(net, 0.5, skip=skip)
@@ -589,10 +572,10 @@ def _changed(net: nn.Module, way: str, skip: tuple[str, ...]) -> nn.Module:
 @functools.cache
 def _features(way: str, split: str) -> Tensor:
     """What the last layer reads of the photos; no seed changes it."""
-    body = copy.deepcopy(_network()[0])
+    body = copy.deepcopy(photo_network()[0])
     head = find_head(body)[0]
     body.set_submodule(head, nn.Identity())
-    look, x = _network()[1], _photos(split).x
+    look, x = photo_network()[1], photos_of(split).x
     net = _changed(body, way, (head,))
     parts = [predict(net, look(p), precision="fp32") for p in x.split(64)]
     return torch.cat(parts)
@@ -600,7 +583,7 @@ def _features(way: str, split: str) -> Tensor:
 
 def _probe(seed: int) -> nn.Module:
     """A linear probe on the whole network's features of half of the pool."""
-    net, pool = copy.deepcopy(_network()[0]), _photos("pool")
+    net, pool = copy.deepcopy(photo_network()[0]), photos_of("pool")
     replace_head(net, 2)
     half = np.random.default_rng(seed).permutation(len(pool))
     half = half[: len(pool) // 2]
@@ -616,16 +599,16 @@ def run_photo(
     from sklearn.linear_model import LogisticRegression
 
     torch.set_num_threads(1)
-    part = _photos(split)
+    part = photos_of(split)
     if way == MAJORITY:
-        most = _photos("pool").y.mode().values
+        most = photos_of("pool").y.mode().values
         return {"accuracy": (part.y == most).numpy()}
     if C is not None:
         flat = {
-            p: _tiny(_photos(p).x).flatten(1).numpy() for p in ("pool", split)
+            p: _tiny(photos_of(p).x).flatten(1).numpy() for p in ("pool", split)
         }
         fitted = LogisticRegression(C=C, max_iter=2000)
-        fitted.fit(flat["pool"], _photos("pool").y.numpy())
+        fitted.fit(flat["pool"], photos_of("pool").y.numpy())
         return {"accuracy": fitted.predict(flat[split]) == part.y.numpy()}
     with torch.no_grad():
         told = _probe(seed)(_features(way, split)).argmax(1)
@@ -652,7 +635,7 @@ def _photo(executor: Any) -> None:
         choose="accuracy",
         budget="a linear probe on half of the training photos",
         seeds=SEEDS,
-        n={split: len(_photos(split)) for split in COUNTS},
+        n={split: len(photos_of(split)) for split in COUNTS},
         executor=executor,
     )
 
@@ -936,10 +919,10 @@ def _priced_too(name: str) -> tuple:
     """A network for photos or a language model, with inputs."""
     kind, way = name.split(": ")
     if kind == "photos":
-        net = copy.deepcopy(_network()[0])
+        net = copy.deepcopy(photo_network()[0])
         replace_head(net, 2)
         net = _changed(net, way, (find_head(net)[0],))
-        x = _network()[1](_photos("test").x[:64])
+        x = photo_network()[1](photos_of("test").x[:64])
         parts = {1: list(x[:16].split(1)), 32: list(x.split(32))}
     else:
         net = _small_decoder(0, way)

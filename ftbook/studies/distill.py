@@ -41,8 +41,8 @@ from ftbook.distill import (
 )
 from ..finetune import find_head, freeze, replace_head, tune
 from ..regularize import set_dropout
-from . import run_named
-from .finetune import ByLength, classifier, reviews
+from . import bag_of_words, run_named
+from .finetune import ByLength, classifier, photos_of, reviews
 from .prompt import encoder
 from ..texts import TextClassifier, encode_texts
 from ..train import Settings, fit, predict
@@ -60,6 +60,7 @@ __all__ = [
     "run_transfer",
     "run_heat",
     "run_flips",
+    "photo_network",
     "run_photo",
     "main",
 ]
@@ -263,12 +264,7 @@ def _trained(
 # %% ../../nbs/19_distill.ipynb #19b00005
 def _counted(seed: int, way: str, C: float) -> Callable[[str], Tensor]:
     """Logistic regression on counted words: split -> log-probabilities."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    bag = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2))
-    fitted = make_pipeline(bag, LogisticRegression(C=C, max_iter=2000))
+    fitted = bag_of_words(C)
     few, _ = halves(seed)
     if way == "labels":
         fitted.fit(_at(few), train_set().y[few].numpy())
@@ -557,22 +553,24 @@ def _photos(name: str) -> Any:
             ]
         y = pool.y.repeat_interleave(VIEWS)
         return images.ImageSet(torch.cat(x), y, pool.classes)
-    split = "train" if name in ("pool", "valid") else "valid"
-    size = runtime.pick(quick=32, cpu=224)
-    file: Any = data.load("hymenoptera", split, bundled=QUICK, size=size)
-    if split == "valid":
-        return file
-    return file.split([len(file) - 100, 100], seed=0)[name == "valid"]
+    return photos_of(name)
+
+
+@functools.cache
+def photo_network() -> tuple[Any, Callable]:
+    """EfficientNet-Lite0 and what prepares its photos; in the quick profile
+    without pretrained weights.
+    """
+    if QUICK:
+        return models.EfficientNetLite0().eval(), lambda x: x / 255
+    return models.load("efficientnet_lite0")
 
 
 @functools.cache
 def _seen(name: str) -> Tensor:
     """What the head of EfficientNet-Lite0 reads of the photos of a part."""
     torch.set_num_threads(1)
-    net: Any = models.EfficientNetLite0()
-    prepare: Callable = lambda x: x / 255  # noqa: E731
-    if not QUICK:
-        net, prepare = models.load("efficientnet_lite0")
+    net, prepare = photo_network()
     body = copy.deepcopy(net)
     body.set_submodule(find_head(body)[0], nn.Identity())
     parts = [predict(body, prepare(x)) for x in _photos(name).x.split(64)]
@@ -679,16 +677,11 @@ def _timed(answer: Callable[[list[str]], Any]) -> dict[str, float]:
 
 def _costs(executor: Any) -> None:
     """Time and size of every student and of a teacher."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
     torch.set_num_threads(1)
     found: dict[str, dict] = {}
     texts, y = _texts("train"), train_set().y.numpy()
-    bag = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2))
-    linear = make_pipeline(bag, LogisticRegression()).fit(texts, y)
-    many = 2 * len(bag.vocabulary_) + 1
+    linear = bag_of_words(1.0).fit(texts, y)
+    many = 2 * len(linear[0].vocabulary_) + 1
     found[STUDENTS[0]] = _timed(linear.predict) | {"weights": many}
     for student in (*STUDENTS[1:], "teacher"):
         if student == "teacher":

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from .. import data, images, models, results, runtime
 from ..finetune import STRATEGIES, put_probe, replace_head, tune
-from . import run_named
+from . import bag_of_words, run_named
 from ..texts import TextClassifier, encode_texts, masked_mean
 from ..train import Settings, predict
 
 __all__ = [
     "reviews", "draw", "classifier", "fresh_head", "ByLength", "outputs",
-    "Upper", "lower", "coded", "below", "features", "run", "rows", "main",
+    "Upper", "lower", "coded", "below", "features", "run", "rows", "photos_of",
+    "main",
 ]  # fmt: skip
 
 CHAPTER = "08_finetune"
@@ -146,14 +147,23 @@ class Upper(nn.Module):
         self.layers = nn.ModuleList(net.body.encoder.layer[first:])
         self.head = net.head
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden states (N, T, H) and mask (N, T) to logits."""
+    @staticmethod
+    def through(
+        layers: nn.ModuleList, hidden: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What layers make of hidden states, and the mask that they saw."""
         mask = attention_mask[:, : int(attention_mask.sum(1).max())]
         h, seen = hidden[:, : mask.shape[1]], mask.to(hidden.dtype)
         hide = (1 - seen)[:, None, None] * torch.finfo(h.dtype).min
-        for layer in self.layers:
+        for layer in layers:
             h = layer(h, hide)
-        return self.head(masked_mean(h, mask))
+        return h, mask
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states (N, T, H) and mask (N, T) to logits."""
+        return self.head(
+            masked_mean(*self.through(self.layers, hidden, attention_mask))
+        )
 
 
 @torch.no_grad()
@@ -205,21 +215,16 @@ def _features(name: str) -> np.ndarray:
 # %% ../../nbs/08_finetune.ipynb #1a3d9f63
 def _linear(method: str, rows: Tensor, C: float) -> Callable:
     """Logistic regression on these training rows: part -> guesses."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
     train = reviews()["train"]
-    words = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2))
-    words.fit([train.texts[i] for i in rows.tolist()])
-
-    def inputs(name: str):
-        if method == "bag of words":
-            return words.transform(reviews()[name].texts)
-        return _features(name)
-
+    y = train.y[rows].numpy()
+    if method == "bag of words":
+        words = bag_of_words(C).fit([train.texts[i] for i in rows.tolist()], y)
+        return lambda name: words.predict(reviews()[name].texts)
     fitted = LogisticRegression(C=C, max_iter=2000)
-    fitted.fit(inputs("train")[rows.numpy()], train.y[rows].numpy())
-    return lambda name: fitted.predict(inputs(name))
+    fitted.fit(_features("train")[rows.numpy()], y)
+    return lambda name: fitted.predict(_features(name))
 
 # %% ../../nbs/08_finetune.ipynb #00b553d3
 PROBED = "probe first"
@@ -457,7 +462,7 @@ def _network() -> tuple:
 
 
 @functools.cache
-def _photos_of(name: str) -> images.ImageSet:
+def photos_of(name: str) -> images.ImageSet:
     """``pool``, ``valid`` and ``test``; ``noisy`` and ``blurred``: the test
     photos, changed.
     """
@@ -509,7 +514,7 @@ def _stem(name: str) -> Tensor:
         net.get_submodule, ("_conv_stem", "_bn0", "_blocks")
     )
     frozen = nn.Sequential(first, norm, nn.ReLU6(), blocks[:BEGIN])
-    photos = _photos_of(name).x.split(32)
+    photos = photos_of(name).x.split(32)
     return torch.cat([frozen(prepare(x)) for x in photos])
 
 
@@ -518,7 +523,7 @@ def _stem(name: str) -> Tensor:
 def _photo_features(name: str, method: str) -> np.ndarray:
     if method == "probe":
         return _Tail(_network()[0]).eval().features(_stem(name)).numpy()
-    x = nn.functional.interpolate(_photos_of(name).x.float(), 32, mode="area")
+    x = nn.functional.interpolate(photos_of(name).x.float(), 32, mode="area")
     return x.flatten(1).numpy() / 255
 
 # %% ../../nbs/08_finetune.ipynb #f1ff7420
@@ -528,7 +533,7 @@ def _photo_guess(
     """Fit one way on photos drawn with the seed: part -> guesses."""
     from sklearn.linear_model import LogisticRegression
 
-    pool = _photos_of("pool")
+    pool = photos_of("pool")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(pool), generator=generator)
     few = torch.cat([order[pool.y[order] == k][:SHOTS] for k in (0, 1)])
@@ -538,7 +543,7 @@ def _photo_guess(
         return lambda name: fitted.predict(_photo_features(name, method))
     if lr is None:
         top = int(pool.y.float().mean() > 0.5)
-        return lambda name: np.full(len(_photos_of(name)), top)
+        return lambda name: np.full(len(photos_of(name)), top)
     runtime.seed_everything(seed)
     tail, epochs = _Tail(_network()[0]), runtime.pick(quick=2, cpu=20)
     some: Any = {"lr": lr, "epochs": epochs, "batch_size": 10, "seed": seed}
@@ -560,8 +565,7 @@ def _run_photo(
         parts |= {"noisy": "noisy", "blurred": "blurred"}
     guess = _photo_guess(seed, method, lr, C)
     return {
-        k: guess(name) == _photos_of(name).y.numpy()
-        for k, name in parts.items()
+        k: guess(name) == photos_of(name).y.numpy() for k, name in parts.items()
     }
 
 # %% ../../nbs/08_finetune.ipynb #928c4a46
@@ -581,7 +585,7 @@ def _photo_rows(seeds: range) -> list[dict]:
 
 
 def _photos(executor) -> None:
-    sizes = {split: len(_photos_of(split)) for split in COUNTS}
+    sizes = {split: len(photos_of(split)) for split in COUNTS}
     budget = f"{2 * SHOTS} labels, 20 epochs of 2 batches"
     made = _photo_rows(TEN)
     some: Any = {"seeds": TEN, "budget": budget}

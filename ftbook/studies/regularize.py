@@ -40,7 +40,7 @@ from ftbook.regularize import (
     penalty,
     set_dropout,
 )
-from . import run_named
+from . import bag_of_words, run_named
 from .finetune import TOP, ByLength, Upper, lower, outputs
 from ..texts import TextClassifier, encode_texts
 from ..train import EarlyStopping, History, Settings, fit, predict
@@ -492,15 +492,11 @@ def _tuned(seed: int, method: str, strength: float, lr: float) -> dict:
 
 def _linear(seed: int, words: bool, C: float) -> dict:
     """Logistic regression on counted words or on frozen vectors: logits."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
 
     few = texts("train").per_class(PER_CLASS, seed=seed)
-    fitted: Any = LogisticRegression(C=C, max_iter=2000)
-    if words:
-        bag = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2))
-        fitted = make_pipeline(bag, fitted)
+    plain = LogisticRegression(C=C, max_iter=2000)
+    fitted: Any = bag_of_words(C) if words else plain
     read = _words if words else _vectors
     fitted.fit(read("train", seed), few.y.numpy())
     return {

@@ -23,7 +23,7 @@ from .. import ner, results, runtime
 from ..corpus import Corpus
 from ..finetune import put_probe
 from ..regularize import WeightAverage
-from . import finetune, regularize, run_named
+from . import bag_of_words, finetune, regularize, run_named
 from .ner import corpora, run_model
 from .ner import scores as tag_scores
 from .peft import SIZES, part
@@ -511,12 +511,7 @@ class Shared(nn.Module):
         self.layers = finetune.Upper(_plain(finetune.classifier(0))).layers
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        mask = attention_mask[:, : int(attention_mask.sum(1).max())]
-        h = hidden[:, : mask.shape[1]]
-        hide = (1 - mask.to(h.dtype))[:, None, None] * torch.finfo(h.dtype).min
-        for layer in self.layers:
-            h = layer(h, hide)
-        return h
+        return finetune.Upper.through(self.layers, hidden, attention_mask)[0]
 
 
 def trained(
@@ -592,19 +587,13 @@ def right(net: MultiTask, task: str, split: str) -> Any:
 # %% ../../nbs/18_together.ipynb #18b00008
 def _linear(task: str, seed: int, split: str, C: float) -> Any:
     """Counted words, or word shapes, with a logistic regression."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
     if task == TAGS:
         own, scored = _tagged("train", seed)[0], _tagged(split)[0]
         about = own, scored, scored
         return run_model(seed, "test", "word shapes", C, parts=about)["test_f1"]
     whole, n = part(task, "train"), TRAIN[task]
     drawn = whole.split([n, len(whole) - n], seed=seed)[0]
-    bag = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2))
-    fitted = make_pipeline(bag, LogisticRegression(C=C, max_iter=2000))
-    fitted.fit(drawn.texts, drawn.y.numpy())
+    fitted = bag_of_words(C).fit(drawn.texts, drawn.y.numpy())
     scored = part(task, split)
     return fitted.predict(scored.texts) == scored.y.numpy()
 
