@@ -147,6 +147,10 @@ WRONG = [
     ("together", "shares", (0.5, 0.3, 0.2)),
     ("together", "select", lambda p, y, rounds: (0, 1, 2, 3)),
     ("together", "select", lambda p, y, rounds: [0] * rounds),
+    ("adapt", "visible", {"covariate"}),
+    ("adapt", "distance", 0.6),
+    ("adapt", "positive", 0.31),
+    ("adapt", "surest", lambda logits, share: logits.argmax(1)),
 ]
 
 
