@@ -487,13 +487,10 @@ class Aligned(nn.Module):
 
     Examples
     --------
-    >>> class Net(nn.Linear):
-    ...     def forward(self, x):
-    ...         return super().forward(x)
-    >>> x = torch.randn(8, 3)
-    >>> both = Aligned(Net(3, 2), "mmd")
-    >>> source = {"x": x, "labels": torch.tensor([0, 1] * 4)}
-    >>> both(source=source, target={"x": x}).logits.shape
+    >>> net, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(8, 3)
+    >>> both = Aligned(net, "mmd")
+    >>> source = {"input": x, "labels": torch.tensor([0, 1] * 4)}
+    >>> both(source=source, target={"input": x}).logits.shape
     torch.Size([8, 2])
     """
 
@@ -779,8 +776,8 @@ def reweigh(logits: Tensor, weights: Any) -> Tensor:
 
     Examples
     --------
-    >>> reweigh(torch.zeros(1, 2), [0.5, 1.5]).softmax(1).tolist()
-    [[0.25, 0.75]]
+    >>> reweigh(torch.zeros(1, 2), [0.5, 1.5]).softmax(1)
+    tensor([[0.2500, 0.7500]])
     """
     w = torch.as_tensor(np.asarray(weights, dtype=np.float64))
     if w.shape != logits.shape[-1:] or bool((w < 0).any()) or not w.sum() > 0:
