@@ -49,7 +49,6 @@ from .finetune import find_head
 from .losses import cross_entropy
 from .mlm import pack, pretrain
 from .regularize import refresh_batchnorm
-from .together import out_of_fold
 from .train import History, Settings
 
 # %% ../nbs/21_adapt.ipynb #21a00003
@@ -364,12 +363,16 @@ def density_weights(
     >>> bool(weights[-1] > 1 > weights[0])
     True
     """
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
     if not 0 <= power:
         raise ValueError(f"power={power}: give 0 or more, 1 for plain weights")
     a, b = _vectors(source, target, least=10)
     domain = np.repeat((0, 1), (len(a), len(b)))
     x = np.concatenate((a, b))
-    said = out_of_fold(lambda: _telling(C), x, domain, 5, seed)[: len(a)]
+    parts = StratifiedKFold(5, shuffle=True, random_state=seed)
+    how: dict[str, Any] = {"cv": parts, "method": "predict_proba"}
+    said = cross_val_predict(_telling(C), x, domain, **how)[: len(a)]
     said = said.clip(1e-9)
     weights = (said[:, 1] / said[:, 0]) ** power
     return weights / weights.mean()

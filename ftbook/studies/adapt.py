@@ -46,14 +46,14 @@ from ..vision import SHIFTS
 from ..vision import features as photo_features
 
 __all__ = [
+    "mildest",
+    "hardest",
     "domain",
     "other",
     "read",
     "source_only",
     "run",
     "rows",
-    "mildest",
-    "hardest",
     "run_labels",
     "run_wise",
     "run_priors",
@@ -236,21 +236,21 @@ def _train(
     return net
 
 
-Answer = Callable[[str, str], Tensor]
+_Answer = Callable[[str, str], Tensor]
 
 
-def _answers(net: nn.Module, read=read) -> Answer:
+def _answers(net: nn.Module, read=read) -> _Answer:
     """(domain, split) -> logits, each computed once."""
     return functools.cache(lambda name, split: outputs(net, read(name, split)))
 
 
 @functools.lru_cache(8)
-def source_only(seed: int, source: str, lr: float) -> Answer:
+def source_only(seed: int, source: str, lr: float) -> _Answer:
     """Logits of a model that was tuned on the source and nothing else."""
     return _answers(_train(seed, _drawn(seed, source, LABELED), lr))
 
 
-def _bag(seed: int, source: str, C: float) -> Answer:
+def _bag(seed: int, source: str, C: float) -> _Answer:
     """Logistic regression on counted words of the labeled sentences."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -267,7 +267,7 @@ def _bag(seed: int, source: str, C: float) -> Answer:
     )
 
 
-def _constant(source: str) -> Answer:
+def _constant(source: str) -> _Answer:
     """Always the most frequent class of the source."""
     y = domain(source)["train"].y
     said = y.bincount(minlength=2).double().log()
@@ -276,7 +276,7 @@ def _constant(source: str) -> Answer:
 # %% ../../nbs/21_adapt.ipynb #21b00004
 def _adapted(
     seed: int, source: str, way: str, lr: float, strength: float
-) -> Answer:
+) -> _Answer:
     """Train one way; no label of the target is used, except by `ORACLE`."""
     target = other(source)
     check_classes(domain(source)["train"], domain(target)["train"])
@@ -306,7 +306,7 @@ def _adapted(
     return _answers(_train(seed, given, lr, how, strength, unlabeled))
 
 
-def _right(answer: Answer, name: str, split: str) -> np.ndarray:
+def _right(answer: _Answer, name: str, split: str) -> np.ndarray:
     """Which sentences are right."""
     y = domain(name)[split].y
     return (answer(name, split).argmax(1) == y).double().numpy()
@@ -322,7 +322,7 @@ def _home_weights(source: str) -> np.ndarray:
 HUNDRED = runtime.pick(quick=8, cpu=100)
 
 
-def _judged(answer: Answer, source: str, way: str) -> dict[str, Any]:
+def _judged(answer: _Answer, source: str, way: str) -> dict[str, Any]:
     """What may choose, "known", and what other judges would say. "hundred" and
     "cheat" look at labels of the target, and choose nothing in the tables.
     """
@@ -370,7 +370,7 @@ def run(
 
 
 def _shares_of(
-    answer: Answer, source: str, logits: Tensor, how: str = "moments"
+    answer: _Answer, source: str, logits: Tensor, how: str = "moments"
 ) -> np.ndarray:
     """How much more frequent each class is where these logits come from."""
     y = domain(source)["valid"].y
