@@ -453,6 +453,25 @@ def reverse_gradient(x: Tensor, weight: float = 1.0) -> Tensor:
     """
     return _Reverse.apply(x, float(weight))
 
+# %% ../nbs/21_adapt.ipynb #21a00015
+def _check_parts(source: Any, target: Any, how: str | None) -> None:
+    """A batch that `Aligned` can use."""
+    if not isinstance(source, Mapping) or "labels" not in source:
+        raise ValueError(
+            'source must be a dict of tensors with "labels"; got '
+            f"{sorted(source) if isinstance(source, Mapping) else type(source)}"
+        )
+    if how and target is None:
+        raise ValueError(
+            f"how={how!r} compares both domains, and there is no target; pass "
+            "target={...}, or how=None"
+        )
+    if target is not None and "labels" in target:
+        raise ValueError(
+            "the target has labels, which this way does not use; leave them "
+            "out, or train on them as a source (chapter 8)"
+        )
+
 # %% ../nbs/21_adapt.ipynb #21a00010
 class _Joint(NamedTuple):
     """The loss, the source's logits, and how far the domains are apart."""
@@ -572,25 +591,6 @@ class Aligned(nn.Module):
             loss = loss + (1.0 if self.judge else self.rate()) * apart
         self.done += self.training
         return _Joint(loss, logits, apart)
-
-
-def _check_parts(source: Any, target: Any, how: str | None) -> None:
-    """A batch that `Aligned` can use."""
-    if not isinstance(source, Mapping) or "labels" not in source:
-        raise ValueError(
-            'source must be a dict of tensors with "labels"; got '
-            f"{sorted(source) if isinstance(source, Mapping) else type(source)}"
-        )
-    if how and target is None:
-        raise ValueError(
-            f"how={how!r} compares both domains, and there is no target; pass "
-            "target={...}, or how=None"
-        )
-    if target is not None and "labels" in target:
-        raise ValueError(
-            "the target has labels, which this way does not use; leave them "
-            "out, or train on them as a source (chapter 8)"
-        )
 
 # %% ../nbs/21_adapt.ipynb #21a00011
 def pseudo_labels(logits: Tensor, threshold: float = 0.9) -> Tensor:

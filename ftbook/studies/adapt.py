@@ -338,7 +338,7 @@ def _judged(answer: _Answer, source: str, way: str) -> dict[str, Any]:
         "cheat": _right(answer, target, "test"),
     }
 
-
+# %% ../../nbs/21_adapt.ipynb #21b00008
 def run(
     seed: int,
     split: str,
@@ -488,7 +488,7 @@ def _wise(executor: Any) -> None:
         made += [{"source": source, "alpha": a} for a in ALPHAS]
     _study(run_wise, made, "wise", executor, choose="accuracy")
 
-
+# %% ../../nbs/21_adapt.ipynb #21b00009
 POSITIVE = runtime.pick(quick=(0.3, 0.7), cpu=(0.1, 0.3, 0.5, 0.7, 0.9))
 CORRECTED = ("uncorrected", "BBSE", "likelihood", "true shares")
 MIXED = runtime.pick(quick=8, cpu=400)  # sentences of each such test set
