@@ -152,6 +152,10 @@ WRONG = [
     ("compress", "rounded", (1.0, -0.4, 0.2)),
     ("compress", "rank", 192),
     ("compress", "clipped_scale", lambda w, bits, share: w.abs().max() / 2 ** (bits - 1)),
+    ("adapt", "visible", {"covariate"}),
+    ("adapt", "distance", 0.6),
+    ("adapt", "positive", 0.31),
+    ("adapt", "surest", lambda logits, share: logits.argmax(1)),
 ]
 
 

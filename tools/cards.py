@@ -34,6 +34,7 @@ DRAWN = {
     "18": "M4 4h14v8H4zM25 4h14v8H25zM46 4h14v8H46zM11 12l16 11M32 12v11M53 12L37 23M24 23h16v9H24z",  # several in one
     "19": "M4 4h26v28H4zM34 18h8M39 15l3 3-3 3M46 12h14v12H46z",  # a large one teaches a small one
     "20": "M4 4h28v28H4zM38 18h8M43 15l3 3-3 3M50 12h10v12H50z",  # the same, smaller
+    "21": "M4 18a12 10 0 1 0 24 0a12 10 0 1 0-24 0M36 18a12 10 0 1 0 24 0a12 10 0 1 0-24 0M29 18h5M31 15l3 3-3 3",  # two domains
 }
 
 
