@@ -1633,6 +1633,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'ftbook.studies.adversarial._body': ('adversarial.html#_body', 'ftbook/studies/adversarial.py'),
                                             'ftbook.studies.adversarial._chosen': ( 'adversarial.html#_chosen',
                                                                                     'ftbook/studies/adversarial.py'),
+                                            'ftbook.studies.adversarial._copies': ( 'adversarial.html#_copies',
+                                                                                    'ftbook/studies/adversarial.py'),
                                             'ftbook.studies.adversarial._counts': ( 'adversarial.html#_counts',
                                                                                     'ftbook/studies/adversarial.py'),
                                             'ftbook.studies.adversarial._edited': ( 'adversarial.html#_edited',

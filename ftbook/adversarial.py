@@ -90,6 +90,50 @@ def _uphill(slope: Tensor, norm: str) -> Tensor:
         return slope.sign()
     return slope / _length(slope).clamp(min=1e-12)
 
+# %% ../nbs/22_adversarial.ipynb #22a00005
+def check_attack(
+    model: Any,
+    x: Tensor,
+    eps: float,
+    norm: str,
+    bounds: tuple[float, float] | None,
+) -> None:
+    """Refuse what would make an attack's result mean something else.
+
+    The arguments are those of `pgd`.
+    """
+    if not torch.is_floating_point(x):
+        raise TypeError(
+            f"x is {x.dtype}; an attack moves numbers continuously: give "
+            "floats, images as ftbook.images.as_images makes them"
+        )
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    if any(m.training for m in parts):
+        raise ValueError(
+            f"{type(model).__name__} is in train mode: dropout would hide "
+            "the gradient, and batch norm would learn from the attack. Call "
+            "model.eval() first"
+        )
+    project(x[:0], eps, norm)
+    if bounds is None:
+        return
+    low, high = bounds
+    if len(x) and not low - 1e-6 <= x.min() <= x.max() <= high + 1e-6:
+        raise ValueError(
+            f"x goes from {x.min():.3g} to {x.max():.3g}, its range is {low:g} "
+            f"to {high:g}: attack what the camera saw, and put the "
+            "normalization into the model (ftbook.vision.Normalized), or give "
+            "bounds="
+        )
+    widest = high - low
+    if norm == "l2":
+        widest *= math.sqrt(math.prod(x.shape[1:]))
+    if eps > widest:
+        raise ValueError(
+            f"eps={eps:g} reaches beyond the whole range, {widest:.3g} "
+            f"wide in {norm}. For bytes from 0 to 255 divide by 255"
+        )
+
 # %% ../nbs/22_adversarial.ipynb #22a00004
 def fgsm(
     model: Callable[[Tensor], Tensor],
@@ -167,50 +211,6 @@ def _gradient(
 
 def _inside(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     return x.detach() if bounds is None else x.detach().clamp(*bounds)
-
-# %% ../nbs/22_adversarial.ipynb #22a00005
-def check_attack(
-    model: Any,
-    x: Tensor,
-    eps: float,
-    norm: str,
-    bounds: tuple[float, float] | None,
-) -> None:
-    """Refuse what would make an attack's result mean something else.
-
-    The arguments are those of `pgd`.
-    """
-    if not torch.is_floating_point(x):
-        raise TypeError(
-            f"x is {x.dtype}; an attack moves numbers continuously: give "
-            "floats, images as ftbook.images.as_images makes them"
-        )
-    parts = model.modules() if isinstance(model, nn.Module) else ()
-    if any(m.training for m in parts):
-        raise ValueError(
-            f"{type(model).__name__} is in train mode: dropout would hide "
-            "the gradient, and batch norm would learn from the attack. Call "
-            "model.eval() first"
-        )
-    project(x[:0], eps, norm)
-    if bounds is None:
-        return
-    low, high = bounds
-    if len(x) and not low - 1e-6 <= x.min() <= x.max() <= high + 1e-6:
-        raise ValueError(
-            f"x goes from {x.min():.3g} to {x.max():.3g}, its range is {low:g} "
-            f"to {high:g}: attack what the camera saw, and put the "
-            "normalization into the model (ftbook.vision.Normalized), or give "
-            "bounds="
-        )
-    widest = high - low
-    if norm == "l2":
-        widest *= math.sqrt(math.prod(x.shape[1:]))
-    if eps > widest:
-        raise ValueError(
-            f"eps={eps:g} reaches beyond the whole range, {widest:.3g} "
-            f"wide in {norm}. For bytes from 0 to 255 divide by 255"
-        )
 
 # %% ../nbs/22_adversarial.ipynb #22a00006
 def pgd(

@@ -41,7 +41,7 @@ from ftbook.explain import (
     swap_gaps,
 )
 from ftbook.studies import adversarial as study
-from ftbook.texts import TextClassifier, encode_texts
+from ftbook.texts import TextClassifier, encode_texts, sentence_vectors
 from ftbook.train import Settings, fit
 
 PLAN = Settings(precision="fp32", weight_decay=0.0, progress=False)
@@ -109,10 +109,10 @@ def test_against_a_linear_model_one_step_takes_the_dual_norm(norm, dual):
     def model(v):
         return torch.cat((torch.zeros(len(v), 1), v @ w.T), 1)
 
-    for attack in (fgsm, pgd):
+    for attack, close in ((fgsm, 1e-4), (pgd, 0.03)):  # many steps come near it
         found = attack(model, x, y, 0.3, norm=norm, bounds=None)
         fell = (model(x) - model(found))[0, 1].item()
-        assert fell == pytest.approx(0.3 * w.norm(p=dual).item(), rel=1e-3)
+        assert fell == pytest.approx(0.3 * w.norm(p=dual).item(), rel=close)
 
 
 def test_random_starts_fill_the_ball_and_come_again_with_the_seed():
@@ -124,7 +124,8 @@ def test_random_starts_fill_the_ball_and_come_again_with_the_seed():
         assert inner == pytest.approx(0.25, abs=0.03), "a quarter of the area"
     net, x, y = network(), torch.rand(3, 16), torch.zeros(3).long()
     assert torch.equal(pgd(net, x, y, 0.1, seed=3), pgd(net, x, y, 0.1, seed=3))
-    assert not torch.equal(pgd(net, x, y, 0.1, steps=1, seed=3), pgd(net, x, y, 0.1, steps=1, seed=4))
+    short = {"steps": 1, "step": 0.01}
+    assert not torch.equal(pgd(net, x, y, 0.1, seed=3, **short), pgd(net, x, y, 0.1, seed=4, **short))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,9 @@ def test_one_step_is_foolboxs_fgsm(pictures):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_points_are_those_of_torchattacks(norm, pictures):
-    torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is in the bench extra")
+    torchattacks = pytest.importorskip(
+        "torchattacks", reason="no extra has torchattacks, which pins an old requests: install it with --no-deps"
+    )
     net, (x, y) = network(), pictures
     if norm == "linf":
         attack = torchattacks.PGD(net, eps=0.2, alpha=0.05, steps=10, random_start=False)
@@ -279,17 +282,18 @@ def test_a_batch_is_attacked_in_eval_mode_and_trained_in_train_mode(pictures):
 
 def test_training_on_attacks_withstands_them():
     torch.manual_seed(0)
-    far = torch.randint(2, (400, 1)).float()
-    weak = far + 0.02 * torch.randn(400, 20)  # many inputs, each a little bent by the class
-    x = torch.cat((0.5 + 0.3 * (far - 0.5), 0.5 + 0.1 * (weak - 0.5)), 1).clamp(0, 1)
-    y, left = far[:, 0].long(), {}
-    for name in ("plain", "attacked"):
+    y = torch.randint(2, (200,))
+    far = y[:, None].float()
+    weak = 0.45 + 0.1 * far + 0.002 * torch.randn(200, 20)  # many inputs, each a little bent by the class
+    x, left = torch.cat((0.35 + 0.3 * far, weak), 1), []
+    for attacked in (False, True):
         torch.manual_seed(0)
         net = nn.Linear(21, 2)
-        worst = Attacked(net, 0.1, steps=3) if name == "attacked" else None
-        fit(net, (x, y), epochs=40, lr=0.05, settings=Settings(precision="fp32", progress=False, transform=worst))
-        left[name] = withstands(net.eval(), x, y, 0.1, seed=0).float().mean().item()
-    assert left["plain"] < 0.5 < 0.8 < left["attacked"]
+        plan = Settings(precision="fp32", progress=False, transform=Attacked(net, 0.1, steps=2) if attacked else None)
+        fit(net, (x, y), epochs=30, lr=0.05, batch_size=100, settings=plan)
+        assert (net.eval()(x).argmax(1) == y).all()
+        left.append(withstands(net, x, y, 0.1, seed=0).float().mean().item())
+    assert left[0] < 0.7 and left[1] > 0.95
 
 
 def test_copies_for_agreement_carry_no_label_and_validation_is_plain(pictures):
@@ -459,16 +463,16 @@ def test_copies_with_typos_differ_in_one_word_each():
     assert with_typos("is it so", 3, random.Random(0)) == [], "short words stay"
 
 
-def test_synonyms_that_move_the_meaning_far_are_left_out(bert):
-    _, _, tokenizer = bert
+def test_synonyms_that_move_the_meaning_far_are_left_out():
     encoder = models.load("bert_mini_en")
     text = "a charming and often affecting journey"
     every = with_synonyms(text, 8, random.Random(0))
     assert every and all(t != text for t in every)
     assert with_synonyms(text, 8, random.Random(0), encoder, -1.0) == every
     assert with_synonyms(text, 8, random.Random(0), encoder, 1.01) == []
-    some = with_synonyms(text, 8, random.Random(0), encoder, 0.9)
-    assert set(some) <= set(every)
+    some = with_synonyms(text, 8, random.Random(0), encoder, 0.97)
+    vectors = sentence_vectors([text, *some], *encoder)
+    assert (F.cosine_similarity(vectors[1:], vectors[:1]) >= 0.97 - 1e-6).all()
 
 
 def counter(texts):
@@ -517,22 +521,18 @@ def test_a_gap_is_the_difference_in_log_odds():
 
 def test_pairs_that_should_be_alike_become_so(bert):
     net, inputs, tokenizer = bert
-    net = copy.deepcopy(net)
     a, b = counterparts(["{} sang.", "we saw {} there."], ["ann", "kate"], ["bill", "jeff"])
-
-    def answer(texts):
-        with torch.no_grad():
-            return net.eval()(**encode_texts(texts, tokenizer))
-
-    torch.manual_seed(0)
-    with torch.no_grad():
-        net.head.weight *= 20
-    before = swap_gaps(answer, a, b).difference.abs().mean()
-    pairs = SwapPairs(encode_texts(a, tokenizer), encode_texts(b, tokenizer), weight=10.0, per_batch=4)
-    plan = Settings(precision="fp32", progress=False, transform=pairs.transform)
-    data = [inputs | {"labels": torch.tensor([0, 1, 0])}]
-    fit(net, data, loss=pairs.loss, epochs=12, lr=3e-4, settings=plan)
-    assert swap_gaps(answer, a, b).difference.abs().mean() < before / 2
+    both = [encode_texts(t, tokenizer) for t in (a, b)]
+    data, left = [inputs | {"labels": torch.tensor([0, 1, 0])}], []
+    for weight in (0.0, 30.0):
+        tuned = copy.deepcopy(net)
+        pairs = SwapPairs(*both, weight=weight, per_batch=4)
+        plan = Settings(precision="fp32", progress=False, transform=pairs.transform)
+        fit(tuned, data, loss=pairs.loss, epochs=8, lr=3e-4, settings=plan)
+        tuned.eval()
+        gaps = swap_gaps(lambda t, m=tuned: m(**encode_texts(t, tokenizer)), a, b)
+        left.append(gaps.difference.abs().mean().item())
+    assert left[1] < left[0] / 2
 
 
 def test_pairs_add_to_the_loss_what_they_are_apart():
@@ -573,7 +573,9 @@ def test_integrated_gradients_of_embeddings_are_captums(bert):
     vectors, blanks, answer = embedded(net, inputs, tokenizer.mask_token_id)
     target = torch.tensor([0, 1, 1])
     ours = integrated_gradients(answer, vectors, target, blanks, steps=8)
-    theirs = captum.IntegratedGradients(answer).attribute(vectors, blanks, target, n_steps=8, method="riemann_middle")
+    theirs = captum.IntegratedGradients(answer).attribute(
+        vectors, blanks, target, n_steps=8, method="riemann_middle", internal_batch_size=3
+    )
     assert torch.allclose(ours, theirs.float(), atol=1e-5)
     with torch.no_grad():
         assert torch.allclose(answer(vectors), net(**inputs), atol=1e-5)

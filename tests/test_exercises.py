@@ -147,6 +147,12 @@ WRONG = [
     ("together", "shares", (0.5, 0.3, 0.2)),
     ("together", "select", lambda p, y, rounds: (0, 1, 2, 3)),
     ("together", "select", lambda p, y, rounds: [0] * rounds),
+    ("adversarial", "failing", {"steps", "noise"}),
+    ("adversarial", "lowest", 0.35),
+    ("adversarial", "projected", [3, 0, -4]),
+    ("adversarial", "passes", 35_000),
+    ("adversarial", "toward", lambda model, x, goal, eps: x),
+    ("adversarial", "toward", lambda model, x, goal, eps: x + 1),
 ]
 
 

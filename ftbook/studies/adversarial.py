@@ -87,7 +87,7 @@ QUICK = runtime.profile() == "quick"  # there substitutes stand in for the data
 EPS = 0.1  # of the range of a pixel, in the largest norm
 RADII = (0.025, 0.05, 0.1, 0.15, 0.2)
 SEEDS = runtime.pick(quick=(0, 1), cpu=(0, 1, 2))
-PASSES = runtime.pick(quick=14, cpu=1800)  # of a batch, forward and back
+PASSES = runtime.pick(quick=14, cpu=1500)  # of a batch, forward and back
 BATCH = 64
 SHOTS = runtime.pick(quick=2, cpu=20)  # steps of the attacks that measure
 PLAN = Settings(schedule="linear", warmup=0.1, progress=False)
@@ -433,8 +433,8 @@ TEXT_RATES = runtime.pick(quick=[1e-4, 3e-4], cpu=[3e-5, 1e-4, 3e-4, 1e-3])
 STEPS_OF = runtime.pick(quick=[0.1, 1.0], cpu=[0.1, 0.3, 1.0, 3.0])
 FINE = runtime.pick(quick=[0.01, 0.1], cpu=[0.003, 0.01, 0.03, 0.1])
 SLIPS = runtime.pick(quick=[1, 2], cpu=[1, 2, 4, 8])
-EDITED = runtime.pick(quick=4, cpu=60)  # test sentences that are edited
-TRIES = runtime.pick(quick=3, cpu=16)  # copies proposed for each edit
+EDITED = runtime.pick(quick=4, cpu=40)  # test sentences that are edited
+TRIES = runtime.pick(quick=3, cpu=12)  # copies proposed for each edit
 CLOSE = 0.9  # least cosine of a sentence with swapped words
 SHORT, FREELB = "plain, a third of the steps", "FreeLB"
 VAT, SMART, SLIPPED = "VAT", "SMART", "typos"
@@ -524,18 +524,20 @@ EDITS: dict[str, Callable] = {
 }
 
 
+@functools.cache
+def _copies(kind: str, text: str) -> list[str]:
+    """The copies that are proposed for a text, the same for every model."""
+    return EDITS[kind](text, TRIES, random.Random(text))
+
+
 def _edited(net: nn.Module, kind: str) -> list:
     """What the edits of a kind make of the sentences."""
     answer, part = text_answers(net), _to_edit()
-    found = []
-    for text, y in zip(part.texts, part.y.tolist(), strict=True):
-        rng = random.Random(len(found))
-
-        def propose(now: str, rng=rng) -> list[str]:
-            return EDITS[kind](now, TRIES, rng)
-
-        found.append(edit_attack(answer, text, y, propose))
-    return found
+    propose = functools.partial(_copies, kind)
+    return [
+        edit_attack(answer, text, y, propose)
+        for text, y in zip(part.texts, part.y.tolist(), strict=True)
+    ]
 
 # %% ../../nbs/22_adversarial.ipynb #22b00007
 def _right(net: nn.Module, name: str) -> np.ndarray:
