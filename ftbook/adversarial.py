@@ -17,9 +17,9 @@ True
 # %% ../nbs/22_adversarial.ipynb #22a00001
 __all__ = [
     "project",
+    "check_attack",
     "fgsm",
     "pgd",
-    "check_attack",
     "withstands",
     "Attacked",
     "Agree",

@@ -67,16 +67,16 @@ from ..vision import TwoConvCNN
 __all__ = [
     "photos",
     "trained",
-    "Rounded",
     "run",
     "rows",
     "run_fast",
+    "Rounded",
     "run_transfer",
     "tuned",
     "text_answers",
-    "name_pairs",
     "run_text",
     "text_rows",
+    "name_pairs",
     "run_swaps",
     "run_reasons",
     "main",
@@ -165,7 +165,7 @@ class _Batches:
         for rows in order.split(self.size)[: len(self)]:
             yield self.x[rows], self.y[rows]
 
-
+# %% ../../nbs/22_adversarial.ipynb #22b00011
 def trained(
     seed: int,
     method: str,
@@ -499,7 +499,7 @@ def tuned(
 
 ALIKE = "pairs alike"
 
-
+# %% ../../nbs/22_adversarial.ipynb #22b00012
 def text_answers(net: nn.Module) -> Callable[[Sequence[str]], Tensor]:
     """Texts -> logits."""
     tokenizer = encoder()[1]
@@ -657,6 +657,8 @@ SAID = {
         "{} left before the end .",
     ),
 }
+
+# %% ../../nbs/22_adversarial.ipynb #22b00013
 FROZEN = "before tuning"
 PULLS = runtime.pick(quick=(1.0,), cpu=(0.3, 3.0, 30.0))
 
