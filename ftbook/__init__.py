@@ -21,7 +21,7 @@ PUBLIC = {
     "models": "",
     "losses": "mse bce_with_logits cross_entropy focal label_smoothing distillation_kl info_nce dpo calibration_error",
     "optim": "SGD AdaGrad RMSProp Adam AdamW Lion Muon range_test",
-    "texts": "TextClassifier encode_texts",
+    "texts": "TextClassifier encode_texts read_table",
     "batches": "",
     "compute": "",
     "scoring": "",

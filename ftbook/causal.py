@@ -645,7 +645,8 @@ class KneserNey:
                 longer = levels[k + 1][1]
                 times = np.bincount(gram[longer + 1], minlength=len(keys))
             once, twice = (times == 1).sum(), (times == 2).sum()
-            discount = once / (once + 2 * twice) if k and once else 0.0
+            # half a count where nothing stood once, as in a text given twice
+            discount = once / (once + 2 * twice) if once else 0.5
             context = keys // vocab
             total = np.bincount(context, times, contexts)
             kinds = np.bincount(context[times > 0], minlength=contexts)

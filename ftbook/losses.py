@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .runtime import check_value
+
 # %% ../nbs/02_math.ipynb #7750f2f2
 def mse(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     """Squared error, equation (2.14).
@@ -334,7 +336,7 @@ def distillation_kl(
     student = _check_float("student_logits", student_logits)
     teacher = _check_float("teacher_logits", teacher_logits)
     _check_same_shape(student, teacher)
-    _check_positive("temperature", temperature)
+    check_value("temperature", temperature, "positive")
     dim = _class_dim(student)
     log_p = (teacher.detach() / temperature).log_softmax(dim)
     log_q = (student / temperature).log_softmax(dim)
@@ -379,7 +381,7 @@ def info_nce(
             "anchors and positives must have shape (N, D), a pair per row, "
             f"got {tuple(anchors.shape)}; flatten them first"
         )
-    _check_positive("temperature", temperature)
+    check_value("temperature", temperature, "positive")
     a, b = (torch.nn.functional.normalize(v) for v in (anchors, positives))
     partner = torch.arange(len(a), device=a.device)
     return cross_entropy(a @ b.T / temperature, partner, reduction=reduction)
@@ -430,7 +432,7 @@ def dpo(
         _check_same_shape(ours, chosen)
         _check_same_shape(theirs, chosen)
         gains.append(ours - theirs.detach())
-    _check_positive("beta", beta)
+    check_value("beta", beta, "positive")
     margin = beta * (gains[0] - gains[1])
     return bce_with_logits(margin, torch.ones_like(margin), reduction=reduction)
 
@@ -653,11 +655,6 @@ def _per_class(weight: Tensor, like: Tensor) -> Tensor:
     return weight.view(shape)
 
 # %% ../nbs/02_math.ipynb #da9381ee
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be > 0, got {value}")
-
-
 def _check_probabilities(probabilities: Tensor, target: Tensor) -> None:
     """Refuse what is no table of probabilities with a label for each row."""
     if (

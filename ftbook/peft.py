@@ -55,7 +55,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .compute import HEADS, evaluating
 from .finetune import find_head, hold_batchnorm, select
-from .runtime import atomic_write
+from .runtime import atomic_write, check_value
 
 # %% ../nbs/11_peft.ipynb #a4371281
 _Weighted = Any  # a module with a weight, perhaps with a bias
@@ -474,13 +474,6 @@ def _make_whole(method: Method, name: str, what: str = "") -> None:
         )
     object.__setattr__(method, name, int(value))
 
-
-def _check_positive(**numbers: float) -> None:
-    """Raise ValueError for the first number that is not above 0."""
-    for name, value in numbers.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value}: give a number above 0")
-
 # %% ../nbs/11_peft.ipynb #9d3e7f6f
 @dataclass(frozen=True)
 class LoRA(Method):
@@ -516,7 +509,7 @@ class LoRA(Method):
 
     def __post_init__(self):
         _make_whole(self, "r", "rank ")
-        _check_positive(alpha=self.alpha)
+        check_value("alpha", self.alpha, "positive")
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"dropout={self.dropout}: give a probability from 0 up to, not "
@@ -875,7 +868,7 @@ class PromptTuning(Method):
 
     def __post_init__(self):
         _make_whole(self, "length")
-        _check_positive(std=self.std)
+        check_value("std", self.std, "positive")
 
 # %% ../nbs/11_peft.ipynb #cd88b898
 class _PrefixCache:

@@ -44,6 +44,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .causal import Decoder, generate
 from .compute import evaluating
+from .losses import cross_entropy
+from .runtime import check_value
 
 # %% ../nbs/14_preference.ipynb #14a00005
 def policy_gradient(logits: Tensor, target: Tensor) -> Tensor:
@@ -56,6 +58,12 @@ def policy_gradient(logits: Tensor, target: Tensor) -> Tensor:
     target : Tensor (B, 2)
         Action number and advantage.
 
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, an action is not among the A, or an advantage is
+        no finite number.
+
     References
     ----------
     R. J. Williams (1992), Simple statistical gradient-following algorithms for
@@ -67,9 +75,28 @@ def policy_gradient(logits: Tensor, target: Tensor) -> Tensor:
     >>> round(loss.item(), 4)  # -2 log(1/2)
     1.3863
     """
+    if logits.ndim != 2 or target.shape != (len(logits), 2):
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} and a target of shape "
+            f"{tuple(target.shape)}: give (B, A), and (B, 2) with the number "
+            "of the action and its advantage"
+        )
+    _check_finite(target=target)
     action, advantage = target[:, 0].long(), target[:, 1]
-    paid = F.cross_entropy(logits.float(), action, reduction="none")
+    paid = cross_entropy(logits, action, reduction="none")
     return (advantage * paid).mean()
+
+
+def _check_finite(**given: Tensor) -> None:
+    """Refuse what is measured and no number; what is trained, `fit` watches."""
+    for name, value in given.items():
+        if value.requires_grad or value.device.type != "cpu":
+            continue  # elsewhere a look would wait for the device
+        if bad := int((~value.isfinite()).sum()):
+            raise ValueError(
+                f"{name}: {bad} of {value.numel()} are NaN or infinite; give "
+                "finite numbers, and leave out what could not be judged"
+            )
 
 # %% ../nbs/14_preference.ipynb #14a00003
 class CartPole:
@@ -106,10 +133,8 @@ class CartPole:
     """
 
     def __init__(self, games: int = 1, seed: int = 0, limit: int = 500):
-        if games < 1 or limit < 1:
-            raise ValueError(
-                f"games={games}, limit={limit}: give at least one of each"
-            )
+        check_value("games", games, "count")
+        check_value("limit", limit, "count")
         draws = np.random.default_rng(seed)
         self.limit, self.pushes = limit, 0
         self.state = draws.uniform(-0.05, 0.05, (games, 4))
@@ -282,6 +307,7 @@ def bradley_terry(scores: Tensor, target: Any = None) -> Tensor:
     >>> round(bradley_terry(torch.tensor([1.0, 0.0])).item(), 4)
     0.3133
     """
+    _check_finite(scores=scores)
     better, worse = _pairs(scores.flatten())
     return -F.logsigmoid(better - worse).mean()
 
@@ -318,7 +344,13 @@ def ipo(
     >>> ipo(one, one - 5, one, one, beta=0.1).item()  # margin 5 = 1 / 0.2
     0.0
     """
-    _check_positive(beta=beta)
+    check_value("beta", beta, "positive")
+    _check_alike(
+        chosen=chosen,
+        rejected=rejected,
+        reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected,
+    )
     gain = chosen - reference_chosen.detach()
     loss = rejected - reference_rejected.detach()
     return (gain - loss - 0.5 / beta).square().mean()
@@ -327,8 +359,8 @@ def ipo(
 def simpo(
     chosen: Tensor,
     rejected: Tensor,
-    chosen_length: Tensor,
-    rejected_length: Tensor,
+    chosen_length: Tensor | int,
+    rejected_length: Tensor | int,
     *,
     beta: float = 2.0,
     gamma: float = 1.0,
@@ -339,8 +371,8 @@ def simpo(
     ----------
     chosen, rejected : Tensor (N,)
         Log-probabilities of whole answers.
-    chosen_length, rejected_length : Tensor (N,)
-        Their numbers of pieces.
+    chosen_length, rejected_length : Tensor (N,) or int
+        Their numbers of pieces; one number, if all have as many.
     beta, gamma : float
         Factor of the means, and the margin.
 
@@ -354,8 +386,25 @@ def simpo(
     >>> round(simpo(p, 2 * p, size, 2 * size, gamma=0.0).item(), 4)  # log 2
     0.6931
     """
-    _check_positive(beta=beta)
-    margin = beta * (chosen / chosen_length - rejected / rejected_length)
+    check_value("beta", beta, "positive")
+    ours, theirs = (
+        n
+        if isinstance(n, Tensor) and n.ndim
+        else torch.full_like(chosen, float(n))
+        for n in (chosen_length, rejected_length)
+    )
+    _check_alike(
+        chosen=chosen,
+        rejected=rejected,
+        chosen_length=ours,
+        rejected_length=theirs,
+    )
+    if min(ours.min(), theirs.min()) < 1:
+        raise ValueError(
+            "a length is below 1: give the number of pieces of each answer, "
+            "and leave empty answers out"
+        )
+    margin = beta * (chosen / ours - rejected / theirs)
     return -F.logsigmoid(margin - gamma).mean()
 
 
@@ -394,7 +443,13 @@ def kto(
     >>> kto(zero, zero, torch.tensor([True, False])).item()
     0.5
     """
-    _check_positive(beta=beta)
+    check_value("beta", beta, "positive")
+    _check_alike(policy=policy, reference=reference, good=good)
+    if good.dtype != torch.bool:
+        raise TypeError(
+            f"good has the type {good.dtype}: give bool, True for a thumb up, "
+            "for instance good > 0"
+        )
     gain = policy - reference.detach()
     start = gain.detach().mean().clamp_min(0)
     up, down = weights
@@ -403,10 +458,22 @@ def kto(
     return (weight * (1 - (beta * signed).sigmoid())).mean()
 
 
-def _check_positive(**given: float) -> None:
+def _check_alike(**given: Tensor) -> None:
+    """Refuse what would be broadcast, and no numbers: (N,) is due, finite."""
     for name, value in given.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value}: it must be greater than 0")
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}: give a Tensor (N,)"
+            )
+    shapes = {name: tuple(value.shape) for name, value in given.items()}
+    first = next(iter(shapes.values()))
+    if len(first) != 1 or not first[0] or set(shapes.values()) != {first}:
+        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            f"shapes are {told}: give one number for each answer, all of the "
+            "same shape (N,), N at least 1"
+        )
+    _check_finite(**given)
 
 # %% ../nbs/14_preference.ipynb #14a00008
 class Policy(nn.Module):
@@ -535,6 +602,12 @@ def group_advantages(
         Divide by the deviation of the group, as in GRPO; False leaves that
         out (Dr. GRPO).
 
+    Raises
+    ------
+    TypeError, ValueError
+        If rewards are no Tensor (N,) of finite numbers, or N no multiple of a
+        group of two or more.
+
     References
     ----------
     Z. Shao et al. (2024), arXiv:2402.03300; Z. Liu et al. (2025),
@@ -545,11 +618,12 @@ def group_advantages(
     >>> group_advantages(torch.tensor([0.0, 1.0]), 2, scale=False).tolist()
     [-0.5, 0.5]
     """
-    if group < 2 or rewards.ndim != 1 or len(rewards) % group:
+    _check_alike(rewards=rewards)
+    check_value("group", group, "count")
+    if group < 2 or len(rewards) % group:
         raise ValueError(
-            f"rewards of shape {tuple(rewards.shape)} in groups of {group}: "
-            "give (N,), N a multiple of the group, and at least two answers "
-            "to compare"
+            f"{len(rewards)} rewards in groups of {group}: give a multiple of "
+            "the group, and at least two answers to compare"
         )
     rows = rewards.float().view(-1, group)
     centered = rows - rows.mean(1, keepdim=True)
@@ -594,6 +668,15 @@ def ppo_loss(
     >>> ppo_loss(two.log(), 0 * one, one, one).item()  # 2 is clipped to 1.2
     -1.2000000476837158
     """
+    shapes = [tuple(t.shape) for t in (logp, old, advantage, mask)]
+    if logp.ndim != 2 or len(set(shapes)) > 1:
+        raise ValueError(
+            f"logp, old, advantage and mask have the shapes {shapes}: give "
+            "(B, T) for each; spread an answer's advantage over its pieces"
+        )
+    _check_finite(old=old, advantage=advantage)
+    if not 0 < clip < 1:
+        raise ValueError(f"clip={clip}: give a number between 0 and 1")
     ratio = (logp - old).exp()
     gain = torch.minimum(
         ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
@@ -630,6 +713,8 @@ def grpo_loss(
     >>> grpo_loss(torch.zeros(1, 1), target, beta=0.1).item()
     -2.0
     """
+    check_value("beta", beta, "at least 0")
+    _check_finite(target=target)
     mask, advantage, reference, *old = target.unbind(-1)
     before = old[0] if old else logp.detach()
     loss = ppo_loss(logp, before, advantage, mask, clip=clip)
@@ -697,11 +782,15 @@ class Rollouts:
         scale: bool = True,
         seed: int = 0,
     ):
-        if every < 1 or prompts.ndim != 2 or not len(prompts):
+        if prompts.ndim != 2 or not prompts.numel():
             raise ValueError(
-                f"every={every}, prompts of shape {tuple(prompts.shape)}: give "
-                "1 or more, and prompts (N, T)"
+                f"prompts of shape {tuple(prompts.shape)}: give (N, T), at "
+                "least one prompt of at least one piece"
             )
+        counts = {"prompts_per_batch": prompts_per_batch, "group": group}
+        counts |= {"steps": steps, "every": every, "new": new}
+        for name, value in counts.items():
+            check_value(name, value, "count")
         self.policy, self.prompts, self.reward = policy, prompts, reward
         self.reference, self.group, self.steps = reference, group, steps
         self.prompts_per_batch, self.every = prompts_per_batch, every
@@ -742,7 +831,12 @@ class Rollouts:
             [i for i in row[keep].tolist() if i != self.stop]
             for row, keep in zip(ids, scored, strict=True)
         ]
-        worth = torch.as_tensor(self.reward(rows, answers)).float()
+        worth = torch.as_tensor(self.reward(rows, answers)).float().cpu()
+        if worth.shape != rows.shape:
+            raise ValueError(
+                f"reward gave {tuple(worth.shape)} for {len(rows)} answers: "
+                f"return one number for each, {tuple(rows.shape)}"
+            )
         size = self.prompts_per_batch * self.group
         self.rewards += [part.mean().item() for part in worth.split(size)]
         gain = group_advantages(worth, self.group, scale=self.scale)

@@ -32,7 +32,7 @@ __all__ = [
 
 # %% ../nbs/13_sft.ipynb #933eb5af
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
@@ -47,7 +47,8 @@ from torch.nn.utils.rnn import pad_sequence
 from . import finetune, peft
 from .causal import Cache, Decoder, Sizes, encode
 from .compute import evaluating
-from .runtime import atomic_write
+from .runtime import atomic_write, check_value
+from .texts import encodable
 from .train import History, Settings
 
 _Chat = Sequence[dict[str, str]]
@@ -57,12 +58,25 @@ _Row = tuple[list[int], list[int]]  # pieces, and what should follow each
 def write_names(names: Sequence[tuple[str, str]], keys: Sequence[str]) -> str:
     """Names as JSON: for each kind that occurs, in the order of `keys`, a list.
 
+    Raises
+    ------
+    ValueError
+        If a name is no pair (kind, text) of str, or of a kind that is no key.
+
     Examples
     --------
     >>> names = [("place", "Dover"), ("person", "Ann"), ("place", "Calais")]
     >>> write_names(names, ["person", "place", "group"])
     '{"person": ["Ann"], "place": ["Dover", "Calais"]}'
     """
+    keys = _checked_keys(keys)
+    for name in names:
+        pair = isinstance(name, Sequence) and not isinstance(name, str)
+        if not pair or [*map(type, name)] != [str, str]:
+            raise ValueError(
+                f"a name is {name!r:.60}; give pairs (kind, text) of str, such "
+                "as [('person', 'Ann')]"
+            )
     unknown = sorted({kind for kind, _ in names} - set(keys))
     if unknown:
         raise ValueError(f"kind {unknown[0]!r}; allowed are {list(keys)}")
@@ -72,7 +86,7 @@ def write_names(names: Sequence[tuple[str, str]], keys: Sequence[str]) -> str:
 
 def read_names(text: str, keys: Sequence[str]) -> list[tuple[str, str]] | None:
     """What `write_names` wrote, from a model's answer; None where the answer is
-    no JSON of this form.
+    no JSON of this form. TypeError if the answer is no str.
 
     Examples
     --------
@@ -81,6 +95,7 @@ def read_names(text: str, keys: Sequence[str]) -> list[tuple[str, str]] | None:
     >>> read_names('The person is Ann.', ["person"]) is None
     True
     """
+    text, keys = encodable(text), _checked_keys(keys)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -93,6 +108,13 @@ def read_names(text: str, keys: Sequence[str]) -> list[tuple[str, str]] | None:
     if not all(isinstance(name, str) for v in lists for name in v):
         return None
     return [(kind, name) for kind, v in found.items() for name in v]
+
+
+def _checked_keys(keys: Sequence[str]) -> list[str]:
+    """The kinds as a list; ValueError where they are no different names."""
+    if isinstance(keys, str) or not keys or len(set(keys)) < len(keys):
+        raise ValueError(f"keys={keys!r}: give a list of different names")
+    return list(keys)
 
 # %% ../nbs/13_sft.ipynb #01f3d180
 @dataclass(frozen=True)
@@ -129,6 +151,11 @@ class Template:
 
         With `ask` it goes on up to where the assistant has to answer.
         """
+        if isinstance(chat, str | Mapping) or not chat:
+            raise ValueError(
+                f"a conversation is {chat!r:.60}; give a list with at least "
+                "one message, such as [{'role': 'user', 'content': 'Hi'}]"
+            )
         found: list[tuple[str, bool]] = []
         for message in chat:
             self._check(message)
@@ -263,12 +290,18 @@ def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
 
 
 def _check_rows(rows: Sequence[_Row], batch_size: int) -> list[_Row]:
-    if batch_size < 1 or not len(rows):
+    check_value("batch_size", batch_size, "count")
+    if not len(rows):
         raise ValueError(
-            f"batch_size={batch_size} and {len(rows)} conversations: both must "
-            "be at least 1"
+            "no conversations: give at least one, encoded by encode_chats"
         )
-    for i, (_, targets) in enumerate(rows):
+    for i, (ids, targets) in enumerate(rows):
+        if len(ids) != len(targets):
+            raise ValueError(
+                f"conversation {i} has {len(ids)} pieces and {len(targets)} "
+                "targets: give as many of both, as encode_chats does, and -100 "
+                "for a piece that is no target"
+            )
         if all(t == -100 for t in targets):
             raise ValueError(
                 f"conversation {i} has no answer to learn: give it a message "
@@ -362,6 +395,7 @@ class Packs(_Batches):
         seed: int = 0,
     ):
         super().__init__(rows, batch_size, seed)
+        check_value("length", length, "count")
         longest = max(len(ids) for ids, _ in self.rows)
         if longest > length:
             raise ValueError(
@@ -497,6 +531,12 @@ def teach(
     History
         A row for each time that the data were read.
 
+    Raises
+    ------
+    ValueError
+        If a conversation has no answer or is longer than the context, or a
+        model that is not in float32 should be trained whole.
+
     Examples
     --------
     >>> from ftbook import causal
@@ -510,8 +550,7 @@ def teach(
     >>> reply(model, tokenizer, [chat], new=4, template=plain)
     ['ho']
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: give at least 1")
+    check_value("steps", steps, "count")
     if not isinstance(net, AnswerLoss):
         raise TypeError(
             f"net is a {type(net).__name__}; put the decoder into "
@@ -527,6 +566,8 @@ def teach(
         )
     ready = isinstance(rows, _Batches)
     batches: Any = rows if ready else Joined(rows, batch_size, seed)
+    longest = max(len(ids) for ids, _ in batches.rows)
+    _check_context(net.model, longest, "the longest conversation has")
     plan = settings or Settings(
         schedule="linear",
         warmup=0.1,
@@ -547,6 +588,15 @@ def teach(
         settings=plan,
         **options,
     )[-1]
+
+
+def _check_context(model: Any, pieces: int, told: str) -> None:
+    """Raise ValueError where so many pieces do not fit into the context."""
+    if pieces > model.sizes.context:
+        raise ValueError(
+            f"{told} {pieces} pieces, the context holds {model.sizes.context}: "
+            "cut the texts, give fewer examples, or ask for less"
+        )
 
 # %% ../nbs/13_sft.ipynb #a5974b11
 @torch.no_grad()
@@ -600,17 +650,15 @@ def reply(
     >>> isinstance(json.loads(text), dict)
     True
     """
+    check_value("new", new, "count")
+    check_value("batch_size", batch_size, "count")
     template = template or Template()
     asks = [template.text(chat, ask=True) for chat in chats]
     pieces = encode([*asks, template.end], tokenizer)
     stop = pieces.pop()[0]
     longest = max(map(len, pieces), default=0) + new - 1
-    if longest > model.sizes.context:
-        raise ValueError(
-            f"a conversation and {new} new pieces are {longest} pieces, the "
-            f"context holds {model.sizes.context}: cut the texts, give fewer "
-            "examples, or ask for less"
-        )
+    told = f"a conversation and {new} new pieces are"
+    _check_context(model, longest, told)
     if form is not None:
         form.check(new, model.sizes.vocab)
     out = [""] * len(pieces)
@@ -812,9 +860,7 @@ class JsonFormat:
     end = 1
 
     def __init__(self, keys: Sequence[str], tokenizer: Any):
-        if isinstance(keys, str) or not keys or len(set(keys)) < len(keys):
-            raise ValueError(f"keys={keys!r}: give a list of different names")
-        self.table = _json_table(keys)
+        self.table = _json_table(_checked_keys(keys))
         self.far = _distances(self.table, self.end)
         self.bytes, self.sizes = _piece_bytes(tokenizer)
         self._known: dict[int, np.ndarray] = {}
@@ -978,12 +1024,25 @@ def load_gguf(path: str | Path, packed: bool = False) -> Decoder:
 
     Raises
     ------
-    ValueError
-        If it is another kind of model.
+    FileNotFoundError, ValueError
+        If there is no such file, or it is no GGUF file or holds another kind
+        of model.
     """
     import gguf
 
-    reader = gguf.GGUFReader(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path} is not a file. Give the path of a GGUF file, such as "
+            "`save_gguf` returns, or one found in models.path('smollm2')"
+        )
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"{Path(path).name} cannot be read as GGUF ({error}): give a file "
+            "that begins with the letters GGUF, and get it again if it is not "
+            "whole"
+        ) from None
 
     def told(name: str, default: Any = None) -> Any:
         field = reader.get_field(name)

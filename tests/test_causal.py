@@ -350,7 +350,7 @@ def kneser_ney_by_hand(stream, order, vocab):
         if n == 1:
             return (table[(piece,)] + 1) / (total + vocab)
         once, twice = (sum(c == k for c in table.values()) for k in (1, 2))
-        discount = once / (once + 2 * twice) if once else 0.0
+        discount = once / (once + 2 * twice) if once else 0.5
         lower = p(piece, context[1:])
         if not total:
             return lower
@@ -382,6 +382,15 @@ def test_longer_contexts_help_counting_where_the_text_has_order():
         causal.KneserNey(stream, 0, 5)
     with pytest.raises(ValueError, match="order=3 on 2 pieces"):
         causal.KneserNey([1, 2], 3, 5)
+
+
+def test_counting_a_text_given_twice_leaves_every_piece_a_chance():
+    rng = np.random.default_rng(0)
+    once = rng.integers(0, 9, 60).tolist()
+    model = causal.KneserNey(once * 2 + [once[0]], 3, 9)
+    assert np.isfinite(model.losses(rng.integers(0, 9, 200))).all()
+    chances = [math.exp(-model.losses([*once[:2], x])[-1]) for x in range(9)]
+    assert math.isclose(sum(chances), 1) and min(chances) > 0
 
 
 # ---------------------------------------------------------------- training

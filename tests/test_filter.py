@@ -10,7 +10,7 @@ import pytest
 
 from tools.filter import PLAY, collapsed, is_folded, options_of, outline, transform
 from tools.generate import with_cells
-from tools.mathml import equation, formula
+from tools.mathml import equation, formula, statements
 
 
 def code(source, outputs=()):
@@ -354,3 +354,28 @@ def test_words_in_a_formula_are_set_apart_from_letters_beside_them():
     assert f"<mo {thin} {none}>exp</mo>" in row(r"2\exp\left(x\right)")
     with pytest.raises(ValueError, match="may align"):
         formula(r"\begin{aligned} a &= b \end{aligned}")
+
+
+def test_equations_side_by_side_are_cut_where_a_short_line_may_break():
+    line = r"a_{x \qquad y} = \begin{cases} 1 \qquad 2 \end{cases}, \qquad b = \left( c \right), \qquad d = 1 \tag{1.2}"
+    said = statements(line.replace(r" \tag{1.2}", ""))
+    assert said == [*said[:1], r"b = \left( c \right),", "d = 1"] and said[0].count("qquad") == 2
+    page = equation(r"a = b, \qquad c = d \tag{1.2}")
+    assert page.count("<math ") == 2 and page.count("(1.2)") == 1
+
+
+def test_no_line_breaks_between_a_number_and_its_unit_or_in_an_interval():
+    from tools.finish import joined
+
+    said = joined('<p title="1 %">+12.9 % [+10.0, +15.8], 1.3 MB on 2026-11-27 at 3e-05; <code>1 %</code> in 1, 2</p>')
+    assert "+12.9\xa0% [+10.0,\xa0+15.8], 1.3\xa0MB" in said
+    assert '<span class="held">2026-11-27</span> at <span class="held">3e-05</span>' in said
+    assert 'title="1 %"' in said and "<code>1 %</code> in 1, 2" in said
+
+
+def test_below_a_folded_signature_stands_the_first_sentence_to_its_end():
+    from tools.filter import outline
+
+    body = [f"    x = {i}" for i in range(40)]
+    lines = ["def f(x):", '    """One sentence', "    on two lines. Another.", "", "    More.", '    """', *body]
+    assert outline(lines)[1:] == ['    """One sentence', '    on two lines."""', "    ..."]

@@ -1,6 +1,7 @@
 """Every notebook runs from its first cell to its last: quick profile, fresh kernel, no network, nothing written here."""
 
 import ast
+import builtins
 import hashlib
 import json
 import os
@@ -102,6 +103,48 @@ def test_the_first_cell_asks_for_all_that_the_chapter_loads(path):
             named |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value in known}
     missing = named - set(NEEDS.get(path.stem, "").split()) - NAMED.get(path.stem, set())
     assert not missing, f"add {', '.join(sorted(missing))} to NEEDS in tools/generate.py, or to NAMED above"
+
+
+def _names(source: str) -> tuple[set, set]:
+    """Names that code makes, and names that it takes."""
+    made, taken = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            (taken if isinstance(node.ctx, ast.Load) else made).add(node.id)
+        elif isinstance(node, ast.arg):
+            made.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            made.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            made |= {(a.asname or a.name).split(".")[0] for a in node.names}
+    return made, taken
+
+
+def _recipe(path) -> tuple[str, list[str], str]:
+    """The first text of "On your data", its code cells, and all code above it."""
+    cells = [(c.cell_type, c.source) for c in nbformat.read(path, as_version=4).cells]
+    begin = [i for i, (kind, s) in enumerate(cells) if kind == "markdown" and s.startswith("## On your data")]
+    if not begin:
+        return "", [], ""
+    part = []
+    for kind, source in cells[begin[0] + 1 :]:
+        if kind == "markdown" and re.search(r"^## ", source, re.M):
+            break
+        part += [source] if kind == "code" else []
+    above = "\n".join(re.sub(r"^[%!].*$", "pass", s, flags=re.M) for k, s in cells[: begin[0]] if k == "code")
+    return cells[begin[0]][1], part, above
+
+
+LEFT_OUT = [p for p in CHAPTERS if re.search(r"leave (it|the first cell) out", _recipe(p)[0])]
+
+
+@pytest.mark.parametrize("path", LEFT_OUT, ids=lambda p: p.stem)
+def test_a_recipe_needs_nothing_from_the_cell_that_its_reader_leaves_out(path):
+    text, (_, *kept), above = _recipe(path)
+    made, taken = _names("\n".join(kept))
+    given = set(re.findall(r"`(\w+)`", text)) | set(dir(builtins)) | _names(above)[0]
+    missing = taken - made - given - {"mine", "my_file"}
+    assert not missing, f"NameError for {', '.join(sorted(missing))}: make it in the second cell, or above the section"
 
 
 @pytest.mark.parametrize(

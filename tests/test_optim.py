@@ -639,8 +639,8 @@ def test_each_row_of_the_study_chooses_on_validation_data_from_as_many_settings(
     assert found["optimizers"][-1]["C"] == 10.0 and {len(rates) for rates in study.RATES.values()} == {7}
     assert {name: {r["tried"] for r in rows} for name, rows in found.items()} == {
         "optimizers": {7},
-        "heads": {5},
-        "decay": {6},
+        "heads": {6},
+        "decay": {16},
     }
     assert [r["head"] for r in found["heads"]] == study.MULTIPLIERS and {r["lr"] for r in found["heads"]} == {1e-3}
     alone = [(r["rule"], r["lr"], r["tried"]) for r in stored["alone"]["value"]["test_loss"]]

@@ -103,8 +103,11 @@ def test_a_push_that_is_none_is_refused(action):
 
 
 def test_no_game_is_refused():
-    with pytest.raises(ValueError, match="give at least one of each"):
-        CartPole(0)
+    for wrong in (0, 1.5, "2"):
+        with pytest.raises(ValueError, match="games must be an integer >= 1, got"):
+            CartPole(wrong)
+    with pytest.raises(ValueError, match="limit must be an integer >= 1, got 0"):
+        CartPole(1, limit=0)
 
 
 def test_play_repeats_with_its_seed_and_says_how_long_games_lasted():
@@ -164,10 +167,65 @@ def test_advantages_are_centered_and_scaled_within_each_group():
     assert group_advantages(torch.ones(4), 2).tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("rewards, group", [(torch.zeros(4), 1), (torch.zeros(5), 2), (torch.zeros(2, 2), 2)])
-def test_rewards_that_make_no_groups_are_refused(rewards, group):
-    with pytest.raises(ValueError, match="at least two answers to compare"):
+@pytest.mark.parametrize("target", [torch.ones(3, 3), torch.ones(2), torch.ones(2, 2), torch.ones(3, 2, 1)])
+def test_an_action_without_its_advantage_is_refused(target):
+    with pytest.raises(ValueError, match="with the number of the action and its advantage"):
+        policy_gradient(torch.zeros(3, 4), target)
+
+
+@pytest.mark.parametrize("action", [-1.0, 4.0])
+def test_an_action_that_there_is_not_is_refused(action):
+    with pytest.raises(ValueError, match="must lie in 0..3 for 4 classes"):
+        policy_gradient(torch.zeros(1, 4), torch.tensor([[action, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    "rewards, group, told",
+    [
+        (torch.zeros(4), 1, "at least two answers to compare"),
+        (torch.zeros(5), 2, "5 rewards in groups of 2: give a multiple of the group"),
+        (torch.zeros(2, 2), 2, "give one number for each answer"),
+        (torch.zeros(0), 2, "N at least 1"),
+        (torch.zeros(4), "2", "group must be an integer >= 1, got '2'"),
+        (torch.zeros(4), 2.0, "group must be an integer >= 1, got 2.0"),
+    ],
+)
+def test_rewards_that_make_no_groups_are_refused(rewards, group, told):
+    with pytest.raises(ValueError, match=told):
         group_advantages(rewards, group)
+
+
+def test_rewards_that_are_no_tensor_are_refused():
+    for wrong in ("2", [0.0, 1.0], 3):
+        with pytest.raises(TypeError, match="rewards is a .*: give a Tensor"):
+            group_advantages(wrong, 2)
+    assert group_advantages(torch.tensor([0, 1]), 2).tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_was_measured_and_is_no_number_is_refused_by_name(tiny, bad):
+    two, flag = torch.tensor([bad, -1.0]), torch.tensor([True, False])
+    pieces, fine = two[None], torch.tensor([-2.0, -1.0])
+    for name, call in {
+        "rewards": lambda: group_advantages(two, 2),
+        "target": lambda: policy_gradient(torch.zeros(2, 2), torch.stack((torch.zeros(2), two), 1)),
+        "scores": lambda: bradley_terry(two),
+        "reference_chosen": lambda: ipo(fine, fine, two, fine),
+        "rejected": lambda: simpo(fine, two, 2, 3),
+        "reference": lambda: kto(fine, two, flag),
+        "advantage": lambda: ppo_loss(pieces * 0 + 1, fine[None], pieces, fine[None]),
+        "old": lambda: ppo_loss(fine[None], pieces, fine[None], fine[None]),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: 1 of .* are NaN or infinite; give finite numbers"):
+            call()
+    rollouts = Rollouts(tiny[0], torch.tensor([[1], [2]]), lambda rows, answers: [bad] * len(answers), new=2)
+    with pytest.raises(ValueError, match="^rewards: 32 of 32 are NaN or infinite"):
+        next(iter(rollouts))
+
+
+def test_what_is_trained_and_no_number_is_left_to_the_loop():
+    score = torch.tensor([math.nan, 1.0], requires_grad=True)
+    assert bradley_terry(score).isnan()  # `fit` names step, batch and rate
 
 
 def test_the_clipped_loss_has_a_gradient_only_where_a_step_still_gains():
@@ -306,9 +364,9 @@ def test_pairs_and_betas_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="3 rows are no pairs"):
         bradley_terry(torch.zeros(3))
     for loss in (ipo, simpo):
-        with pytest.raises(ValueError, match="beta=0: it must be greater than 0"):
+        with pytest.raises(ValueError, match="beta must be positive and finite, got 0"):
             loss(one, one, one, one, beta=0)
-    with pytest.raises(ValueError, match="beta=-1"):
+    with pytest.raises(ValueError, match="beta must be positive and finite, got -1"):
         kto(one, one, one > 0, beta=-1)
 
 
@@ -458,9 +516,18 @@ def test_fit_on_rollouts_earns_more_and_a_penalty_holds_it_back(tiny):
 
 
 def test_rollouts_refuse_what_they_cannot_draw(tiny):
-    for prompts, every in ((torch.zeros(3), 1), (torch.zeros(0, 2), 1), (torch.zeros(2, 2), 0)):
-        with pytest.raises(ValueError, match="give 1 or more, and prompts"):
-            Rollouts(tiny[0], prompts.long(), even, every=every)
+    for prompts in (torch.zeros(3), torch.zeros(0, 2), torch.zeros(2, 0)):
+        with pytest.raises(ValueError, match="at least one prompt of at least one piece"):
+            Rollouts(tiny[0], prompts.long(), even)
+    for name in ("prompts_per_batch", "group", "steps", "every", "new"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got '4'"):
+            Rollouts(tiny[0], torch.zeros(2, 2).long(), even, **{name: "4"})
+
+
+def test_a_reward_that_forgets_an_answer_is_refused(tiny):
+    for wrong in (lambda rows, answers: [1.0], lambda rows, answers: torch.ones(len(answers), 1)):
+        with pytest.raises(ValueError, match="for 32 answers: return one number for each"):
+            next(iter(Rollouts(tiny[0], torch.tensor([[1], [2]]), wrong, new=2)))
 
 
 # ---------------------------------------------------------------- studies
@@ -526,3 +593,29 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     with pytest.raises(ValueError, match="no study 'dpo'; use toy, length, sums, frontier, relatives, hacked"):
         study.main("dpo")
     assert preference.__all__[1] == "CartPole"
+
+
+def test_losses_of_pairs_refuse_what_would_be_broadcast_in_silence():
+    two, one = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0])
+    sizes = torch.tensor([2, 3])
+    for wrong in (one, two[None], two[:0]):
+        with pytest.raises(ValueError, match="one number for each answer"):
+            preference.ipo(two, wrong, two, two)
+        with pytest.raises(ValueError, match="one number for each answer"):
+            preference.simpo(two, two, wrong, sizes)
+        with pytest.raises(ValueError, match="one number for each answer"):
+            preference.kto(two, two, wrong > 0)
+    with pytest.raises(TypeError, match="rejected is a list"):
+        preference.ipo(two, [-1.0, -2.0], two, two)
+    with pytest.raises(ValueError, match="a length is below 1"):
+        preference.simpo(two, two, sizes, sizes * 0)
+    with pytest.raises(TypeError, match="give bool"):
+        preference.kto(two, two, sizes)
+
+
+def test_the_clipped_loss_refuses_an_advantage_for_each_answer_alone():
+    pieces = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="spread an answer's advantage"):
+        preference.ppo_loss(pieces, pieces, torch.zeros(2), pieces + 1)
+    with pytest.raises(ValueError, match="clip=-1"):
+        preference.ppo_loss(*[pieces] * 4, clip=-1)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.model_selection import ParameterGrid, ParameterSampler
 
-from ftbook import search
+from ftbook import results, search
 from ftbook.search import Options, Range
 from ftbook.studies import search as study
 
@@ -263,26 +263,45 @@ def test_run_settings_keeps_what_ran(capsys):
     assert [(r["x"], r["seed"], r["y"]) for r in rows] == [(1, 0, 1.0), (1, 1, 2.0)]
 
 
-def test_a_run_of_the_study_repeats_and_scores_the_test_images_only_when_asked():
-    setting = {"lr": 1e-2, "weight_decay": 0.01, "width": 32, "dropout": 0.1}
-    found = [study.run(0, steps=20, split=s, **setting) for s in ("valid", "test", "test")]
-    assert found[1] == found[2] == {**found[0], "test_accuracy": found[1]["test_accuracy"]}
-    assert set(found[0]) == {"valid_100_accuracy", "valid_1000_accuracy"}
+def test_a_run_of_the_study_repeats_and_scores_the_test_questions_only_at_the_end():
+    setting = {"lr": 1e-3, "weight_decay": 0.01, "warmup": 0.1, "dropout": 0.1}
+    found = [study.run(0, steps=s, **setting) for s in (3, study.STEPS, study.STEPS)]
+    assert found[1] == found[2] and "test_accuracy" in found[1] and "test_accuracy" not in found[0]
+    small = [found[0][f"valid_{k}"] for k in range(study.FEW)]
+    assert np.mean(small) == pytest.approx(found[0]["valid_accuracy"])
 
 
-def test_the_study_stores_its_trials_grid_and_halvings(tmp_path, monkeypatch):
-    def run(seed, steps=0, **setting):
-        score = -abs(math.log10(setting["lr"]) + 2)
-        return {"valid_100_accuracy": score, "valid_1000_accuracy": score, "test_accuracy": score}
+def test_the_study_stores_its_trials_searches_and_winners(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+
+    def run(seed, steps=study.STEPS, **setting):
+        score = -abs(math.log10(setting["lr"]) + 2) - 1 / steps
+        return {"valid_accuracy": score, "valid_0": score, "test_accuracy": score}
+
+    def run_winner(seed, split, search, C=None, **setting):
+        return {"accuracy": C if C else -abs(math.log10(setting["lr"]) + 2)}
 
     monkeypatch.setattr(study, "run", run)
-    study.main()
+    monkeypatch.setattr(study, "run_winner", run_winner)
+    with pytest.warns(UserWarning, match="at the edge"):
+        study.main()
     stored = json.loads((tmp_path / "17_search.json").read_text())["quick"]
-    assert len(stored["random"]["value"]["runs"]) == study.TRIALS and len(stored["grid"]["value"]["runs"]) == 1
-    (one,) = stored["halving"]["value"]
-    assert one["rank in rung 0"] == 1 and one["cost"] == 27 * 4 and set(study.SPACE) < set(one)
-    with pytest.raises(ValueError, match="no study 'tpe'; use random, grid, halving"):
-        study.main("tpe")
+    assert len(stored["trials"]["value"]["runs"]) == study.TRIALS * len(study.RUNGS)
+    halved = stored["halving"]["value"]
+    assert len(halved) == study.REPEATS and {h["rungs reached by the best"] for h in halved} == {len(study.RUNGS)}
+    assert all(h["best test"] == h["test"] and set(study.SPACE) < set(h) for h in halved)
+    (one,) = stored["tpe"]["value"]
+    assert len(one["valid"]) == study.EACH and one["lr"] > 0
+    rows = results.load_study(study.CHAPTER, "winners").rows("accuracy")
+    assert rows[0]["search"] == "bag of words" and rows[1]["lr"] == 1e-3 and len(rows) == 7
+    with pytest.raises(ValueError, match="no study 'grid'; use trials, halving, tpe, winners"):
+        study.main("grid")
+
+
+def test_the_winner_of_a_search_trains_anew_on_the_labels_of_each_seed():
+    one, two = (study.run_winner(s, "test", "by hand", **study.BY_HAND)["accuracy"] for s in (1, 2))
+    assert len(one) == len(two) and (one != two).any()
+    assert len(study.run_winner(1, "test", "bag of words", C=1.0)["accuracy"]) == len(one)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])

@@ -1,5 +1,6 @@
 """Chapter 13: templates, answers alone, packing, replies, JSON by an automaton, 4 bits, GGUF, the studies."""
 
+import ast
 import json
 
 import numpy as np
@@ -27,6 +28,7 @@ from ftbook.sft import (
     write_names,
 )
 from ftbook.studies import sft as study
+from tools.settings import ROOT
 
 PLAIN = Template("{role}: ", ";")
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -105,6 +107,14 @@ def test_targets_are_the_answers_with_their_ends_and_nothing_else(tokenizer):
 def test_a_message_that_is_none_or_holds_marks_of_the_template_is_refused(message, told):
     with pytest.raises(ValueError, match=told):
         Template().text([message])
+
+
+@pytest.mark.parametrize("chat", [[], (), "hello", {"role": "user", "content": "Hi"}])
+def test_a_conversation_without_a_list_of_messages_is_refused(chat):
+    with pytest.raises(ValueError, match="give a list with at least one message"):
+        Template().text(chat)
+    with pytest.raises(ValueError, match="a conversation is"):
+        encode_chats([chat], None)
 
 
 def test_a_template_without_role_or_end_is_refused():
@@ -260,10 +270,14 @@ def test_one_conversation_alone_is_a_batch(model, rows):
 
 
 def test_batches_refuse_what_they_cannot_hold(rows):
-    with pytest.raises(ValueError, match="batch_size=0 and 4 conversations"):
-        Buckets(rows, 0)
-    with pytest.raises(ValueError, match="0 conversations"):
+    for wrong in (0, "2", 1.5):
+        with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got"):
+            Buckets(rows, wrong)
+    with pytest.raises(ValueError, match="no conversations: give at least one"):
         Packs([])
+    for way in (Buckets, Packs, Joined):
+        with pytest.raises(ValueError, match="conversation 1 has 2 pieces and 1 targets: give as many of both"):
+            way([rows[0], ([1, 2], [3])])
     with pytest.raises(ValueError, match="conversation 1 has no answer to learn"):
         Buckets([rows[0], ([1, 2], [-100, -100])])
     with pytest.raises(ValueError, match="give length=.* or more"):
@@ -293,12 +307,19 @@ def test_an_adapter_learns_moves_little_and_leaves_the_rest_alone(model, rows):
 
 
 def test_teaching_refuses_no_steps_and_all_of_a_coarse_model(model, rows):
-    with pytest.raises(ValueError, match="steps=0"):
+    with pytest.raises(ValueError, match="steps must be an integer >= 1, got 0"):
         teach(AnswerLoss(model), rows, lr=1e-3, steps=0)
     with pytest.raises(TypeError, match="net is a Decoder"):
         teach(model, rows, lr=1e-3, steps=1)
     with pytest.raises(ValueError, match="too coarse"):
         teach(AnswerLoss(model.to(torch.bfloat16)), rows, lr=1e-3, steps=1)
+
+
+@pytest.mark.parametrize("way", [list, Buckets, Packs, Joined])
+def test_teaching_refuses_a_conversation_that_is_longer_than_the_context(tokenizer, rows, way):
+    short = causal.Decoder(causal.Sizes(len(tokenizer), 32, 1, 4, 2, 64, context=30))
+    with pytest.raises(ValueError, match="the longest conversation has .* pieces, the context holds 30: cut the texts"):
+        teach(AnswerLoss(short), way(rows), lr=1e-3, steps=1)
 
 
 def test_an_adapter_beside_a_model_in_bf16_is_trained_in_float32(model, rows):
@@ -353,6 +374,12 @@ def test_replies_in_batches_are_those_of_one_greedy_continuation_at_a_time(model
         assert ours == tokenizer.decode(made)
 
 
+def test_a_reply_of_no_piece_or_in_no_batches_is_refused(model):
+    for name in ("new", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
+            reply(*[model, *_asks(1)], **{"new": 3, name: 0})
+
+
 def test_a_reply_that_does_not_fit_into_the_context_is_refused(model):
     tokenizer, chats = _asks(2)
     with pytest.raises(ValueError, match="the context holds 256"):
@@ -372,6 +399,21 @@ def test_names_are_written_and_read_back():
     assert sorted(read_names(text, KEYS)) == sorted(names)
     with pytest.raises(ValueError, match="kind 'x'"):
         write_names([("x", "y")], KEYS)
+
+
+@pytest.mark.parametrize("names", ["ab", ["ab"], [("person",)], [("person", "Ann", 1)], [("person", 3)], [3]])
+def test_names_that_are_no_pairs_of_texts_are_refused(names):
+    with pytest.raises(ValueError, match="a name is .*; give pairs .kind, text. of str"):
+        write_names(names, KEYS)
+
+
+def test_an_answer_that_is_no_text_and_keys_that_are_no_list_are_refused():
+    with pytest.raises(TypeError, match="a text must be a str, not int: 3"):
+        read_names(3, KEYS)
+    for ask in (lambda keys: read_names("{}", keys), lambda keys: write_names([], keys)):
+        for keys in ("person", [], ["a", "a"]):
+            with pytest.raises(ValueError, match="give a list of different names"):
+                ask(keys)
 
 
 @pytest.mark.parametrize(
@@ -559,6 +601,12 @@ def test_files_of_other_models_and_models_with_other_parts_are_refused(wide, tok
     writer.close()
     with pytest.raises(ValueError, match="a model of the kind 'gpt2'"):
         load_gguf(tmp_path / "x.gguf")
+    with pytest.raises(FileNotFoundError, match="none.gguf is not a file. Give the path of a GGUF file"):
+        load_gguf(tmp_path / "none.gguf")
+    for content in (b"", b"GGUF", b"no model at all, but a text"):
+        (tmp_path / "text.gguf").write_bytes(content)
+        with pytest.raises(ValueError, match="text.gguf cannot be read as GGUF"):
+            load_gguf(tmp_path / "text.gguf")
     with pytest.raises(ValueError, match="torch.float16 or torch.float32"):
         save_gguf(wide, tokenizer, tmp_path / "y.gguf", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="give the byte-level tokenizer"):
@@ -567,6 +615,43 @@ def test_files_of_other_models_and_models_with_other_parts_are_refused(wide, tok
     with pytest.raises(ValueError, match="merge or remove adapters before"):
         save_gguf(wide, tokenizer, tmp_path / "y.gguf")
     assert not (tmp_path / "y.gguf").exists()
+
+
+# ---------------------------------------------------------------- sentences of the page
+
+
+def sentence(of: str, **rows) -> str:
+    """What a cell of the chapter says, with other rows: the cell that holds `of`."""
+    cells = json.loads((ROOT / "nbs" / "13_sft.ipynb").read_text(encoding="utf-8"))["cells"]
+    (source,) = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and of in "".join(c["source"])]
+    made = ast.parse(source)
+    made.body[-1] = ast.Assign([ast.Name("said", ast.Store())], made.body[-1].value)
+    names = {"results": results, "study": study, **rows}
+    exec(compile(ast.fix_missing_locations(made), of, "exec"), names)
+    return str(names["said"])
+
+
+def f1(*values):
+    return results.row("f1", values, seeds=range(len(values)))
+
+
+@pytest.mark.parametrize(
+    "tagger, told",
+    [
+        ((0.60, 0.61, 0.60), "here better"),
+        ((0.40, 0.41, 0.40), "here worse"),
+        ((0.40, 0.80, 0.60), "not clearly better or worse"),
+    ],
+)
+def test_what_the_page_advises_hangs_on_the_interval_of_the_difference(tagger, told):
+    cells = {("tagger", 9): f1(*tagger), ("LoRA", 9): f1(0.50, 0.50, 0.51)}
+    assert told in sentence('"For somebody who has a task this means', cells=cells, most=9)
+
+
+@pytest.mark.parametrize("long, told", [((0.6, 0.61, 0.6), "not enough"), ((0.2, 0.9, 0.7), "is not clear")])
+def test_whether_more_batches_help_hangs_on_the_interval(long, told):
+    cells = {("tagger", 9): f1(0.6, 0.6, 0.6), ("LoRA", 9): f1(0.5, 0.5, 0.51)}
+    assert told in sentence('"With {more} batches instead of', cells=cells, most=9, after_long=f1(*long))
 
 
 # ---------------------------------------------------------------- TRL

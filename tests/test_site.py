@@ -123,7 +123,7 @@ SEEN = """width => {
   const boxes = s => [...document.querySelectorAll(s)].map(e => e.getBoundingClientRect());
   return {
     formulas: document.querySelectorAll('.math').length,
-    rendered: document.querySelectorAll('math').length,
+    rendered: document.querySelectorAll('.math:has(math)').length,
     numbers: boxes('.eqno').length,
     lost: boxes('.eqno').filter(r => r.left < 0 || r.right > width).length,
     overhang: document.documentElement.scrollWidth - window.innerWidth,

@@ -51,6 +51,8 @@ details > summary { font-size: 0.85em; }
 .eqno { float: right; }
 .held { white-space: nowrap; }
 .formula { overflow-x: auto; }
+ul.cards { list-style: none; padding: 0; }
+ul.cards svg { display: block; height: 2.4em; width: auto; fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linecap: round; stroke-linejoin: round; }
 nav ol { list-style: none; padding-left: 1em; }
 """
 PAGE = """<?xml version="1.0" encoding="utf-8"?>

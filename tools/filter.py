@@ -325,9 +325,10 @@ def is_long(lines: list) -> bool:
     return sum(bool(line.strip()) for line in lines) > LONG
 
 
-def _first_line(node) -> str:
-    """The first line of a docstring."""
-    return (ast.get_docstring(node) or "").strip().split("\n")[0]
+def _first_lines(node) -> list:
+    """The lines of a docstring's first sentence."""
+    text = (ast.get_docstring(node) or "").strip().split("\n\n")[0]
+    return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0].split("\n")
 
 
 def _opening(node, lines: list) -> list:
@@ -347,8 +348,8 @@ def outline(lines: list) -> list:
         if node.name.startswith("_"):
             continue
         shown += ["", ""] * bool(shown) + _opening(node, lines)
-        text = _first_line(node)
-        shown += [f'    """{text}"""'] if text else []
+        text = "\n".join(f"    {line}" for line in _first_lines(node)).strip()
+        shown += f'    """{text}"""'.split("\n") if text else []
         inner = node.body if isinstance(node, ast.ClassDef) else []
         shown += [""] if inner else ["    ..."]
         for method in [m for m in inner if isinstance(m, DEFINITION) and (m.name[0] != "_" or m.name == "__init__")]:

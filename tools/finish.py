@@ -178,7 +178,21 @@ PLAIN = re.compile(r'<span class="[npw]">([^<]*)</span>|<span></span>(?=<)')
 BARE = re.compile(r'<thead>\s*<tr[^>]*>(?:\s*<td class="head"></td>)+\s*</tr>\s*</thead>\s*')
 # a formula with the signs beside it: no line begins with its comma
 HELD = re.compile(r"([(\[“‘]?)(<span class=\"math\"><math .*?</math></span>)((?:[,.;:!?)\]”’%]|-\w+)*)", re.S)
+# what a reader takes as one: a number with its unit, the two ends of an interval, a date, a small number's exponent
+JOINED = re.compile(r"(?<=\d) (?=%|[kMG]B\b|ms\b|s\b|°)|(?<=[\d%],) (?=[-+−]?[\d.]+ ?%?\])")
+WHOLE = re.compile(r"(?<![\w-])(?:\d{4}-\d\d-\d\d|\d[\d.]*e-\d+)(?![\w-])")
+VERBATIM = re.compile(r"(<(pre|code|script|style|math|textarea)\b.*?</\2>|<[^>]*>)", re.S)
+CAPTION = re.compile(r"<p>(<em>(?:(?!</?em>|</p>).)*</em>)</p>", re.S)
 WAITS = re.compile(r'<script src=(?!"[^"]*/documentation_options\.js)')
+
+
+def joined(said: str) -> str:
+    """The text of a page whose lines break beside "20.3 %" and "[19.4, 21.2]" and not in them."""
+    pieces = VERBATIM.split(said)
+    for i in range(0, len(pieces), 3):
+        text = JOINED.sub("\N{NO-BREAK SPACE}", pieces[i])
+        pieces[i] = WHOLE.sub(lambda m: f'<span class="held">{m[0]}</span>', text)
+    return "".join(piece for i, piece in enumerate(pieces) if i % 3 != 2)
 
 
 def repair(page: str) -> str:
@@ -188,6 +202,9 @@ def repair(page: str) -> str:
     page = OURS.sub("", page).replace("</body>", "".join(OURS.findall(page)) + "\n</body>")  # the theme's come first
     page = PLAIN.sub(lambda m: m[1] or "", page)
     page = HELD.sub(lambda m: f'<span class="held">{m[0]}</span>' if m[1] or m[3] else m[0], page)
+    start, end = page.find("<article"), page.find("</article>")
+    if start >= 0:
+        page = page[:start] + CAPTION.sub(r'<p class="caption">\1</p>', joined(page[start:end])) + page[end:]
     above, viewport, below = re.split(r'(<meta name="viewport"[^>]*>)', page, maxsplit=1)
     page = above + viewport + re.sub(r'\s*<meta name="viewport"[^>]*>', "", below)
     page = re.sub(r"<title>(.*?) &#8212; \1</title>", r"<title>\1</title>", page)

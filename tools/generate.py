@@ -37,7 +37,7 @@ NEEDS = {
     "14_preference": "sst2 minilm smollm2",
     "15_regularize": "trec sst2 minilm",
     "16_augment": "cifar10 sst2 wnut17",
-    "17_search": "fashion_mnist",
+    "17_search": "trec minilm",
     "18_together": "sst2 cr subj trec wnut17 minilm",
     "19_distill": "sst2 cr wikitext2 hymenoptera minilm efficientnet_lite0",
     "22_adversarial": "fashion_mnist sst2 cr minilm",

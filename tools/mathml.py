@@ -78,11 +78,27 @@ def formula(tex: str, display: bool = False) -> str:
     return spaced(out).replace("<math ", f'<math alttext="{html.escape(tex.strip(), quote=True)}" ', 1)
 
 
+def statements(tex: str) -> list:
+    r"""What a line of equations says, cut at the `\qquad` between them; those inside of braces and environments stay."""
+    found, depth = [""], 0
+    for piece in re.split(r"(\\begin\b|\\end\b|\\left\b|\\right\b|\\[{}]|[{}]|\\qquad\b)", tex):
+        depth += (piece in ("{", r"\begin", r"\left")) - (piece in ("}", r"\end", r"\right"))
+        if piece == r"\qquad" and not depth:
+            found.append("")
+        else:
+            found[-1] += piece
+    return [s.strip() for s in found if s.strip()]
+
+
 def equation(tex: str) -> str:
-    r"""A formula of its own line; what stands in `\tag` becomes a number at the right edge."""
+    r"""A formula of its own line; what stands in `\tag` becomes a number at the right edge.
+
+    Equations side by side stand below one another where the line is short, as on a phone.
+    """
     tag = TAG.search(tex)
     number = f'<span class="eqno">({html.escape(tag[1])})</span>' if tag else ""
-    return f'<div class="math"><div class="formula">{formula(TAG.sub("", tex).strip(), True)}</div>{number}</div>'
+    said = "".join(formula(s, True) for s in statements(TAG.sub("", tex)))
+    return f'<div class="math"><div class="formula">{said}</div>{number}</div>'
 
 
 def setup(app) -> dict:

@@ -79,7 +79,7 @@ RATES = runtime.pick(quick=[3e-4, 1e-3], cpu=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
 FASTER = runtime.pick(quick=[1e-3, 1e-2], cpu=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
 SLOWER = runtime.pick(quick=[3e-4, 1e-3], cpu=[3e-5, 1e-4, 3e-4, 1e-3, 3e-3])
 DECAYS = runtime.pick(
-    quick=[1.0, 10.0], cpu=[0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4]
+    quick=[1.0, 10.0], cpu=[0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6]
 )
 
 # %% ../../nbs/19_distill.ipynb #19b00002
@@ -406,7 +406,7 @@ def _sizes(executor: Any) -> None:
 # %% ../../nbs/19_distill.ipynb #19b00007
 TERMS = {"hidden states": "hidden", "attention": "attention"}
 TERMS["relations"] = "relation"
-WEIGHTS = runtime.pick(quick=[0.1, 1.0], cpu=[0.1, 1.0, 10.0, 100.0])
+WEIGHTS = runtime.pick(quick=[0.1, 1.0], cpu=[0.01, 0.1, 1.0, 10.0, 100.0])
 
 
 def run_inside(

@@ -166,7 +166,7 @@ def run(
 
 # %% ../../nbs/02_math.ipynb #427181c0
 RATES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
-STRENGTHS = [10.0**k for k in range(-5, 5)]
+STRENGTHS = [10.0**k for k in range(-5, 7)]
 SEEDS = [100, 101, 102, 103, 104]
 
 

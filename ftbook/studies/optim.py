@@ -281,20 +281,20 @@ def _best_rate():
 
 def _heads(executor):
     lr = _best_rate()
-    tried = [lr / 9, lr / 3, lr, lr * 3, lr * 9]
+    tried = [lr / 27, lr / 9, lr / 3, lr, lr * 3, lr * 9]
     plain = {"optimizer": "AdamW", "lr": tried}
     rows = [{**plain, "head": head} for head in MULTIPLIERS]
     _compare("heads", rows, len(tried), executor)
 
 
 def _decay(executor):
-    lr, coefficients = _best_rate(), {"Adam": [0.0, 1e-4, 1e-2]}
-    coefficients["AdamW"] = [0.0, 0.1, 1.0]
+    lr, coefficients = _best_rate(), {"Adam": [0.0, 1e-4, 1e-2, 0.1]}
+    coefficients["AdamW"] = [0.0, 0.1, 1.0, 10.0]
     rows = [
-        {"optimizer": name, "lr": [lr, lr / 3], "decay": tried}
+        {"optimizer": name, "lr": [9 * lr, 3 * lr, lr, lr / 3], "decay": tried}
         for name, tried in coefficients.items()
     ]
-    _compare("decay", rows, 6, executor)
+    _compare("decay", rows, 16, executor)
 
 
 def _alone(executor):

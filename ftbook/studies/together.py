@@ -703,7 +703,7 @@ THREE = SEEDS[: runtime.pick(quick=2, cpu=3)]
 def task_rows() -> list[dict]:
     """Baselines, a model for each task, and the ways to share one."""
     some = runtime.pick(quick=[0.1, 1.0], cpu=[1e-3, 0.01, 0.1, 1.0, 10.0])
-    more = runtime.pick(quick=[1.0, 10.0], cpu=[0.1, 1.0, 10.0, 100.0, 1e3])
+    more = runtime.pick(quick=[1.0, 10.0], cpu=[1.0, 100.0, 1e3, 1e4, 1e5])
     made: list[dict] = [
         results.Baseline(way="majority"),
         results.Baseline(THREE, way="counts", C=more),
