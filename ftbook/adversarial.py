@@ -342,6 +342,8 @@ def withstands(
     >>> bool((withstands(net, x, y, 0.1) <= withstands(net, x, y, 0.0)).all())
     True
     """
+    about = how.get("norm", "linf"), how.get("bounds", (0.0, 1.0))
+    check_attack(model, x, eps, *about)
     parts = []
     for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
         with torch.no_grad():

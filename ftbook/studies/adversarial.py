@@ -84,10 +84,11 @@ __all__ = [
 
 CHAPTER = "22_adversarial"
 QUICK = runtime.profile() == "quick"  # there substitutes stand in for the data
+SIDE = 16  # pixels, of 28
 EPS = 0.1  # of the range of a pixel, in the largest norm
 RADII = (0.025, 0.05, 0.1, 0.15, 0.2)
 SEEDS = runtime.pick(quick=(0, 1), cpu=(0, 1, 2))
-PASSES = runtime.pick(quick=14, cpu=1500)  # of a batch, forward and back
+PASSES = runtime.pick(quick=14, cpu=4500)  # of a batch, forward and back
 BATCH = 64
 SHOTS = runtime.pick(quick=2, cpu=20)  # steps of the attacks that measure
 PLAN = Settings(schedule="linear", warmup=0.1, progress=False)
@@ -100,7 +101,9 @@ INNER = 5  # steps of the attack in training
 # %% ../../nbs/22_adversarial.ipynb #22b00002
 @functools.cache
 def photos(name: str) -> tuple[Tensor, Tensor]:
-    """Fashion-MNIST "train", "valid" or "test": pixels from 0 to 1, classes."""
+    """Fashion-MNIST "train", "valid" or "test", shrunk: pixels from 0 to 1,
+    classes.
+    """
     whole: Any = data.load(
         "fashion_mnist", "test" if name == "test" else "train", bundled=QUICK
     )
@@ -110,7 +113,8 @@ def photos(name: str) -> tuple[Tensor, Tensor]:
         whole = train if name == "train" else valid
     else:
         whole = whole.split(n, seed=0)[1]
-    return images.as_images(whole.x, None), whole.y
+    x = images.as_images(whole.x, None)
+    return nn.functional.interpolate(x, SIDE, mode="area"), whole.y
 
 
 def _network(seed: int, classes: int = 10) -> TwoConvCNN:
@@ -433,7 +437,7 @@ TEXT_RATES = runtime.pick(quick=[1e-4, 3e-4], cpu=[3e-5, 1e-4, 3e-4, 1e-3])
 STEPS_OF = runtime.pick(quick=[0.1, 1.0], cpu=[0.1, 0.3, 1.0, 3.0])
 FINE = runtime.pick(quick=[0.01, 0.1], cpu=[0.003, 0.01, 0.03, 0.1])
 SLIPS = runtime.pick(quick=[1, 2], cpu=[1, 2, 4, 8])
-EDITED = runtime.pick(quick=4, cpu=40)  # test sentences that are edited
+EDITED = runtime.pick(quick=4, cpu=60)  # test sentences that are edited
 TRIES = runtime.pick(quick=3, cpu=12)  # copies proposed for each edit
 CLOSE = 0.9  # least cosine of a sentence with swapped words
 SHORT, FREELB = "plain, a third of the steps", "FreeLB"
@@ -614,7 +618,7 @@ def _samples(executor: Any) -> None:
 # A. Caliskan, J. Bryson, A. Narayanan (2017), and of women and men
 PEOPLE: dict[str, dict[str, tuple]] = {
     "names of women and men": {
-        "train": (("amy", "laura", "sarah"), ("john", "paul", "kevin")),
+        "train": (("amy", "donna", "sarah"), ("john", "paul", "kevin")),
         "test": (
             ("joan", "lisa", "diana", "kate", "ann"),
             ("mike", "greg", "steve", "bill", "jeff"),
