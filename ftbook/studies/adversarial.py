@@ -52,13 +52,7 @@ from ftbook.explain import (
 )
 from ..finetune import freeze, put_probe, replace_head
 from . import finetune, run_named
-from ftbook.studies.finetune import (
-    ByLength,
-    classifier,
-    coded,
-    outputs,
-    reviews,
-)
+from .finetune import classifier, coded, outputs, reviews
 from .prompt import encoder
 from ..texts import TextClassifier, encode_texts
 from ..train import Settings, fit
@@ -88,7 +82,7 @@ SIDE = 16  # pixels, of 28
 EPS = 0.1  # of the range of a pixel, in the largest norm
 RADII = (0.025, 0.05, 0.1, 0.15, 0.2)
 SEEDS = runtime.pick(quick=(0, 1), cpu=(0, 1, 2))
-PASSES = runtime.pick(quick=14, cpu=4500)  # of a batch, forward and back
+PASSES = runtime.pick(quick=14, cpu=4000)  # of a batch, forward and back
 BATCH = 64
 SHOTS = runtime.pick(quick=2, cpu=20)  # steps of the attacks that measure
 PLAN = Settings(schedule="linear", warmup=0.1, progress=False)
@@ -497,7 +491,7 @@ def tuned(
         transform, loss = pairs.transform, pairs.loss
     about: dict[str, Any] = {"lr": lr, "epochs": epochs, "seed": seed}
     about["settings"] = replace(PLAN, transform=transform)
-    fit(net, ByLength(inputs, seed=seed), loss=loss, **about)
+    fit(net, finetune.ByLength(inputs, seed=seed), loss=loss, **about)
     return net.eval()
 
 
