@@ -673,8 +673,8 @@ def _people(part: str) -> tuple[list[str], list[str], list[str]]:
 
 def name_pairs(weight: float) -> SwapPairs:
     a, b, _ = _people("train")
-    both = (encode_texts(t, encoder()[1]) for t in (a, b))
-    return SwapPairs(*both, weight)
+    first, second = (encode_texts(t, encoder()[1]) for t in (a, b))
+    return SwapPairs(first, second, weight)
 
 
 @functools.cache
