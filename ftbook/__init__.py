@@ -45,6 +45,8 @@ PUBLIC = {
     "together": "vote Stacking soup MultiTask TaskBatches pcgrad",
     "distill": "SoftLabels teacher_logits fit_soft cut Match",
     "adapt": "two_sample_test Aligned self_train label_shift target_statistics",
+    "adversarial": "fgsm pgd withstands Attacked Agree NearTexts edit_attack",
+    "explain": "swap_gaps SwapPairs integrated_gradients deletion",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *PUBLIC]  # what help() prints; `dir` and completion know the names too

@@ -156,6 +156,12 @@ WRONG = [
     ("adapt", "distance", 0.6),
     ("adapt", "positive", 0.31),
     ("adapt", "surest", lambda logits, share: logits.argmax(1)),
+    ("adversarial", "failing", {"steps", "noise"}),
+    ("adversarial", "lowest", 0.35),
+    ("adversarial", "projected", [3, 0, -4]),
+    ("adversarial", "passes", 35_000),
+    ("adversarial", "toward", lambda model, x, goal, eps: x),
+    ("adversarial", "toward", lambda model, x, goal, eps: x + 1),
 ]
 
 

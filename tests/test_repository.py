@@ -41,7 +41,7 @@ FLOORS = [
     ["train"],
     ["finetune"],
     ["autoencoder", "contrastive", "mlm", "causal", "vision", "ner", "peft", "regularize", "augment", "search"],
-    ["prompt", "sft", "preference", "together", "distill", "compress", "adapt"],
+    ["prompt", "sft", "preference", "together", "distill", "compress", "adapt", "adversarial", "explain"],
     ["studies"],
 ]
 STUDIES = [f.stem.split("_", 1)[1] for f in chapters()]  # in the order of the book

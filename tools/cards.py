@@ -35,6 +35,7 @@ DRAWN = {
     "19": "M4 4h26v28H4zM34 18h8M39 15l3 3-3 3M46 12h14v12H46z",  # a large one teaches a small one
     "20": "M4 4h28v28H4zM38 18h8M43 15l3 3-3 3M50 12h10v12H50z",  # the same, smaller
     "21": "M4 18a12 10 0 1 0 24 0a12 10 0 1 0-24 0M36 18a12 10 0 1 0 24 0a12 10 0 1 0-24 0M29 18h5M31 15l3 3-3 3",  # two domains
+    "22": "M4 30C20 30 22 8 38 8S56 6 60 4M12 8h10v10H12zM38 18h10v10H38zM17 13h.1M43 23h.1",  # a boundary, balls
 }
 
 

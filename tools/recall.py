@@ -31,6 +31,7 @@ KEYS = {
     "19_distill": "layer_map hidden_loss changed_copies",
     "20_compress": "scales round_columns low_rank",
     "21_adapt": "coral pseudo_labels reweigh",
+    "22_adversarial": "project typos attention_rollout",
 }
 NOTE = "> [!NOTE]\n> Recall edition: the bodies of {names} are yours to write. The cell below each says whether its examples hold."
 
