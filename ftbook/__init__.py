@@ -41,6 +41,8 @@ PUBLIC = {
     "prompt": "Prompt label_scores calibrate pair_loss SetFit",
     "sft": "Template JsonFormat",
     "preference": "CartPole Policy Rollouts grpo_loss",
+    "together": "vote Stacking soup MultiTask TaskBatches pcgrad",
+    "distill": "SoftLabels teacher_logits fit_soft cut Match",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *PUBLIC]  # what help() prints; `dir` and completion know the names too

@@ -143,6 +143,10 @@ WRONG = [
     ("search", "trials", 20),
     ("search", "hyperband", lambda total, factor: []),
     ("search", "hyperband", lambda total, factor: [[(27, 1)], [(9, 3)], [(3, 9)], [(1, 27)]]),
+    ("together", "cheap", {"soup", "snapshots"}),
+    ("together", "shares", (0.5, 0.3, 0.2)),
+    ("together", "select", lambda p, y, rounds: (0, 1, 2, 3)),
+    ("together", "select", lambda p, y, rounds: [0] * rounds),
 ]
 
 

@@ -41,7 +41,7 @@ FLOORS = [
     ["train"],
     ["finetune"],
     ["autoencoder", "contrastive", "mlm", "causal", "vision", "ner", "peft", "regularize", "augment", "search"],
-    ["prompt", "sft", "preference"],
+    ["prompt", "sft", "preference", "together", "distill"],
     ["studies"],
 ]
 STUDIES = [f.stem.split("_", 1)[1] for f in chapters()]  # in the order of the book

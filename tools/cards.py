@@ -31,6 +31,8 @@ DRAWN = {
     "15": "M4 32V4M4 32h56M32 18a12 10 0 1 0 24 0a12 10 0 1 0-24 0M22 6L4 22",
     "16": "M4 8h18v20H4zM28 10l16-4 4 18-16 4zM52 8v20l8-4V12z",
     "17": "M4 6h56M4 14h40M4 22h22M4 30h10",  # halving
+    "18": "M4 4h14v8H4zM25 4h14v8H25zM46 4h14v8H46zM11 12l16 11M32 12v11M53 12L37 23M24 23h16v9H24z",  # several in one
+    "19": "M4 4h26v28H4zM34 18h8M39 15l3 3-3 3M46 12h14v12H46z",  # a large one teaches a small one
 }
 
 

@@ -27,6 +27,8 @@ KEYS = {
     "15_regularize": "_elastic_net _shrink mixout",
     "16_augment": "random_crop random_erasing replace_mentions",
     "17_search": "halving_schedule selection_weights expected_best",
+    "18_together": "vote simplex_weights pcgrad",
+    "19_distill": "layer_map hidden_loss changed_copies",
 }
 NOTE = "> [!NOTE]\n> Recall edition: the bodies of {names} are yours to write. The cell below each says whether its examples hold."
 
