@@ -43,6 +43,7 @@ PUBLIC = {
     "preference": "CartPole Policy Rollouts grpo_loss",
     "together": "vote Stacking soup MultiTask TaskBatches pcgrad",
     "distill": "SoftLabels teacher_logits fit_soft cut Match",
+    "continual": "learn Pull Replay transfer gate",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *PUBLIC]  # what help() prints; `dir` and completion know the names too

@@ -33,6 +33,7 @@ DRAWN = {
     "17": "M4 6h56M4 14h40M4 22h22M4 30h10",  # halving
     "18": "M4 4h14v8H4zM25 4h14v8H25zM46 4h14v8H46zM11 12l16 11M32 12v11M53 12L37 23M24 23h16v9H24z",  # several in one
     "19": "M4 4h26v28H4zM34 18h8M39 15l3 3-3 3M46 12h14v12H46z",  # a large one teaches a small one
+    "23": "M4 8h12v12H4zM24 8h12v12H24zM44 8h12v12H44zM16 14h8M36 14h8M10 20c0 12 40 12 40 2",  # one after the other, and back
 }
 
 

@@ -40,6 +40,7 @@ NEEDS = {
     "17_search": "fashion_mnist",
     "18_together": "sst2 cr subj trec wnut17 minilm",
     "19_distill": "sst2 cr wikitext2 hymenoptera minilm efficientnet_lite0",
+    "23_continual": "sst2 cr subj trec cifar10 minilm efficientnet_lite0",
     "A1_data": "fashion_mnist cifar10 hymenoptera wnut17 sst2 cr subj trec wikitext2 wiki_excerpt",
     "A2_models": "minilm smollm2 efficientnet_lite0 sst2 hymenoptera",
     "A8_debug": "cifar10 sst2 wnut17 minilm",

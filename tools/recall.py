@@ -29,6 +29,7 @@ KEYS = {
     "17_search": "halving_schedule selection_weights expected_best",
     "18_together": "vote simplex_weights pcgrad",
     "19_distill": "layer_map hidden_loss changed_copies",
+    "23_continual": "transfer class_numbers gate",
 }
 NOTE = "> [!NOTE]\n> Recall edition: the bodies of {names} are yours to write. The cell below each says whether its examples hold."
 
