@@ -631,6 +631,40 @@ def test_a_record_is_the_same_after_it_was_kept():
 # ---------------------------------------------------------------- the studies
 
 
+def test_every_row_that_chooses_has_as_many_settings_and_every_table_its_baselines():
+    for made in (study.rows("tasks"), study.rows("classes"), study.photo_rows()):
+        plain = [r for r in made if not isinstance(r, results.Baseline)]
+        grids = [[len(v) for v in r.values() if isinstance(v, list)] for r in plain]
+        assert len({int(np.prod(g)) for g in grids if g}) == 1
+        assert {"majority", "probe"} <= {r["way"] for r in made if isinstance(r, results.Baseline)}
+        assert {study.PLAINLY, study.JOINT} <= {r["way"] for r in plain}
+
+
+def test_every_order_has_all_tasks_and_in_one_head_no_two_share_a_class():
+    assert study.order_of(0) == study.TASKS and len({study.order_of(s) for s in study.SEEDS}) > 1
+    given = study.sequence(1, "test", "classes")
+    seen = [set(t.train["labels"].tolist()) for t in given]
+    assert not set.intersection(*seen) and [t.name for t in given] == list(study.order_of(1))
+    net = study.fresh(1, "classes")
+    assert net.heads["all"].out_features == len(set.union(*seen))
+
+
+def test_in_one_round_of_the_stream_all_labels_are_turned_and_nowhere_else():
+    found = study.stream(1, "test")
+    assert len(found) == study.ROUNDS
+    pool = study._pool(1, "test")
+    known = {
+        tuple(h.flatten()[:64].tolist()): int(y)
+        for k in study.KINDS
+        for h, y in zip(pool[k]["hidden"], pool[k]["labels"], strict=True)
+    }
+    for number, task in enumerate(found):
+        for rows_ in (task.train, task.test):
+            for h, y in zip(rows_["hidden"], rows_["labels"], strict=True):
+                true = known[tuple(h.flatten()[:64].tolist())]
+                assert (int(y) != true) == (number == study.WRONG)
+
+
 @pytest.mark.slow
 def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))

@@ -147,6 +147,11 @@ WRONG = [
     ("together", "shares", (0.5, 0.3, 0.2)),
     ("together", "select", lambda p, y, rounds: (0, 1, 2, 3)),
     ("together", "select", lambda p, y, rounds: [0] * rounds),
+    ("continual", "memories", {"replay", "LwF"}),
+    ("continual", "kept", (0.73, 0.2)),
+    ("continual", "balance", 4.0),
+    ("continual", "enough", 340),
+    ("continual", "balanced", lambda labels, size: list(range(size))),
 ]
 
 

@@ -71,6 +71,7 @@ LABELED = runtime.pick(quick=16, cpu=192)  # sentences of each task
 EPOCHS = runtime.pick(quick=1, cpu=2)
 SEEDS = runtime.pick(quick=(1, 2), cpu=(1, 2, 3, 4))
 MEMORY = runtime.pick(quick=6, cpu=100)  # examples, over all tasks
+FISHER = runtime.pick(quick=4, cpu=64)  # sentences, one gradient each
 PLAN = replace(finetune.PLAN, precision="auto")
 SCORED = ("valid", "test")
 VALID = runtime.pick(quick=12, cpu=100)  # sentences of a task that choose
@@ -142,7 +143,7 @@ def method_of(
 ) -> Method:
     """The method of a row."""
     if way in PULLS:
-        return Pull(strength, PULLS[way])
+        return Pull(strength, PULLS[way], rows=FISHER)
     if way == "LwF":
         return Remember(strength)
     about: dict[str, Any] = {"rows": rows, "seed": seed}
