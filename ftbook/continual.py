@@ -557,18 +557,17 @@ class Pull(Method):
         if self.importance == "equal" and not self.weight:
             own = {k: p for k, p in now if not k.startswith("heads.")}
             self._hold(model, {k: torch.ones_like(p) for k, p in own.items()})
-        callbacks: tuple = ()
         if self.importance == "path":
             self._watch = PathImportance(model, self._gradient(model))
-            callbacks = (self._watch,)
+            plan = plan._replace(callbacks=(self._watch,))
         for k, p in model.named_parameters():
             if k in self.weight:
                 self.weight[k] = self.weight[k].to(p.device)
                 self.goal[k] = self.goal[k].to(p.device)
-        loss: Any = plan.loss
         if self.weight:
-            loss = Penalized(loss, partial(self.term, model))
-        return plan._replace(loss=loss, callbacks=callbacks)
+            loss = Penalized(plan.loss, partial(self.term, model))
+            plan = plan._replace(loss=loss)
+        return plan
 
     def _gradient(self, model: nn.Module) -> Callable:
         now = dict(model.named_parameters())
@@ -599,8 +598,7 @@ class Pull(Method):
         self._hold(model, {k: v for k, v in both.items() if bool(v.any())})
 
     def nbytes(self) -> int:
-        held = [*self.weight.values(), *self.goal.values()]
-        return sum(v.nbytes for v in held)
+        return 2 * sum(v.nbytes for v in self.weight.values())
 
     def state_dict(self) -> dict:
         own = {"weight": self.weight, "goal": self.goal}
