@@ -47,6 +47,7 @@ PUBLIC = {
     "adapt": "two_sample_test Aligned self_train label_shift target_statistics",
     "adversarial": "fgsm pgd withstands Attacked Agree NearTexts edit_attack",
     "explain": "swap_gaps SwapPairs integrated_gradients deletion",
+    "continual": "learn Pull Replay transfer gate",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *PUBLIC]  # what help() prints; `dir` and completion know the names too

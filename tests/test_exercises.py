@@ -162,6 +162,11 @@ WRONG = [
     ("adversarial", "passes", 35_000),
     ("adversarial", "toward", lambda model, x, goal, eps: x),
     ("adversarial", "toward", lambda model, x, goal, eps: x + 1),
+    ("continual", "memories", {"replay", "LwF"}),
+    ("continual", "kept", (0.73, 0.2)),
+    ("continual", "balance", 4.0),
+    ("continual", "enough", 340),
+    ("continual", "balanced", lambda labels, size: list(range(size))),
 ]
 
 

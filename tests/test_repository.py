@@ -42,6 +42,7 @@ FLOORS = [
     ["finetune"],
     ["autoencoder", "contrastive", "mlm", "causal", "vision", "ner", "peft", "regularize", "augment", "search"],
     ["prompt", "sft", "preference", "together", "distill", "compress", "adapt", "adversarial", "explain"],
+    ["continual"],
     ["studies"],
 ]
 STUDIES = [f.stem.split("_", 1)[1] for f in chapters()]  # in the order of the book

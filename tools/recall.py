@@ -32,6 +32,7 @@ KEYS = {
     "20_compress": "scales round_columns low_rank",
     "21_adapt": "coral pseudo_labels reweigh",
     "22_adversarial": "project typos attention_rollout",
+    "23_continual": "transfer class_numbers gate",
 }
 NOTE = "> [!NOTE]\n> Recall edition: the bodies of {names} are yours to write. The cell below each says whether its examples hold."
 

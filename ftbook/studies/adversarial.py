@@ -15,7 +15,6 @@ tests explanations; `main` fills in what results/22_adversarial.json lacks.
 # %% ../../nbs/22_adversarial.ipynb #22b00001
 import copy
 import functools
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
