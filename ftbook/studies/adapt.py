@@ -35,7 +35,7 @@ from ftbook.adapt import (
 )
 from ..distill import cut
 from ..finetune import put_probe
-from . import run_named
+from . import bag_of_words, run_named
 from .distill import plain_classifier
 from .finetune import TOP, ByLength, Upper, features, outputs
 from .prompt import encoder
@@ -252,15 +252,10 @@ def source_only(seed: int, source: str, lr: float) -> _Answer:
 
 def _bag(seed: int, source: str, C: float) -> _Answer:
     """Logistic regression on counted words of the labeled sentences."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
     train = domain(source)["train"]
     draws = torch.Generator().manual_seed(seed)
     few = torch.randperm(len(train), generator=draws)[:LABELED].tolist()
-    words = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2))
-    line = make_pipeline(words, LogisticRegression(C=C, max_iter=2000))
+    line = bag_of_words(C)
     line.fit([train.texts[i] for i in few], train.y[few].numpy())
     return lambda name, split: torch.from_numpy(
         line.predict_log_proba(domain(name)[split].texts)

@@ -38,7 +38,7 @@ from ftbook.continual import (
 from ..distill import teacher_logits
 from ..finetune import find_head, tune
 from ..peft import LoRA
-from . import finetune, run_named
+from . import bag_of_words, finetune, run_named
 from .peft import part
 from .prompt import encoder
 from .together import Shared
@@ -304,7 +304,6 @@ def _simple(
     """What needs no tuning: the most frequent class; a linear classifier on
     counted words or frozen features; the nearest mean of frozen features.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
     tasks = sequence(seed, split, setup)
@@ -317,28 +316,24 @@ def _simple(
             found |= {t.name: (t.test["labels"] == most).numpy() for t in group}
             continue
         if way == "bag of words":
-            bag = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2))
             own, asked = _texts(group, seed), _texts(group, split)
-            x: Any = bag.fit_transform(own)
-            held: Any = bag.transform(asked)
+            guess = bag_of_words(C or 1.0).fit(own, y).predict(asked)
         else:
             x, held = (
-                np.concatenate(
-                    [finetune.features(dict(p)).numpy() for p in some]
-                )
+                torch.cat([finetune.features(dict(p)) for p in some])
                 for some in (
                     [t.train for t in group],
                     [t.test for t in group],
                 )
             )
-        if way == MEANS:
-            router = Router()
-            for k in y.unique().tolist():
-                router.add(str(k), torch.from_numpy(x[y.numpy() == k]))
-            guess = np.array([int(k) for k in router(torch.from_numpy(held))])
-        else:
-            fitted = LogisticRegression(C=C, max_iter=2000)
-            guess = fitted.fit(x, y.numpy()).predict(held)
+            if way == MEANS:
+                router = Router()
+                for k in y.unique().tolist():
+                    router.add(str(k), x[y == k])
+                guess = np.array([int(k) for k in router(held)])
+            else:
+                fitted = LogisticRegression(C=C, max_iter=2000)
+                guess = fitted.fit(x, y).predict(held)
         for t in group:
             n = len(t.test["labels"])
             found[t.name] = guess[:n] == t.test["labels"].numpy()
@@ -502,7 +497,7 @@ def _photo_tasks(seed: int, split: str) -> list[Task]:
             some = torch.cat(at)
             x = (rows["x"][some] - center) / scale
             parts.append({"x": x, "labels": rows["labels"][some]})
-        tasks.append(Task(f"pair {number + 1}", *parts))
+        tasks.append(Task(f"pair {number + 1}", parts[0], parts[1]))
     return tasks
 
 # %% ../../nbs/23_continual.ipynb #23b00008
@@ -676,9 +671,9 @@ def run_stream(
     net, first = Single(seed, 2), _first(seed, split)
     net.load_state_dict(_in_use(seed, split))
     guards = {}
-    for task in KINDS:
-        held = {k: v[-GUARD:] for k, v in sentences(task, "valid").items()}
-        guards[task] = Task(task, held, held)
+    for kind in KINDS:
+        held = {k: v[-GUARD:] for k, v in sentences(kind, "valid").items()}
+        guards[kind] = Task(kind, held, held)
     how: Method = Method()
     if way in (REPLAYED, BOTH):
         how = Replay(MEMORY, seed=seed)
