@@ -13,6 +13,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ftbook.adapt._Reverse.forward': ('adapt.html#_reverse.forward', 'ftbook/adapt.py'),
                               'ftbook.adapt._Told': ('adapt.html#_told', 'ftbook/adapt.py'),
                               'ftbook.adapt._check_parts': ('adapt.html#_check_parts', 'ftbook/adapt.py'),
+                              'ftbook.adapt._check_two': ('adapt.html#_check_two', 'ftbook/adapt.py'),
                               'ftbook.adapt._kernel': ('adapt.html#_kernel', 'ftbook/adapt.py'),
                               'ftbook.adapt._likelihood': ('adapt.html#_likelihood', 'ftbook/adapt.py'),
                               'ftbook.adapt._telling': ('adapt.html#_telling', 'ftbook/adapt.py'),

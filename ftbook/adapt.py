@@ -240,10 +240,7 @@ def mmd(
     )
 
 
-def _kernel(
-    source: Tensor, target: Tensor, widths: Sequence[float] | None
-) -> Tensor:
-    """The kernel between all points of both, (N + M, N + M)."""
+def _check_two(source: Tensor, target: Tensor) -> None:
     if (
         source.ndim != 2
         or target.ndim != 2
@@ -253,6 +250,13 @@ def _kernel(
             f"source {tuple(source.shape)}, target {tuple(target.shape)}; give "
             "at least two vectors of each, (N, D) and (M, D)"
         )
+
+
+def _kernel(
+    source: Tensor, target: Tensor, widths: Sequence[float] | None
+) -> Tensor:
+    """The kernel between all points of both, (N + M, N + M)."""
+    _check_two(source, target)
     x = torch.cat((source.float(), target.float()))
     square = x.square().sum(1)
     apart = (square[:, None] + square - 2 * x @ x.T).clamp(min=0)
@@ -412,15 +416,7 @@ def coral(source: Tensor, target: Tensor) -> Tensor:
     >>> coral(x, x).item(), coral(x, 2 * x).item()
     (0.0, 9.0)
     """
-    if (
-        source.ndim != 2
-        or target.ndim != 2
-        or min(map(len, (source, target))) < 2
-    ):
-        raise ValueError(
-            f"source {tuple(source.shape)}, target {tuple(target.shape)}; give "
-            "at least two rows of features of each, (N, H) and (M, H)"
-        )
+    _check_two(source, target)
     gap = torch.cov(source.float().T) - torch.cov(target.float().T)
     return gap.square().sum() / (4 * source.shape[1] ** 2)
 

@@ -132,7 +132,7 @@ def test_the_permutations_of_the_mmd_see_a_shift_and_no_other():
         (lambda: mmd_test(cloud(9)[0], cloud(9)), r"give finite vectors \(N, D\)"),
         (lambda: mmd(torch.zeros(1, 2), torch.zeros(3, 2)), "at least two vectors of each"),
         (lambda: mmd(torch.zeros(2, 2), torch.zeros(3, 2), [0.0]), "give numbers above 0"),
-        (lambda: coral(torch.zeros(2, 2), torch.zeros(1, 2)), "at least two rows"),
+        (lambda: coral(torch.zeros(2, 2), torch.zeros(1, 2)), "at least two vectors"),
     ],
 )
 def test_vectors_that_do_not_fit_are_refused(call, told):

@@ -672,7 +672,7 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     stored = json.loads((tmp_path / "23_continual.json").read_text())["quick"]
     assert set(study.PARTS) <= set(stored)
     found = results.load_study(study.CHAPTER, "tasks")
-    assert {"average", "backward", "learning"} <= set(found.metrics)
+    assert {"average", "backward", "fresh"} <= set(found.metrics)
     for name in ("run", "run_photos", "run_stream"):
         monkeypatch.setattr(study, name, lambda **_: pytest.fail("it ran again"))
     study.main("tasks", "classes", "photos", "stream")
