@@ -427,8 +427,8 @@ LABELS = finetune.LABELS  # of each class
 EPOCHS = runtime.pick(quick=1, cpu=4)
 LONG = 3  # a text with its neighbor costs as much as three
 TEXT_RATES = runtime.pick(quick=[1e-4, 3e-4], cpu=[3e-5, 1e-4, 3e-4, 1e-3])
-STEPS_OF = runtime.pick(quick=[0.1, 1.0], cpu=[0.1, 0.3, 1.0, 3.0])
-FINE = runtime.pick(quick=[0.01, 0.1], cpu=[0.003, 0.01, 0.03, 0.1])
+STEPS_OF = runtime.pick(quick=[0.1, 1.0], cpu=[0.03, 0.1, 0.3, 1.0])
+FINE = runtime.pick(quick=[0.01, 0.1], cpu=[0.001, 0.003, 0.01, 0.03])
 SLIPS = runtime.pick(quick=[1, 2], cpu=[1, 2, 4, 8])
 EDITED = runtime.pick(quick=4, cpu=60)  # test sentences that are edited
 TRIES = runtime.pick(quick=3, cpu=12)  # copies proposed for each edit
