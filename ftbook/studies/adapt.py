@@ -545,7 +545,7 @@ PHOTOS = {
 }
 COUNTS = runtime.pick(quick=(8, 32), cpu=(16, 64, 200, 600))
 TUNED = runtime.pick(quick=1, cpu=5)  # epochs
-TUNINGS = runtime.pick(quick=[1e-3, 1e-2], cpu=[1e-3, 3e-4, 3e-3, 1e-4])
+TUNINGS = runtime.pick(quick=[1e-3, 1e-2], cpu=[3e-4, 1e-3, 1e-4, 3e-5])
 
 
 @functools.cache
