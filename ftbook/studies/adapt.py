@@ -91,7 +91,7 @@ STRENGTHS = {  # from mild to strong
     WEIGHED: [0.125, 0.25, 0.5, 1.0],  # power of the weights
     "CORAL": [1e2, 1e3, 1e4, 1e5],
     "MMD": [0.3, 1.0, 3.0, 10.0],
-    "DANN": [0.03, 0.1, 0.3, 1.0, 3.0],
+    "DANN": [0.1, 0.3, 1.0, 3.0],
     SELF: [0.99, 0.95, 0.8, 0.5],  # threshold
     READ: [1e-5, 3e-5, 1e-4, 3e-4],  # rate of the masked language modeling
 }
