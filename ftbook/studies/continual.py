@@ -571,8 +571,11 @@ ROUNDS = runtime.pick(quick=3, cpu=8)
 ROUND = runtime.pick(quick=8, cpu=96)  # sentences of a round
 WRONG = runtime.pick(quick=1, cpu=4)  # the round whose labels are turned around
 SHARES = (0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0)  # of customer reviews
-GUARD = runtime.pick(quick=10, cpu=100)  # sentences of each kind
+GUARD = runtime.pick(quick=10, cpu=200)  # sentences of each kind
 MARGIN = 0.03
+GENTLE = runtime.pick(
+    quick=[1e-4, 1e-3], cpu=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+)
 NEVER, ALWAYS = "never", "always"
 GATED, BOTH = "with a gate", "with gate and memory"
 REPLAYED = "with a memory"
@@ -711,9 +714,8 @@ UPDATES = (ALWAYS, REPLAYED, GATED, BOTH)
 
 def _stream_rows() -> list[dict]:
     """Never update, and four ways to do it."""
-    some = SIX
     made: list[dict] = [results.Baseline(SEEDS, way=NEVER)]
-    return made + [{"way": way, "lr": some} for way in UPDATES]
+    return made + [{"way": way, "lr": GENTLE} for way in UPDATES]
 
 # %% ../../nbs/23_continual.ipynb #23b00011
 SHOWN = ("one after the other", "replay")
