@@ -86,7 +86,7 @@ BATCH = 64
 SHOTS = runtime.pick(quick=2, cpu=20)  # steps of the attacks that measure
 PLAN = Settings(schedule="linear", warmup=0.1, progress=False)
 FLAT = replace(PLAN, precision="fp32")
-RATES = runtime.pick(quick=[1e-3, 3e-3], cpu=[1e-3, 3e-3, 1e-2, 3e-2])
+RATES = runtime.pick(quick=[1e-3, 3e-3], cpu=[3e-3, 1e-2, 3e-2, 1e-1])
 LINEAR = runtime.pick(quick=RATES, cpu=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
 WEIGHTS = runtime.pick(quick=[1.0, 3.0], cpu=[3.0, 10.0, 30.0, 100.0])
 INNER = 5  # steps of the attack in training
@@ -362,7 +362,9 @@ def _sanity(executor: Any) -> None:
 KNOWN, NEW = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)  # classes
 FEW = runtime.pick(quick=1, cpu=20)  # labels of each new class
 MOVES = runtime.pick(quick=2, cpu=150)  # batches
-SLOW = runtime.pick(quick=[1e-3, 3e-3], cpu=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+SLOW = runtime.pick(
+    quick=[1e-3, 3e-3], cpu=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+)
 
 
 @functools.cache
