@@ -402,16 +402,20 @@ def _moves(record: Record) -> dict[str, float]:
 
 
 SIX = runtime.pick(quick=[1e-4, 1e-3], cpu=[3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
-TWO = runtime.pick(quick=[1e-3], cpu=[3e-4, 1e-3])
+ADDED = runtime.pick(
+    quick=[1e-4, 1e-3], cpu=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+)  # rates of adapters
 STRENGTHS: dict[str, list[float]] = {
-    "L2-SP": [0.1, 1.0, 10.0],
-    "EWC": [1e3, 1e4, 1e5],
-    "LwF": [1.0, 10.0, 100.0],
-    "replay": [0.3, 1.0, 3.0],
-    DARK: [0.1, 1.0, 10.0],
-    MERGED: [0.25, 0.5, 0.75],
+    "L2-SP": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
+    "EWC": [1e3, 1e4, 3e4, 1e5, 3e5, 1e6],
+    "LwF": [0.1, 0.3, 1.0, 3.0, 10.0, 30.0],
+    "replay": [0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
+    DARK: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+    MERGED: [0.25, 0.5, 0.65, 0.75, 0.9, 1.0],
 }
-DECAYS = runtime.pick(quick=[1.0, 10.0], cpu=[0.01, 0.1, 1.0, 10.0, 100.0, 1e3])
+if QUICK:
+    STRENGTHS = {way: grid[2:4] for way, grid in STRENGTHS.items()}
+DECAYS = runtime.pick(quick=[1.0, 10.0], cpu=[0.01, 0.1, 1.0, 10.0, 1e3, 1e4])
 
 
 def rows(setup: str) -> list[dict]:
@@ -427,10 +431,13 @@ def rows(setup: str) -> list[dict]:
     else:
         made.append(results.Baseline(SEEDS, setup=setup, way=MEANS))
         free, pulled = [*free, ROUTED], ["EWC", "LwF", "replay", DARK]
-    made += [{"setup": setup, "way": way, "lr": SIX} for way in free]
+    for way in free:
+        rates = ADDED if way in (ADAPTERS, ROUTED) else SIX
+        made.append({"setup": setup, "way": way, "lr": rates})
+    rate = results.ChosenFor(setup=setup, way=JOINT)
     for way in pulled:
-        some = STRENGTHS[way][: runtime.pick(quick=2, cpu=3)]
-        made.append({"setup": setup, "way": way, "lr": TWO, "strength": some})
+        about: dict[str, Any] = {"lr": rate, "strength": STRENGTHS[way]}
+        made.append({"setup": setup, "way": way} | about)
     return made
 
 # %% ../../nbs/23_continual.ipynb #23b00007
@@ -560,10 +567,10 @@ def photo_rows() -> list[dict]:
     for n in SIZES:
         if n != middle:
             made.append({"way": "replay", "memory": n, "lr": same})
+    rate: Any = results.ChosenFor(way=JOINT)
     for way in ("LwF", DARK):
-        few = STRENGTHS[way][: runtime.pick(quick=2, cpu=3)]
-        size = middle if way == DARK else 0
-        made.append({"way": way, "memory": size, "lr": TWO, "strength": few})
+        few, size = STRENGTHS[way], middle if way == DARK else 0
+        made.append({"way": way, "memory": size, "lr": rate, "strength": few})
     return made
 
 # %% ../../nbs/23_continual.ipynb #23b00009
