@@ -363,7 +363,7 @@ KNOWN, NEW = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)  # classes
 FEW = runtime.pick(quick=1, cpu=20)  # labels of each new class
 MOVES = runtime.pick(quick=2, cpu=150)  # batches
 SLOW = runtime.pick(
-    quick=[1e-3, 3e-3], cpu=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+    quick=[1e-3, 3e-3], cpu=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
 )
 
 
