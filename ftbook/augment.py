@@ -19,11 +19,11 @@ __all__ = [
     "random_crop",
     "random_resized_crop",
     "random_erasing",
-    "MixUp",
-    "CutMix",
     "Grouped",
     "STRENGTHS",
     "policy",
+    "MixUp",
+    "CutMix",
     "changed_predictions",
     "eda",
     "text_policy",
@@ -211,184 +211,6 @@ def random_erasing(
         torch.stack([left, top, left + w, top + h], 1) * (draw[4] < p)[:, None]
     )
     return x.masked_fill(_box_mask(boxes, H, W), 0)
-
-# %% ../nbs/16_augment.ipynb #ce37065c
-def _mix_labels(
-    y: Tensor, partner: Tensor, lam: Tensor, n_classes: int
-) -> Tensor:
-    """Labels of equations (16.2) and (16.3): lam of the own class.
-
-    Parameters
-    ----------
-    y : Tensor (B,) of class numbers, or (B, K) of probabilities
-    partner : Tensor (B,), rows of the batch
-    lam : Tensor () or (B,)
-
-    Examples
-    --------
-    >>> one = torch.tensor([1, 0])
-    >>> _mix_labels(torch.tensor([0, 1]), one, torch.tensor(0.75), 2).tolist()
-    [[0.75, 0.25], [0.25, 0.75]]
-    """
-    if not y.is_floating_point() and len(y):
-        low, high = (int(v) for v in torch.aminmax(y))
-        if low < 0 or high >= n_classes:
-            raise ValueError(
-                f"label {low if low < 0 else high} is out of range for "
-                f"n_classes={n_classes}; every row needs a class, 0 to "
-                f"{n_classes - 1}: leave out rows without one, or pass the "
-                "number of classes"
-            )
-    soft = y if y.is_floating_point() else F.one_hot(y, n_classes).float()
-    return torch.lerp(soft[partner], soft, lam.to(soft.dtype).view(-1, 1))
-
-
-def _draw_boxes(lam: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (B, 4) with the share 1 - lam of the area, centers anywhere, cut
-    off at the border.
-
-    Examples
-    --------
-    >>> _draw_boxes(torch.ones(1), 8, 8).shape
-    torch.Size([1, 4])
-    """
-    x, y = (
-        (torch.rand(len(lam), device=lam.device) * n).floor()
-        for n in (width, height)
-    )
-    half = 0.5 * (1 - lam).sqrt()
-    w, h = (half * width).floor(), (half * height).floor()
-    box = [
-        (x - w).clamp(min=0),
-        (y - h).clamp(min=0),
-        (x + w).clamp(max=width),
-        (y + h).clamp(max=height),
-    ]
-    return torch.stack(box, 1).long()
-
-# %% ../nbs/16_augment.ipynb #dca44066
-class MixUp:
-    """Transform for `fit` that mixes every image of a batch with another one,
-    equation (16.2).
-
-    Parameters
-    ----------
-    n_classes : int
-    alpha : float
-        lam ~ Beta(alpha, alpha); small values mix little.
-    per_image : bool
-        Draw lam for every image, or once for the batch.
-
-    References
-    ----------
-    Zhang et al. (2018), arXiv:1710.09412
-
-    Examples
-    --------
-    >>> x, y = MixUp(3)(torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 0]))
-    >>> x.shape, y.shape, y.sum(1).allclose(torch.ones(4))
-    (torch.Size([4, 1, 2, 2]), torch.Size([4, 3]), True)
-    """
-
-    takes_target = True
-
-    def __init__(
-        self, n_classes: int, alpha: float = 0.2, per_image: bool = True
-    ):
-        if alpha <= 0:
-            raise ValueError(
-                f"alpha is {alpha}; the Beta distribution needs a positive "
-                "one, for example 0.2"
-            )
-        self.n_classes, self.alpha, self.per_image = n_classes, alpha, per_image
-
-    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """lam (B,) or (1,), and a partner for every row."""
-        size = len(x) if self.per_image else 1
-        alpha = torch.full((size,), float(self.alpha), device=x.device)
-        lam = torch.distributions.Beta(alpha, alpha).sample()
-        return lam, torch.randperm(len(x), device=x.device)
-
-    def mix(
-        self, x: Tensor, y: Tensor, lam: Tensor | float, partner: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Equation (16.2) for given lam and partners.
-
-        Parameters
-        ----------
-        x : Tensor (B, ...), floating point
-        y : Tensor (B,) of class numbers, or (B, K) of probabilities
-        lam : float, or Tensor () or (B,)
-            Share of the own example.
-        partner : Tensor (B,)
-            The row of the batch that each row is mixed with.
-
-        Returns
-        -------
-        x : Tensor (B, ...), y : Tensor (B, K)
-
-        Examples
-        --------
-        >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1])
-        >>> MixUp(2).mix(x, y, 0.75, torch.tensor([1, 0]))[0].tolist()
-        [[0.25], [0.75]]
-        """
-        lam = torch.as_tensor(lam, dtype=x.dtype, device=x.device)
-        mixed = torch.lerp(x[partner], x, lam.view(-1, *[1] * (x.ndim - 1)))
-        return mixed, _mix_labels(y, partner, lam, self.n_classes)
-
-    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mix(x, y, *self.draw(x))
-
-# %% ../nbs/16_augment.ipynb #d08ba901
-class CutMix(MixUp):
-    """Transform for `fit` that pastes a rectangle of another image into every
-    image, equation (16.3).
-
-    Parameters as for `MixUp`; the usual alpha is 1.
-
-    References
-    ----------
-    Yun et al. (2019), arXiv:1905.04899
-
-    Examples
-    --------
-    >>> x, y = CutMix(3)(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
-    >>> x.shape, y.shape
-    (torch.Size([4, 1, 8, 8]), torch.Size([4, 3]))
-    """
-
-    def __init__(
-        self, n_classes: int, alpha: float = 1.0, per_image: bool = True
-    ):
-        super().__init__(n_classes, alpha, per_image)
-
-    def paste(
-        self, x: Tensor, y: Tensor, boxes: Tensor, partner: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Equation (16.3) for given boxes and partners.
-
-        Parameters
-        ----------
-        x : Tensor (B, C, H, W)
-        boxes : Tensor (4,) or (B, 4)
-            x1, y1, x2, y2 in pixels, the ends not included.
-        y, partner
-            See `mix`.
-
-        Returns
-        -------
-        x : Tensor (B, C, H, W), y : Tensor (B, K)
-        """
-        _check_images(x)
-        mask = _box_mask(boxes.view(-1, 4), *x.shape[-2:])
-        lam = 1 - mask.float().mean((1, 2, 3))
-        pasted = torch.where(mask, x[partner], x)
-        return pasted, _mix_labels(y, partner, lam, self.n_classes)
-
-    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        lam, partner = self.draw(x)
-        return self.paste(x, y, _draw_boxes(lam, *x.shape[-2:]), partner)
 
 # %% ../nbs/16_augment.ipynb #6cf84ea8
 class Grouped:
@@ -652,6 +474,184 @@ def policy(
         given = {parts[-1]: strength}
     strengths = {**STRENGTHS, **given}
     return _Pipeline(*(_single(p, strengths[p], n_classes) for p in parts))
+
+# %% ../nbs/16_augment.ipynb #ce37065c
+def _mix_labels(
+    y: Tensor, partner: Tensor, lam: Tensor, n_classes: int
+) -> Tensor:
+    """Labels of equations (16.2) and (16.3): lam of the own class.
+
+    Parameters
+    ----------
+    y : Tensor (B,) of class numbers, or (B, K) of probabilities
+    partner : Tensor (B,), rows of the batch
+    lam : Tensor () or (B,)
+
+    Examples
+    --------
+    >>> one = torch.tensor([1, 0])
+    >>> _mix_labels(torch.tensor([0, 1]), one, torch.tensor(0.75), 2).tolist()
+    [[0.75, 0.25], [0.25, 0.75]]
+    """
+    if not y.is_floating_point() and len(y):
+        low, high = (int(v) for v in torch.aminmax(y))
+        if low < 0 or high >= n_classes:
+            raise ValueError(
+                f"label {low if low < 0 else high} is out of range for "
+                f"n_classes={n_classes}; every row needs a class, 0 to "
+                f"{n_classes - 1}: leave out rows without one, or pass the "
+                "number of classes"
+            )
+    soft = y if y.is_floating_point() else F.one_hot(y, n_classes).float()
+    return torch.lerp(soft[partner], soft, lam.to(soft.dtype).view(-1, 1))
+
+
+def _draw_boxes(lam: Tensor, height: int, width: int) -> Tensor:
+    """Boxes (B, 4) with the share 1 - lam of the area, centers anywhere, cut
+    off at the border.
+
+    Examples
+    --------
+    >>> _draw_boxes(torch.ones(1), 8, 8).shape
+    torch.Size([1, 4])
+    """
+    x, y = (
+        (torch.rand(len(lam), device=lam.device) * n).floor()
+        for n in (width, height)
+    )
+    half = 0.5 * (1 - lam).sqrt()
+    w, h = (half * width).floor(), (half * height).floor()
+    box = [
+        (x - w).clamp(min=0),
+        (y - h).clamp(min=0),
+        (x + w).clamp(max=width),
+        (y + h).clamp(max=height),
+    ]
+    return torch.stack(box, 1).long()
+
+# %% ../nbs/16_augment.ipynb #dca44066
+class MixUp:
+    """Transform for `fit` that mixes every image of a batch with another one,
+    equation (16.2).
+
+    Parameters
+    ----------
+    n_classes : int
+    alpha : float
+        lam ~ Beta(alpha, alpha); small values mix little.
+    per_image : bool
+        Draw lam for every image, or once for the batch.
+
+    References
+    ----------
+    Zhang et al. (2018), arXiv:1710.09412
+
+    Examples
+    --------
+    >>> x, y = MixUp(3)(torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 0]))
+    >>> x.shape, y.shape, y.sum(1).allclose(torch.ones(4))
+    (torch.Size([4, 1, 2, 2]), torch.Size([4, 3]), True)
+    """
+
+    takes_target = True
+
+    def __init__(
+        self, n_classes: int, alpha: float = 0.2, per_image: bool = True
+    ):
+        if alpha <= 0:
+            raise ValueError(
+                f"alpha is {alpha}; the Beta distribution needs a positive "
+                "one, for example 0.2"
+            )
+        self.n_classes, self.alpha, self.per_image = n_classes, alpha, per_image
+
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """lam (B,) or (1,), and a partner for every row."""
+        size = len(x) if self.per_image else 1
+        alpha = torch.full((size,), float(self.alpha), device=x.device)
+        lam = torch.distributions.Beta(alpha, alpha).sample()
+        return lam, torch.randperm(len(x), device=x.device)
+
+    def mix(
+        self, x: Tensor, y: Tensor, lam: Tensor | float, partner: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Equation (16.2) for given lam and partners.
+
+        Parameters
+        ----------
+        x : Tensor (B, ...), floating point
+        y : Tensor (B,) of class numbers, or (B, K) of probabilities
+        lam : float, or Tensor () or (B,)
+            Share of the own example.
+        partner : Tensor (B,)
+            The row of the batch that each row is mixed with.
+
+        Returns
+        -------
+        x : Tensor (B, ...), y : Tensor (B, K)
+
+        Examples
+        --------
+        >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1])
+        >>> MixUp(2).mix(x, y, 0.75, torch.tensor([1, 0]))[0].tolist()
+        [[0.25], [0.75]]
+        """
+        lam = torch.as_tensor(lam, dtype=x.dtype, device=x.device)
+        mixed = torch.lerp(x[partner], x, lam.view(-1, *[1] * (x.ndim - 1)))
+        return mixed, _mix_labels(y, partner, lam, self.n_classes)
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mix(x, y, *self.draw(x))
+
+# %% ../nbs/16_augment.ipynb #d08ba901
+class CutMix(MixUp):
+    """Transform for `fit` that pastes a rectangle of another image into every
+    image, equation (16.3).
+
+    Parameters as for `MixUp`; the usual alpha is 1.
+
+    References
+    ----------
+    Yun et al. (2019), arXiv:1905.04899
+
+    Examples
+    --------
+    >>> x, y = CutMix(3)(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
+    >>> x.shape, y.shape
+    (torch.Size([4, 1, 8, 8]), torch.Size([4, 3]))
+    """
+
+    def __init__(
+        self, n_classes: int, alpha: float = 1.0, per_image: bool = True
+    ):
+        super().__init__(n_classes, alpha, per_image)
+
+    def paste(
+        self, x: Tensor, y: Tensor, boxes: Tensor, partner: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Equation (16.3) for given boxes and partners.
+
+        Parameters
+        ----------
+        x : Tensor (B, C, H, W)
+        boxes : Tensor (4,) or (B, 4)
+            x1, y1, x2, y2 in pixels, the ends not included.
+        y, partner
+            See `mix`.
+
+        Returns
+        -------
+        x : Tensor (B, C, H, W), y : Tensor (B, K)
+        """
+        _check_images(x)
+        mask = _box_mask(boxes.view(-1, 4), *x.shape[-2:])
+        lam = 1 - mask.float().mean((1, 2, 3))
+        pasted = torch.where(mask, x[partner], x)
+        return pasted, _mix_labels(y, partner, lam, self.n_classes)
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        lam, partner = self.draw(x)
+        return self.paste(x, y, _draw_boxes(lam, *x.shape[-2:]), partner)
 
 # %% ../nbs/16_augment.ipynb #18982d25
 @torch.no_grad()
