@@ -1165,9 +1165,8 @@ def learn(
         Also score tasks that are still to come, which "forward" of `transfer`
         needs.
     guards : dict name -> Task, optional
-        Whose test examples the `gate` asks before a task's weights are kept,
-        beside the task's own; where it refuses, model and method stay as they
-        were.
+        Whose test examples the `gate` asks before a task's weights are kept;
+        where it refuses, model and method stay as they were.
     margin : float
         Of the gate.
     **fitting
@@ -1217,15 +1216,15 @@ def learn(
     for i, task in enumerate(tasks):
         if i + 1 < len(record.right):
             continue
-        held = {**watched, "new": task} if watched else {}
-        start = _scored(model, held)
+        start = _scored(model, watched)
         old = copy.deepcopy((model.state_dict(), method.state_dict()))
         plan, saving = method.begin(model, task, make), []
         if kept is not None:
             saving = [Checkpoint(kept.part(i), every=every)]
         how = {"loss": plan.loss, "callbacks": [*plan.callbacks, *saving]}
         fit(plan.model, plan.train, **how, **fitting)
-        verdict = gate(start, _scored(model, held), margin) if held else None
+        found = _scored(model, watched)
+        verdict = gate(start, found, margin) if watched else None
         if verdict is None or verdict.accepted:
             method.end(model, task)
         else:
