@@ -567,7 +567,7 @@ def photo_rows() -> list[dict]:
     for n in SIZES:
         if n != middle:
             made.append({"way": "replay", "memory": n, "lr": same})
-    rate: Any = results.ChosenFor(way=JOINT)
+    rate: Any = results.ChosenFor(way=JOINT, memory=0)
     for way in ("LwF", DARK):
         few, size = STRENGTHS[way], middle if way == DARK else 0
         made.append({"way": way, "memory": size, "lr": rate, "strength": few})
