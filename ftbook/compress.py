@@ -84,10 +84,11 @@ class Grid:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in range(2, 9) or self.group < 1:
+        whole = isinstance(self.bits, int) and isinstance(self.group, int)
+        if not whole or self.bits not in range(2, 9) or self.group < 1:
             raise ValueError(
                 f"bits={self.bits}, group={self.group}: give 2 to 8 bits and "
-                "a group of 1 or more"
+                "a group of 1 or more, whole numbers"
             )
         if self.per not in ("tensor", "channel", "group"):
             raise ValueError(
@@ -196,6 +197,11 @@ def fake_quantize(
     scale, zero : Tensor (R, 1), optional
         As `scales` gives them; default: of this very weight, and 0.
 
+    Raises
+    ------
+    ValueError
+        If a scale is not greater than 0, or a shape is not (R, 1).
+
     References
     ----------
     B. Jacob et al. (2018), arXiv:1712.05877; Y. Bengio, N. Leonard, A.
@@ -210,12 +216,18 @@ def fake_quantize(
         scale, zero = scales(weight, grid)
     if zero is None:
         zero = torch.zeros_like(scale)
-    if bool((scale <= 0).any()):
+    if not bool((scale > 0).all()):
         raise ValueError(
             f"the smallest scale is {float(scale.min()):g}; a step must be "
             "greater than 0: take the ones that `scales` gives"
         )
-    made = _Straight.apply(grid.rows(weight), scale, zero, grid)
+    rows = grid.rows(weight)
+    if scale.shape != (len(rows), 1) or zero.shape != scale.shape:
+        raise ValueError(
+            f"scale is {tuple(scale.shape)}, zero {tuple(zero.shape)}; this "
+            f"weight needs ({len(rows)}, 1): take what `scales` gives"
+        )
+    made = _Straight.apply(rows, scale, zero, grid)
     return made.reshape(weight.shape)
 
 # %% ../nbs/20_compress.ipynb #20a00005
@@ -226,7 +238,7 @@ def _listen(
 ) -> None:
     """Tell `note` what each linear layer reads of each batch, (n, n_in)."""
     seen: dict[str, Tensor | None] = {}
-    heard: set[str] = set()
+    heard: dict[str, int] = {}
 
     def hear(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
@@ -234,8 +246,14 @@ def _listen(
             if mask is not None and x.ndim == 3:
                 keep = mask[:, : x.shape[1]].bool()
                 x = x[keep] if keep.shape == x.shape[:2] else x
-            heard.add(name)
-            note(name, x.reshape(-1, x.shape[-1]))
+            if not bool(x.isfinite().all()):
+                raise ValueError(
+                    f"{name} reads numbers that are not finite; mend the "
+                    "model or the batch first"
+                )
+            heard[name] = heard.get(name, 0) + x[..., 0].numel()
+            if x.numel():
+                note(name, x.reshape(-1, x.shape[-1]))
 
         return hook
 
@@ -263,6 +281,16 @@ def _listen(
             "no linear layer has read anything; give at least one batch, and a "
             "model with nn.Linear layers"
         )
+    if silent := [name for name, n in heard.items() if not n]:
+        raise ValueError(
+            f"{_some(silent)} read no visible position; give a batch whose "
+            "attention_mask is not 0 everywhere"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names, for a message."""
+    return ", ".join(list(names)[:3]) or "nothing"
 
 
 def moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -368,13 +396,10 @@ def round_columns(
     >>> round_columns(w, x.mT @ x, Grid(bits=2)).round(decimals=1)
     tensor([[0.9000, 0.0000, 0.9000]])
     """
+    _check_moments(weight, second)
+    if not damp >= 0:
+        raise ValueError(f"damp={damp}; give 0 or more, such as 0.01")
     n = weight.shape[1]
-    if weight.ndim != 2 or second.shape != (n, n):
-        raise ValueError(
-            f"the weight is {tuple(weight.shape)}, the moments are "
-            f"{tuple(second.shape)}; for a weight (n_out, n_in) give (n_in, "
-            "n_in), as `moments` does"
-        )
     scale, zero = scales(weight, grid)
     shape = grid.rows(weight).shape
     step = scale.expand(shape).reshape(weight.shape)
@@ -398,6 +423,33 @@ def round_columns(
             errors[:, i - start] = error
         left[:, end:] -= errors @ upper[start:end, end:]
     return made
+
+
+def _check_moments(weight: Tensor, second: Tensor, name: str = "it") -> None:
+    n_in = weight.shape[-1] if weight.ndim == 2 else 0
+    if weight.ndim != 2 or second.shape != (n_in, n_in):
+        raise ValueError(
+            f"{name}: the weight is {tuple(weight.shape)}, the moments are "
+            f"{tuple(second.shape)}; for a weight (n_out, n_in) give (n_in, "
+            "n_in), as `moments` does"
+        )
+    if not bool(second.isfinite().all()):
+        raise ValueError(
+            f"{name}: the moments have numbers that are not finite; take what "
+            "`moments` gives"
+        )
+
+
+def _check_data(data: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
+    """Whether there are moments of every layer, in its shape."""
+    if missing := [name for name in layers if name not in data]:
+        raise ValueError(
+            f"data has moments of {_some(data)}, none of the layers "
+            f"{_some(missing)}; give moments(model, batches) of this very "
+            "model, or name the layers in skip"
+        )
+    for name, layer in layers.items():
+        _check_moments(layer.weight, data[name], name)
 
 
 def _scale_inputs(weight: Tensor, second: Tensor, grid: Grid) -> Tensor:
@@ -563,7 +615,7 @@ _ROUNDED = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 def _layers(model: nn.Module, kinds: tuple, skip: Iterable[str]) -> dict:
     """Name -> layer, without those whose name contains a part of `skip`."""
-    parts = tuple(skip)
+    parts = _parts(skip)
     return {
         name: module
         for name, module in model.named_modules()
@@ -572,6 +624,15 @@ def _layers(model: nn.Module, kinds: tuple, skip: Iterable[str]) -> dict:
         and not parametrize.is_parametrized(module)
         and not any(part in name for part in parts)
     }
+
+
+def _parts(skip: Iterable[str]) -> tuple[str, ...]:
+    """`skip` as a tuple; one str alone would be read letter by letter."""
+    if isinstance(skip, str):
+        raise TypeError(
+            f"skip is one str, {skip!r}; put it in a list: [{skip!r}]"
+        )
+    return tuple(skip)
 
 
 def quantize_layers(
@@ -594,9 +655,9 @@ def quantize_layers(
         Default: 8 bits, symmetric, a scale for each output.
     method : "nearest", "columns" or "scaled"
         Rounding, `round_columns`, or `_scale_inputs` and rounding; the last two
-        are for linear layers that are in `data`, all others are rounded.
+        are for linear layers, all others are rounded.
     data : dict, optional
-        What `moments` gives.
+        What `moments` gives, of every linear layer.
     activations : None, "dynamic" or "static"
         Round the inputs of linear layers to 8 bits as well: with a scale for
         every row, or with the range in `ranges`.
@@ -615,7 +676,8 @@ def quantize_layers(
     Raises
     ------
     ValueError
-        If there is no such layer, or an option does not fit the others.
+        If there is no such layer, or an option does not fit the others; the
+        model is as it was then.
 
     Examples
     --------
@@ -645,19 +707,18 @@ def quantize_layers(
             f"activations={activations!r}: allowed are None, 'dynamic', "
             "'static'"
         )
-    linear = [n for n, m in found.items() if isinstance(m, nn.Linear)]
-    missing = sorted(set(linear) - set(ranges or ()))
-    if activations == "static" and missing:
-        raise ValueError(
-            f"ranges lack {', '.join(missing[:3])}; static activations need "
-            "the lowest and highest input of every linear layer"
-        )
+    linear = {n: m for n, m in found.items() if isinstance(m, nn.Linear)}
+    if method != "nearest":
+        _check_data(data or {}, linear)
+    steps = {}
+    if activations == "static":
+        steps = _input_steps(ranges or {}, linear)
     _refuse_tied(model, found)
     plans = []
     for name, module in found.items():  # all of it before anything changes
         own = Grid() if isinstance(module, nn.Embedding) else grid
         weight, factor = module.weight.detach().float(), None
-        second = (data or {}).get(name)
+        second = data[name] if data and name in linear else None
         scale, zero = scales(weight, own)
         if second is not None and method == "columns":
             weight = round_columns(weight, second, own)
@@ -669,13 +730,31 @@ def quantize_layers(
     for plan in plans:
         _put_codes(*plan)
     for name in linear if activations else ():
-        layer = found[name]
-        layer.reads = activations
-        if activations == "static":
-            ends = torch.tensor([(ranges or {})[name]])
-            own = Grid(per="tensor", symmetric=False)
-            layer.range = torch.cat(scales(ends, own)).flatten()
+        found[name].reads = activations
+        found[name].range = steps.get(name)
     return list(found)
+
+
+def _input_steps(
+    ranges: Mapping[str, tuple[float, float]], layers: Iterable[str]
+) -> dict[str, Tensor]:
+    """Step and zero point of each layer's input, from its two ends."""
+    if missing := sorted(set(layers) - set(ranges)):
+        raise ValueError(
+            f"ranges lack {_some(missing)}; static activations need the "
+            "lowest and highest input of every linear layer"
+        )
+    steps, grid = {}, Grid(per="tensor", symmetric=False)
+    for name in layers:
+        ends = torch.tensor([tuple(ranges[name])], dtype=torch.float32)
+        right = ends.shape == (1, 2) and bool(ends.isfinite().all())
+        if not right or ends[0, 0] > ends[0, 1] or not bool(ends.any()):
+            raise ValueError(
+                f"the range of {name} is {tuple(ranges[name])}; give its "
+                "lowest and highest input, two finite numbers, not both 0"
+            )
+        steps[name] = torch.cat(scales(ends, grid)).flatten()
+    return steps
 
 
 def _refuse_tied(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
@@ -702,6 +781,14 @@ class _OnGrid(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return fake_quantize(weight, self.grid)
+
+
+def _is_simulated(module: nn.Module) -> bool:
+    """Whether `simulate` is on for this layer."""
+    kept: Any = module
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    return isinstance(kept.parametrizations.weight[0], _OnGrid)
 
 
 def simulate(
@@ -732,12 +819,7 @@ def simulate(
     (['0'], True)
     """
     if not on:
-
-        def on_grid(m: Any) -> bool:
-            kept = parametrize.is_parametrized(m, "weight")
-            return kept and isinstance(m.parametrizations.weight[0], _OnGrid)
-
-        found = {n: m for n, m in model.named_modules() if on_grid(m)}
+        found = {n: m for n, m in model.named_modules() if _is_simulated(m)}
         for module in found.values():
             parametrize.remove_parametrizations(module, "weight", False)
         return list(found)
@@ -747,18 +829,24 @@ def simulate(
             f"{type(model).__name__} has no linear or convolutional layer "
             "left to round"
         )
-    for module in found.values():
-        grid.rows(module.weight)  # type: ignore[arg-type]
+    for module in found.values():  # all of it before anything changes
+        scales(module.weight, grid)  # type: ignore[arg-type]
     for module in found.values():
         parametrize.register_parametrization(module, "weight", _OnGrid(grid))
     return list(found)
 
 # %% ../nbs/20_compress.ipynb #20a00010
-def _check_share(share: float) -> None:
+def _check_share(share: float, n: int = 0) -> None:
+    """Whether something stays, of n weights if n is given."""
     if not 0 <= share < 1:
         raise ValueError(
             f"the share to take away is {share}; give 0 or more and less than "
             "1, for without any weight there is no model"
+        )
+    if n and round(share * n) == n:
+        most = math.floor(1e4 * (n - 1) / n) / 1e4  # never rounded up
+        raise ValueError(
+            f"share={share} of {n} weights leaves none; give at most {most:g}"
         )
 
 
@@ -821,11 +909,19 @@ def prune(
             "linear or convolutional layer outside skip; the pattern is None "
             "or '2:4'"
         )
+    if scores is not None:
+        _check_scores(scores, found)
     value = {
         n: m.weight.detach().abs() if scores is None else scores[n].detach()
         for n, m in found.items()
     }
     if pattern == "2:4":
+        for name, score in value.items():
+            if (n_in := score[0].numel()) % 4:
+                raise ValueError(
+                    f"{name} has {n_in} inputs, and 2:4 needs a multiple of 4 "
+                    "inputs; name the layer in skip"
+                )
         four = Grid(per="group", group=4)
         kept = {}
         for name, score in value.items():
@@ -834,6 +930,7 @@ def prune(
             kept[name] = (rank < 2).reshape(score.shape)
     else:
         flat = torch.cat([v.flatten().float() for v in value.values()])
+        _check_share(share, len(flat))
         keep = _best(flat, len(flat) - round(share * len(flat)))
         parts = keep.split([v.numel() for v in value.values()])
         kept = {
@@ -844,6 +941,21 @@ def prune(
         for name, module in found.items():
             module.weight.mul_(kept[name])
     return kept
+
+
+def _check_scores(scores: Mapping[str, Tensor], layers: dict[str, Any]) -> None:
+    """Whether every weight has a number: a score, or one of a mask."""
+    if missing := [name for name in layers if name not in scores]:
+        raise ValueError(
+            f"scores lack {_some(missing)}; give a tensor for each layer "
+            "outside skip"
+        )
+    for name, layer in layers.items():
+        if scores[name].shape != layer.weight.shape:
+            raise ValueError(
+                f"{name} has a weight of shape {tuple(layer.weight.shape)} and "
+                f"{tuple(scores[name].shape)} was given; give the weight's own"
+            )
 
 # %% ../nbs/20_compress.ipynb #20a00015
 class Pruning:
@@ -890,8 +1002,8 @@ class Pruning:
                 f"by={by!r}: allowed are 'magnitude' and 'movement'"
             )
         self.masks = dict(masks or {})
-        self.fixed, self.share, self.by = bool(masks), share, by
-        self.skip, self.scores = tuple(skip), dict[str, Tensor]()
+        self.fixed, self.share, self.by = masks is not None, share, by
+        self.skip, self.scores = _parts(skip), dict[str, Tensor]()
         self._hooks: list = []
 
     def on_train_begin(self, run: Any) -> None:
@@ -903,7 +1015,10 @@ class Pruning:
                     f"masks name {lost[0]}, which the model lacks; prune the "
                     "very model that is trained"
                 )
+            _check_scores(self.masks, {n: named[n] for n in self.masks})
             return
+        found = _layers(run.model, (nn.Linear, nn.Conv2d), self.skip)
+        _check_share(self.share, sum(m.weight.numel() for m in found.values()))
         self.masks, self.scores = {}, {}
         if run.total_steps is None:
             raise ValueError(
@@ -912,9 +1027,7 @@ class Pruning:
             )
         if self.by == "magnitude":
             return
-        for name, module in _layers(
-            run.model, (nn.Linear, nn.Conv2d), self.skip
-        ).items():
+        for name, module in found.items():
             self.scores[name] = torch.zeros_like(module.weight)
             listen = module.weight.register_post_accumulate_grad_hook
             self._hooks.append(listen(self._note(name)))
@@ -1180,12 +1293,12 @@ def low_rank(
     Parameters
     ----------
     model : Module
-    rank : int, or float between 0 and 1
+    rank : int of at least 1, or float of at most 1
         A number, or the share of a layer's weights that the two may have.
         Layers that would not become smaller stay as they are.
     data : dict, optional
-        From `moments`: the SVD is then of W S^½, which keeps what the inputs
-        use, (20.7).
+        From `moments`, of every layer: the SVD is then of W S^½, which keeps
+        what the inputs use, (20.7).
     skip : iterable of str
 
     Returns
@@ -1203,25 +1316,32 @@ def low_rank(
     >>> low_rank(net, 2), net[0][0].weight.shape
     (['0'], torch.Size([2, 8]))
     """
-    if not rank > 0:
+    if not rank > 0 or (isinstance(rank, float) and rank > 1):
         raise ValueError(
             f"rank={rank}: give a whole number of at least 1, or a share "
             "between 0 and 1"
         )
-    done = []
-    for name, layer in _layers(model, (nn.Linear,), skip).items():
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "the model is one linear layer, which cannot be replaced in "
+            "place; put it into nn.Sequential first"
+        )
+    found, plans = _layers(model, (nn.Linear,), skip), {}
+    if data is not None:
+        _check_data(data, found)
+    for name, layer in found.items():  # all of it before anything changes
         rows, columns = layer.weight.shape
         r = rank
         if isinstance(rank, float):
             r = max(1, int(rank * rows * columns / (rows + columns)))
         if r * (rows + columns) >= rows * columns:
             continue
-        second = None if data is None else data.get(name)
-        made = _split(layer, int(r), second)
+        second = None if data is None else data[name]
+        plans[name] = _split(layer, int(r), second)
+    for name, made in plans.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made)
-        done.append(name)
-    return done
+    return list(plans)
 
 
 def _split(layer: nn.Linear, r: int, second: Tensor | None) -> nn.Module:
@@ -1260,6 +1380,11 @@ def save(model: nn.Module, path: str | os.PathLike) -> int:
     int
         The file's size in bytes.
 
+    Raises
+    ------
+    ValueError
+        If `simulate` is on for a layer.
+
     Examples
     --------
     >>> import tempfile
@@ -1272,6 +1397,11 @@ def save(model: nn.Module, path: str | os.PathLike) -> int:
     about: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
+        if _is_simulated(module):
+            raise ValueError(
+                f"{name or 'the model'} is simulated; call simulate(model, "
+                "grid, on=False) first"
+            )
         if isinstance(module, _Coded):
             prefix = f"{name}." if name else ""
             about[f"{prefix}weight"] = asdict(module.grid) | {

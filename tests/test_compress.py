@@ -584,3 +584,142 @@ def test_studies_run_in_the_quick_profile_and_do_not_run_twice(stored, monkeypat
     study.main("order", "decoder")
     with pytest.raises(ValueError, match="no study 'sums'"):
         study.main("sums")
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def is_as_before(model, before):
+    return list(model.state_dict()) == list(before) and all(
+        torch.equal(v.nan_to_num(9), before[k].nan_to_num(9)) for k, v in model.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize(("inputs", "share"), [((4,), 0.9), ((80,), 0.995), ((1,), 0.5001)])
+def test_a_share_that_leaves_no_weight_is_refused(inputs, share):
+    model = nn.Sequential(nn.Linear(*inputs, 1))
+    before, n = state(model), inputs[0]
+    with pytest.raises(ValueError, match=f"of {n} weights leaves none"):
+        prune(model, share)
+    assert is_as_before(model, before)
+    assert int(prune(model, (n - 1) / n)["0"].sum()) == 1
+    with pytest.raises(ValueError, match="leaves none"):
+        fit(model, (torch.ones(2, n), torch.zeros(2).long()), epochs=1, callbacks=[Pruning(share=share)])
+
+
+def spoiled():
+    model = net()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "told"),
+    [
+        (
+            net,
+            lambda m: quantize_layers(m, activations="static", ranges={"0": (0.0, 1.0), "2": (0.0, float("nan"))}),
+            "range of 2",
+        ),
+        (
+            net,
+            lambda m: quantize_layers(m, activations="static", ranges={"0": (0.0, 1.0), "2": (0.0, 1.0, 2.0)}),
+            "two finite",
+        ),
+        (
+            net,
+            lambda m: quantize_layers(m, activations="static", ranges={"0": (0.0, 0.0), "2": (0.0, 1.0)}),
+            "not both 0",
+        ),
+        (spoiled, lambda m: simulate(m, Grid()), "not finite"),
+        (net, lambda m: prune(m, scores={"0": torch.ones(32, 16), "2": torch.ones(2, 2)}), "2 has a weight of shape"),
+        (net, lambda m: prune(m, scores={}), "scores lack 0, 2"),
+        (net, lambda m: low_rank(m, 2, data={"0": torch.eye(16), "2": torch.eye(3)}), "2: the weight is"),
+        (net, lambda m: quantize_layers(m, method="columns", data={}), "moments of nothing, none of the layers 0, 2"),
+        (net, lambda m: quantize_layers(m, method="scaled", data={"a": torch.eye(2)}), "moments of a, none"),
+        (
+            net,
+            lambda m: quantize_layers(m, method="scaled", data={"0": torch.eye(16), "2": torch.eye(32) * torch.nan}),
+            "2: the moments",
+        ),
+    ],
+)
+def test_what_fails_is_checked_before_anything_changes(make, change, told):
+    model = make()
+    before = state(model)
+    with pytest.raises(ValueError, match=told):
+        change(model)
+    assert is_as_before(model, before)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: quantize_layers(net(), skip="head"),
+        lambda: simulate(net(), Grid(), skip="head"),
+        lambda: prune(net(), skip="head"),
+        lambda: Pruning(skip="head"),
+        lambda: low_rank(net(), 2, skip="head"),
+    ],
+)
+def test_one_str_as_skip_is_refused(use):
+    with pytest.raises(TypeError, match=r"put it in a list: \['head'\]"):
+        use()
+
+
+def test_empty_masks_prune_nothing_and_masks_of_another_shape_are_refused():
+    model, data = net(), (torch.randn(8, 16), torch.zeros(8).long())
+    fit(model, data, epochs=2, callbacks=[Pruning({})])
+    assert all((model[i].weight != 0).all() for i in (0, 2))
+    with pytest.raises(ValueError, match="0 has a weight of shape"):
+        fit(model, data, epochs=1, callbacks=[Pruning({"0": torch.ones(2, 2, dtype=torch.bool)})])
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(2, 1)
+
+    def forward(self, x, attention_mask):
+        return self.line(x)
+
+
+def test_a_layer_that_sees_nothing_or_no_number_is_named():
+    hidden = [{"x": torch.ones(1, 3, 2), "attention_mask": torch.zeros(1, 3)}]
+    for read_inputs in (moments, input_ranges):
+        with pytest.raises(ValueError, match="line read no visible position"):
+            read_inputs(Masked(), hidden)
+        with pytest.raises(ValueError, match="0 reads numbers that are not finite"):
+            read_inputs(net(), [torch.full((2, 16), torch.nan)])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda: Grid(bits=4.0), "whole numbers"),
+        (lambda: Grid(group=2.5), "whole numbers"),
+        (lambda: fake_quantize(torch.ones(1, 2), Grid(), torch.full((1, 1), torch.nan)), "greater than 0"),
+        (lambda: fake_quantize(torch.ones(4, 8), Grid(), torch.ones(8)), r"needs \(4, 1\)"),
+        (lambda: fake_quantize(torch.ones(4, 8), Grid(), torch.ones(4, 1), torch.ones(8)), r"needs \(4, 1\)"),
+        (lambda: round_columns(torch.ones(3), torch.eye(3), Grid()), "n_in"),
+        (lambda: round_columns(torch.ones(2, 3), torch.eye(3) * torch.nan, Grid()), "not finite"),
+        (lambda: round_columns(torch.ones(2, 3), torch.eye(3), Grid(), damp=-1), "0 or more"),
+        (lambda: prune(nn.Sequential(nn.Linear(6, 2)), pattern="2:4"), "name the layer in skip"),
+        (lambda: low_rank(net(), 1.5), "between 0 and 1"),
+        (lambda: low_rank(net(), 2.0), "between 0 and 1"),
+        (lambda: low_rank(nn.Linear(8, 8), 2), "nn.Sequential"),
+    ],
+)
+def test_wrong_numbers_and_shapes_are_said(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        wrong()
+
+
+def test_a_simulated_model_is_not_saved(tmp_path):
+    model = net()
+    simulate(model, Grid())
+    with pytest.raises(ValueError, match="on=False"):
+        save(model, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
