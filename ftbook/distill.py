@@ -41,6 +41,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,8 +181,11 @@ def teacher_logits(
 
     Raises
     ------
+    TypeError
+        If inputs are neither a Tensor nor tensors in a dict.
     ValueError
-        If the file is there and is none that this function has written.
+        If their rows differ in number, answers are not finite, or the file is
+        there and is none that this function has written.
 
     Examples
     --------
@@ -194,12 +198,12 @@ def teacher_logits(
     """
     named = dict(inputs) if isinstance(inputs, Mapping) else {"x": inputs}
     named.pop("labels", None)
+    n = _rows_of(named)
     mark = _fingerprint(teacher, named, precision)
     if path is not None and (kept := _kept(Path(path), mark)) is not None:
         return kept
     if isinstance(inputs, Mapping):
         mask = named.get("attention_mask")
-        n = len(next(iter(named.values())))
         order = torch.arange(n) if mask is None else mask.sum(1).argsort()
         batches = [
             {k: v[rows] for k, v in named.items()}
@@ -210,6 +214,11 @@ def teacher_logits(
     else:
         about: dict[str, Any] = {"batch_size": batch_size}
         logits = predict(teacher, inputs, precision=precision, **about)
+    if bad := int((~logits.isfinite()).flatten(1).any(1).sum()):
+        raise ValueError(
+            f"the teacher's answers to {bad} of {n} rows are not finite, and "
+            "are not kept; look at these rows, or take precision='fp32'"
+        )
     if path is not None:
         with atomic_write(Path(path)) as part:
             save_file({"logits": logits}, part, metadata={_MARK: mark})
@@ -217,6 +226,20 @@ def teacher_logits(
 
 
 _MARK = "teacher_logits"
+
+
+def _rows_of(inputs: Mapping[str, Any]) -> int:
+    """How many rows all inputs have, checked."""
+    kinds = {k: type(v).__name__ for k, v in inputs.items()}
+    if not all(isinstance(v, Tensor) for v in inputs.values()):
+        raise TypeError(f"inputs are {kinds}; give tensors of N rows each")
+    rows = {k: v.shape[0] if v.ndim else 0 for k, v in inputs.items()}
+    if len(set(rows.values())) != 1:
+        raise ValueError(
+            f"inputs have the rows {rows}; give at least one tensor, and all "
+            "with the same number of rows"
+        )
+    return next(iter(rows.values()))
 
 
 def _kept(path: Path, mark: str) -> Tensor | None:
@@ -256,7 +279,8 @@ def fit_soft(model: Any, x: Any, probabilities: Any) -> Any:
     """Fit a scikit-learn classifier to probabilities instead of labels.
 
     Each row is put in once for each class, weighted with its probability. For
-    a logistic regression that is the cross-entropy with soft targets.
+    a logistic regression that is the cross-entropy with soft targets. All C
+    classes have a column in ``predict_proba``, also one of probability 0.
 
     Parameters
     ----------
@@ -304,7 +328,9 @@ def fit_soft(model: Any, x: Any, probabilities: Any) -> Any:
     else:
         stacked = np.concatenate([np.asarray(seen)] * classes)
     kind, weight = np.repeat(np.arange(classes), n), p.T.ravel()
-    used = weight > 0
+    used = p.T > 0
+    used[:, 0] |= ~used.any(1)  # a class that is never probable stays one
+    used = used.ravel()
     last.fit(stacked[used], kind[used], sample_weight=weight[used])
     return model
 
@@ -342,6 +368,12 @@ class Words:
         self, texts: Sequence[str], max_length: int = 48
     ) -> dict[str, Tensor]:
         """input_ids and attention_mask, (N, T) with T at most `max_length`."""
+        if isinstance(texts, str):
+            raise TypeError(
+                f"texts is one str, {texts[:40]!r}; put a single text in a list"
+            )
+        if not len(texts):
+            raise ValueError("no text is given; pass a list of at least one")
         rows = [
             [self.numbers.get(w, 1) for w in text.lower().split()][:max_length]
             or [1]
@@ -498,7 +530,7 @@ def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     student, teacher : Tensor (B, T, H)
         No gradient flows into the teacher.
     mask : Tensor (B, T)
-        1 where a position is visible.
+        1 where a position is visible; with none at all the loss is 0.
 
     References
     ----------
@@ -518,7 +550,7 @@ def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
             "does"
         )
     error = (student.float() - teacher.detach().float()).square().mean(2)
-    return (error * mask).sum() / mask.sum()
+    return (error * mask).sum() / mask.sum().clamp(min=1)
 
 
 def relation_loss(
@@ -534,6 +566,7 @@ def relation_loss(
     student, teacher : two Tensors each, (B, T, H)
         Queries and keys, or values twice; H may differ between the two.
     mask : Tensor (B, T)
+        As for `hidden_loss`.
     heads : int
         Divides every H.
 
@@ -552,7 +585,7 @@ def relation_loss(
     rows, columns = (t.detach() for t in teacher)
     theirs = _relations(rows, columns, mask, heads)
     apart = (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
-    return (apart * mask).sum() / mask.sum()
+    return (apart * mask).sum() / mask.sum().clamp(min=1)
 
 
 def _relations(a: Tensor, b: Tensor, mask: Tensor, heads: int) -> Tensor:
@@ -609,19 +642,47 @@ class Match:
         if self.layers is None:
             usual = "last" if self.kind == "relation" else "even"
             object.__setattr__(self, "layers", usual)
+        elif not isinstance(self.layers, str):
+            object.__setattr__(self, "layers", _as_pairs(self.layers))
 
     def pairs(self, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
         """Pairs of layers for models of so many."""
         if isinstance(self.layers, str):
             return layer_map(student, teacher, self.layers)
-        made = tuple((int(s), int(t)) for s, t in self.layers)
-        for s, t in made:
+        for s, t in self.layers:
             if not (0 <= s < student and 0 <= t < teacher):
                 raise ValueError(
                     f"the pair ({s}, {t}) is none of a student of {student} "
                     f"layers and a teacher of {teacher}; count from 0"
                 )
-        return made
+        return self.layers
+
+
+def _as_pairs(layers: Any) -> tuple[tuple[int, int], ...]:
+    """Pairs of whole numbers, at least one, checked."""
+    made: tuple[tuple[int, int], ...] = ()
+    try:
+        made = tuple((index(s), index(t)) for s, t in layers)
+    except (TypeError, ValueError):
+        pass  # told below
+    if not made:
+        raise ValueError(
+            f"layers are {layers!r}; give layers: a name or pairs (student, "
+            "teacher), at least one"
+        )
+    return made
+
+
+def _listed(matches: Any) -> Sequence[Match]:
+    """Some `Match`, checked."""
+    if not isinstance(matches, Sequence) or not all(
+        isinstance(m, Match) for m in matches
+    ):
+        raise TypeError(
+            f"match is {matches!r:.80}; give a list of Match, such as "
+            '[Match("hidden")]'
+        )
+    return matches
 
 # %% ../nbs/19_distill.ipynb #19a00012
 _NAMES = {
@@ -725,7 +786,7 @@ class Matched(nn.Module):
         self.terms: list[tuple[str, int, int, float, int]] = []
         self.watched: tuple[dict, dict] = ({}, {})
         self.bridges = nn.ModuleDict()
-        for match in matches:
+        for match in _listed(matches):
             pairs = match.pairs(len(stacks[0]), len(stacks[1]))
             for ends in pairs:
                 two = stacks[0][ends[0]], stacks[1][ends[1]]
@@ -829,7 +890,7 @@ def distill(
     labels = inputs.pop("labels", None)
     loss = SoftLabels(temperature, alpha)
     known = isinstance(teacher, Tensor)
-    if known and match:
+    if _listed(match) and known:
         raise ValueError(
             "match compares what happens inside, and the teacher was given as "
             "its answers; give the model"

@@ -65,15 +65,17 @@ def _stacked(probabilities: Any) -> np.ndarray:
     return p
 
 
-def _weights(weights: Any, models: int) -> np.ndarray:
+def _weights(
+    weights: Any, count: int, called: str = "weights", of: str = "model"
+) -> np.ndarray:
     """Weights that sum to 1, by default equal ones."""
     if weights is None:
-        return np.full(models, 1 / models)
+        return np.full(count, 1 / count)
     w = np.asarray(weights, dtype=np.float64)
-    if w.shape != (models,) or not (w >= 0).all() or not 0 < w.sum() < np.inf:
+    if w.shape != (count,) or not (w >= 0).all() or not 0 < w.sum() < np.inf:
         raise ValueError(
-            f"weights are {weights!r}; give {models} numbers of at least 0, "
-            "one for each model, not all 0"
+            f"{called} are {weights!r}; give {count} numbers of at least 0, "
+            f"one for each {of}, not all 0"
         )
     return w / w.sum()
 
@@ -226,9 +228,9 @@ def out_of_fold(
     make : callable () -> model
         A fresh model with ``fit(x, y)``, ``predict_proba(x)`` and, after the
         fit, ``classes_``, as those of scikit-learn have.
-    x : list or array of N examples
+    x : list, array, sparse matrix or table of N examples
     y : array (N,) of int
-        Classes 0 to K - 1.
+        Classes 0 to K - 1, each at least once.
     folds : int
         Parts, with the classes in equal proportions; each is predicted by a
         model that was trained on all others.
@@ -240,6 +242,12 @@ def out_of_fold(
     array (N, K)
         Probabilities, in the order of the examples.
 
+    Raises
+    ------
+    ValueError
+        If labels are no such classes, or a class has fewer examples than
+        there are folds.
+
     Examples
     --------
     >>> from sklearn.dummy import DummyClassifier
@@ -249,11 +257,11 @@ def out_of_fold(
     """
     from sklearn.model_selection import StratifiedKFold
 
-    y = np.asarray(y)
+    y = _labels(y)
     n, classes = len(y), int(y.max()) + 1
-    if len(x) != n:
-        raise ValueError(f"{len(x)} examples and {n} labels; give one for each")
-    fewest = int(np.bincount(y)[np.unique(y)].min())
+    if (rows := x.shape[0] if hasattr(x, "shape") else len(x)) != n:
+        raise ValueError(f"{rows} examples and {n} labels; give one for each")
+    fewest = int(np.bincount(y).min())
     if not 2 <= folds <= fewest:
         raise ValueError(
             f"folds={folds}, and the rarest class has {fewest} examples; give "
@@ -268,8 +276,26 @@ def out_of_fold(
     return made
 
 
+def _labels(y: Any) -> np.ndarray:
+    """Class numbers 0 to K - 1, none of them missing, checked."""
+    y = np.asarray(np.asarray(y).tolist())  # numbers in an array of objects
+    found = sorted(set(y.ravel().tolist()), key=str)
+    whole = y.ndim == 1 and len(y) and y.dtype.kind in "iu"
+    if not whole or y.min() != 0 or y.max() != len(found) - 1:
+        told = ", ".join(map(repr, found))
+        raise ValueError(
+            f"labels are {{{told:.60}}}; give classes 0 to K - 1, each at "
+            "least once"
+        )
+    return y
+
+
 def _rows(x: Any, index: np.ndarray) -> Any:
     """The examples at these places."""
+    if hasattr(x, "iloc"):  # a table of pandas
+        return x.iloc[index]
+    if hasattr(x, "tocsr"):  # a sparse matrix
+        return x.tocsr()[index]
     return x[index] if hasattr(x, "shape") else [x[i] for i in index]
 
 # %% ../nbs/18_together.ipynb #18a00008
@@ -343,7 +369,7 @@ class Stacking:
         """Out-of-fold predictions, the final model on them, members on all."""
         from sklearn.linear_model import LogisticRegression
 
-        y, cut = np.asarray(y), (self.folds, self.seed)
+        y, cut = _labels(y), (self.folds, self.seed)
         makes = self.members.values()
         inner = [out_of_fold(make, x, y, *cut) for make in makes]
         self.final_ = LogisticRegression(C=self.C, max_iter=2000)
@@ -449,8 +475,8 @@ def soup(
     Returns
     -------
     dict name -> Tensor
-        For ``load_state_dict``. Whole numbers, such as counters, are those of
-        the first.
+        For ``load_state_dict``, in the types of the first. Whole numbers, such
+        as counters, are those of the first.
 
     References
     ----------
@@ -476,12 +502,17 @@ def soup(
                 "models of one architecture can be averaged"
             )
     share = _weights(weights, len(states)).tolist()
-    return {
-        k: sum(w * s[k] for w, s in zip(share, states, strict=True))
-        if v.is_floating_point()
-        else v.clone()
-        for k, v in states[0].items()
-    }
+    made = {}
+    for k, v in states[0].items():
+        if not v.is_floating_point():
+            made[k] = v.clone()
+            continue
+        wide = torch.promote_types(v.dtype, torch.float32)
+        total = torch.zeros_like(v, dtype=wide)
+        for w, state in zip(share, states, strict=True):
+            total = total + w * state[k].to(wide)
+        made[k] = total.to(v.dtype)
+    return made
 
 # %% ../nbs/18_together.ipynb #18a00012
 def greedy_soup(
@@ -511,6 +542,11 @@ def greedy_soup(
     ({'w': tensor([1.])}, [0, 1])
     """
     alone = [score(state) for state in states]
+    if any(map(math.isnan, alone)):
+        raise ValueError(
+            f"the scores are {alone}; give a number for each state, -inf for "
+            "one that cannot be scored"
+        )
     order = sorted(range(len(states)), key=lambda i: -alone[i])
     chosen: list[int] = []
     best, reached = soup([states[i] for i in order[:1]]), -math.inf
@@ -540,7 +576,8 @@ class MultiTask(nn.Module):
     weights : None, dict task -> number, or "uncertainty"
         Of the losses, equation (18.6): equal, given, or learned as in (18.8).
     surgery : bool
-        Change opposing gradients of the body by `pcgrad`.
+        Change opposing gradients of the body by `pcgrad`; some of its weights
+        must be trained.
 
     Notes
     -----
@@ -593,6 +630,12 @@ class MultiTask(nn.Module):
             {task: nn.Linear(width, k) for task, k in heads.items()}
         )
         self.given, self.surgery = named, surgery
+        shares = [float(named.get(task, 1)) for task in heads]
+        if not all(0 <= w < math.inf for w in shares) or not any(shares):
+            raise ValueError(
+                f"weights are {dict(named)!r}; give numbers of at least 0, not "
+                "all 0"
+            )
         learned = weights == "uncertainty"
         self.log_variance = nn.Parameter(torch.zeros(len(heads)), learned)
 
@@ -601,6 +644,12 @@ class MultiTask(nn.Module):
         if task not in self.heads:
             raise ValueError(
                 f"there is no task {task!r}; it has {', '.join(self.heads)}"
+            )
+        if task not in self.tokens and "attention_mask" not in part:
+            raise ValueError(
+                f"task {task!r} has no attention_mask, only "
+                f"{', '.join(part) or 'nothing'}; give one (B, T), 1 where a "
+                "position counts"
             )
         inputs = {k: v for k, v in part.items() if k != "labels"}
         h = self.body(**inputs)
@@ -658,12 +707,19 @@ def _losses(
                 f"of {tuple(z.shape)}; give one label for each "
                 f"{'position' if z.ndim == 3 else 'row'}"
             )
+        if y.is_floating_point():
+            raise ValueError(
+                f"task {task!r} has labels of {y.dtype}; give class numbers, "
+                "such as labels.long()"
+            )
         seen = y[y != -100]
         if not len(seen):
             continue
-        if not 0 <= int(seen.min()) <= int(seen.max()) < z.shape[-1]:
+        low, high = int(seen.min()), int(seen.max())
+        if low < 0 or high >= z.shape[-1]:
             raise ValueError(
-                f"task {task!r} has the label {int(seen.max())}; its head has "
+                f"task {task!r} has the label {low if low < 0 else high}; its "
+                "head has "
                 f"{z.shape[-1]} classes, so labels are 0 to {z.shape[-1] - 1}, "
                 "or -100 where none is known"
             )
@@ -758,7 +814,8 @@ class TaskBatches:
             )
         self.loaders, self.steps = dict(loaders), int(steps)
         self.joint, self.seed, self.epoch = shares is None, seed, 0
-        self.shares = _weights([given[t] for t in loaders], len(loaders))
+        amounts = [given[t] for t in loaders]
+        self.shares = _weights(amounts, len(loaders), "shares", "task")
 
     def set_epoch(self, epoch: int) -> None:
         """Called by `fit`."""
@@ -851,6 +908,11 @@ def pcgrad(gradients: Tensor) -> Tensor:
 def _gradients(model: MultiTask, losses: Mapping[str, Tensor]) -> Tensor:
     """(T, P): of each loss with respect to what is trained of the body."""
     weights = [p for p in model.body.parameters() if p.requires_grad]
+    if not weights:
+        raise ValueError(
+            "no weight of the body is trained, so tasks send no gradient into "
+            "it; set requires_grad of some, or leave out surgery"
+        )
     rows = []
     for loss in losses.values():
         some = torch.autograd.grad(
@@ -907,7 +969,7 @@ def gradient_cosines(
         losses = _losses(logits, parts)
         rows = _gradients(model, losses)
     rows = nn.functional.normalize(rows, dim=1)
-    return list(losses), rows @ rows.T
+    return list(losses), (rows @ rows.T).clamp(-1, 1)  # but for rounding
 
 
 def _inputs(part: Mapping[str, Tensor]) -> dict[str, Tensor]:

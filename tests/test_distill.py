@@ -131,6 +131,22 @@ def test_answers_come_from_the_file_until_teacher_examples_or_precision_change(t
     assert [f.name for f in tmp_path.iterdir()] == ["answers.safetensors"]
 
 
+def test_inputs_and_answers_that_cannot_be_kept_are_refused(tmp_path):
+    teacher, file = nn.Linear(3, 2), tmp_path / "answers.safetensors"
+    two = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(1, 3)}
+    with pytest.raises(ValueError, match="rows {'input_ids': 2, 'attention_mask': 1}; give"):
+        teacher_logits(teacher, two, file)
+    for inputs in ({}, {"labels": torch.ones(2)}):
+        with pytest.raises(ValueError, match="give at least one tensor"):
+            teacher_logits(teacher, inputs, file)
+    for inputs in ([[0.0] * 3], {"x": [[0.0] * 3]}):
+        with pytest.raises(TypeError, match="inputs are {'x': 'list'}; give tensors"):
+            teacher_logits(teacher, inputs, file)
+    with pytest.raises(ValueError, match="answers to 1 of 2 rows are not finite"):
+        teacher_logits(teacher, torch.tensor([[0.0] * 3, [math.nan] * 3]), file)
+    assert not file.exists()
+
+
 def test_a_foreign_file_is_left_as_it_is(tmp_path):
     for number, write in enumerate((lambda f: f.write_text("mine"), lambda f: save_file({"logits": torch.ones(1)}, f))):
         file = tmp_path / f"{number}.safetensors"
@@ -204,6 +220,16 @@ def test_probabilities_that_are_none_are_refused(x, p, told):
         fit_soft(LogisticRegression(), x, p)
 
 
+def test_a_class_that_is_never_probable_keeps_its_column():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.naive_bayes import MultinomialNB
+
+    x, p = np.array([[2.0, 0.0], [0.0, 2.0]]), np.array([[0.9, 0.0, 0.1], [0.2, 0.0, 0.8]])
+    for model in (LogisticRegression(), MultinomialNB()):
+        said = fit_soft(model, x, p).predict_proba(x)
+        assert said.shape == (2, 3) and said[:, 1].max() < 0.05 and said.argmax(1).tolist() == [0, 2]
+
+
 def test_words_of_a_text_are_numbered_and_others_share_one_number():
     words = Words(["The film , the story", "a film"], min_count=2)
     inputs = words(["the Film is", "", "film " * 60], max_length=5)
@@ -212,6 +238,10 @@ def test_words_of_a_text_are_numbered_and_others_share_one_number():
     assert inputs["attention_mask"].sum(1).tolist() == [3, 1, 5]
     with pytest.raises(TypeError, match="put a single text in a list"):
         Words("the film")
+    with pytest.raises(TypeError, match="put a single text in a list"):
+        words("the film")
+    with pytest.raises(ValueError, match="no text is given; pass a list"):
+        words([])
 
 
 def test_an_lstm_reads_a_text_the_same_in_any_batch():
@@ -357,6 +387,13 @@ def test_hidden_states_of_another_width_get_a_matrix_that_is_trained(bert):
         (lambda b: Match("logits"), "allowed are hidden, attention, relation"),
         (lambda b: Match("hidden", weight=-1), "give 0 or more"),
         (
+            lambda b: Match("hidden", ()),
+            r"layers are \(\); give layers: a name or pairs \(student, teacher\), at least one",
+        ),
+        (lambda b: Match("hidden", 3), "layers are 3; give layers: a name or pairs"),
+        (lambda b: Match("hidden", ((0, 1, 2),)), r"layers are \(\(0, 1, 2\),\); give layers: a name or pairs"),
+        (lambda b: Match("hidden", (0, 1)), r"layers are \(0, 1\); give layers: a name or pairs"),
+        (
             lambda b: Matched(cut(b, [0]), b, [Match("hidden", ((1, 0),))]),
             r"the pair \(1, 0\) is none of a student of 1",
         ),
@@ -375,6 +412,28 @@ def test_hidden_states_of_another_width_get_a_matrix_that_is_trained(bert):
 def test_matches_that_do_not_fit_are_refused(bert, call, told):
     with pytest.raises(ValueError, match=told):
         call(bert[0])
+
+
+def test_a_match_that_is_not_in_a_list_is_refused(bert):
+    one = Match("hidden", [[0, 0]])
+    assert one.layers == ((0, 0),)
+    for run in (
+        lambda: Matched(bert[0], bert[0], one),
+        lambda: distill(bert[0], bert[0], {"x": torch.ones(1, 1)}, match=one),
+        lambda: distill(bert[0], bert[0], {"x": torch.ones(1, 1)}, match=["hidden"]),
+    ):
+        with pytest.raises(TypeError, match="give a list of Match, such as"):
+            run()
+
+
+def test_where_nothing_is_visible_nothing_is_apart():
+    a, b = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4)
+    for loss in (
+        hidden_loss(a, b, torch.zeros(2, 3)),
+        relation_loss((a, a), (b, b), torch.zeros(2, 3), heads=2),
+    ):
+        loss.backward()
+        assert loss.item() == 0 and a.grad.abs().max() == 0
 
 
 # ---------------------------------------------------------------- distill

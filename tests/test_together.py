@@ -207,7 +207,62 @@ def test_stacking_refuses_what_it_cannot_do():
             Stacking(members)
 
 
+@pytest.mark.parametrize(
+    "y, told",
+    [
+        ([0, 2] * 4, "{0, 2}"),
+        ([1, 2] * 4, "{1, 2}"),
+        ([-1, 0] * 4, "{-1, 0}"),
+        ([0.0, 1.0] * 4, "{0.0, 1.0}"),
+        (["no", "yes"] * 4, "{'no', 'yes'}"),
+        ([False, True] * 4, "{False, True}"),
+        ([[0], [1]] * 4, "{0, 1}"),
+        ([], "{}"),
+    ],
+)
+def test_labels_that_are_no_whole_row_of_classes_are_refused_before_a_fit(y, told):
+    from sklearn.naive_bayes import GaussianNB
+
+    for run in (
+        lambda x: out_of_fold(GaussianNB, x, y, 2),
+        lambda x: Stacking({"a": GaussianNB}, folds=2).fit(x, y),
+    ):
+        with pytest.raises(ValueError) as error:
+            run(np.zeros((len(y), 1)))
+        assert str(error.value) == f"labels are {told}; give classes 0 to K - 1, each at least once"
+
+
+def test_tables_and_sparse_matrices_give_what_an_array_gives():
+    import pandas as pd
+    from scipy import sparse
+    from sklearn.linear_model import LogisticRegression
+
+    draws = np.random.default_rng(0)
+    x, y = draws.poisson(1.0, (40, 3)).astype(float), draws.permutation([0, 1] * 20)
+    due = out_of_fold(LogisticRegression, x, y, 4)
+    places = np.arange(40) + 7
+    for other in (pd.DataFrame(x, index=places), sparse.csr_matrix(x), sparse.coo_matrix(x)):
+        assert np.allclose(out_of_fold(LogisticRegression, other, y, 4), due, atol=1e-4)
+    assert np.allclose(out_of_fold(LogisticRegression, x, pd.Series(y, index=places, dtype=object), 4), due)
+    with pytest.raises(ValueError, match="40 examples and 39 labels"):
+        out_of_fold(LogisticRegression, sparse.csr_matrix(x), y[1:], 4)
+
+
 # ---------------------------------------------------------------- one model's price
+
+
+def test_a_soup_of_many_short_numbers_is_added_up_in_long_ones():
+    states = [{"w": torch.tensor([1.0 + i / 100]).bfloat16()} for i in range(20)]
+    made = soup(states)["w"]
+    due = torch.stack([s["w"].float() for s in states]).mean(0)
+    assert made.dtype == torch.bfloat16 and torch.equal(made, due.bfloat16())
+    assert soup([{"w": torch.ones(1).double()}])["w"].dtype == torch.float64
+
+
+def test_a_greedy_soup_refuses_a_score_that_is_none():
+    states = [{"w": torch.tensor([w])} for w in (0.0, 1.0)]
+    with pytest.raises(ValueError, match="scores are .0.0, nan.; give a number for each state"):
+        greedy_soup(states, lambda s: float("nan") if s["w"].item() else 0.0)
 
 
 def test_a_soup_equals_the_average_of_torch_and_keeps_counters():
@@ -405,6 +460,10 @@ def test_learned_weights_move_and_the_others_stay():
         ({"tokens": ["c"]}, "tokens and weights name .'c'."),
         ({"weights": {"c": 1.0}}, "tokens and weights name .'c'."),
         ({"weights": "even"}, "'uncertainty', or a dict"),
+        ({"weights": {"a": -1.0}}, "weights are {'a': -1.0}; give numbers of at least 0, not all 0"),
+        ({"weights": {"a": float("nan")}}, "weights are {'a': nan}"),
+        ({"weights": {"a": float("inf")}}, "weights are {'a': inf}"),
+        ({"weights": {"a": 0}}, "weights are {'a': 0}; give numbers of at least 0, not all 0"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(how, told):
@@ -416,6 +475,12 @@ def test_a_model_that_cannot_be_is_refused(how, told):
 
 def test_parts_that_do_not_fit_their_task_are_refused():
     net = model()
+    with pytest.raises(ValueError, match="task 'a' has the label -1; its head has 3 classes"):
+        net(a=PARTS["a"] | {"labels": torch.full_like(PARTS["a"]["labels"], -1)})
+    with pytest.raises(ValueError, match="task 'a' has labels of torch.float32; give class numbers"):
+        net(a=PARTS["a"] | {"labels": PARTS["a"]["labels"] + 0.7})
+    with pytest.raises(ValueError, match="task 'a' has no attention_mask, only input_ids, labels"):
+        net(a={k: PARTS["a"][k] for k in ("input_ids", "labels")})
     with pytest.raises(ValueError, match="there is no task 'c'; it has a, b, tags"):
         net(c=PARTS["a"])
     with pytest.raises(ValueError, match="one label for each position"):
@@ -467,6 +532,8 @@ def test_task_batches_refuse_what_they_cannot_draw():
         TaskBatches({"a": [1]}, 3, {"b": 1.0})
     with pytest.raises(ValueError, match="at least one step"):
         TaskBatches({"a": [1]}, 0)
+    with pytest.raises(ValueError, match="shares are .-1, 2.; give 2 numbers of at least 0, one for each task"):
+        TaskBatches({"a": [1], "b": [1]}, 3, {"a": -1, "b": 2})
     with pytest.raises(ValueError, match="loader of 'a' gave no batch"):
         list(TaskBatches({"a": iter([1])}, 3))
     with pytest.raises(ValueError, match="at least one example"):
@@ -532,6 +599,14 @@ def test_surgery_changes_the_gradient_of_the_body_and_nothing_else(weights):
             assert torch.allclose(plain[name], changed[name], atol=1e-6), name
 
 
+def test_a_body_that_is_not_trained_has_no_gradients_to_compare():
+    net = model(surgery=True)
+    net.body.requires_grad_(False)
+    for run in (lambda: net(**PARTS), lambda: gradient_cosines(net, PARTS)):
+        with pytest.raises(ValueError, match="no weight of the body is trained"):
+            run()
+
+
 def test_cosines_are_symmetric_and_leave_the_model_alone():
     net = model()
     before = copy.deepcopy(net.state_dict())
@@ -542,6 +617,7 @@ def test_cosines_are_symmetric_and_leave_the_model_alone():
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     net.heads["b"].load_state_dict(net.heads["a"].state_dict())
     assert gradient_cosines(net, {"a": PARTS["a"], "b": PARTS["a"]})[1].min() > 1 - 1e-5
+    assert cosines.abs().max() <= 1
 
 
 # ---------------------------------------------------------------- studies
