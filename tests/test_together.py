@@ -626,11 +626,21 @@ def test_cosines_are_symmetric_and_leave_the_model_alone():
 def test_rates_are_chosen_for_the_ways_that_train_and_taken_by_those_that_join():
     ways = {(r["way"], r.get("models", 1)): r for r in study.rows()}
     chosen = [w for (w, _), r in ways.items() if isinstance(r.get("lr"), list)]
-    assert chosen == ["one model", "SWA", "trained longer", "snapshots"]
+    assert chosen[:4] == ["one model", "SWA", "trained longer", "snapshots"]
+    assert chosen[4:] == ["snapshots, one run", "mean, own rate", "soup, own rate"]
     taken = [r for r in ways.values() if isinstance(r.get("lr"), results.ChosenFor)]
-    assert len(taken) == len(ways) - 7 and all(r["models"] > 1 for r in taken)
+    assert len(taken) == len(ways) - 10 and all(r["models"] > 1 for r in taken)
     for made in (study.kind_rows(), study.task_rows(), study.pair_rows()):
         assert any(isinstance(r, results.Baseline) for r in made)
+
+
+def test_snapshots_of_one_run_have_its_epochs_and_the_others_as_many_as_all_members(monkeypatch):
+    seen = []
+    monkeypatch.setattr(study, "fit", lambda *_, epochs, callbacks, **about: seen.append((epochs, len(callbacks))))
+    for how in ("", "snapshots, one run", "snapshots", "longer"):
+        study._tuned(1, 0, 1e-3, how)
+    once, long = seen[0][0], seen[0][0] * study.EQUAL
+    assert seen == [(once, 0), (once, 1), (long, 1), (long, 0)]
 
 
 def test_one_model_at_the_chosen_rate_is_the_first_of_those_that_are_joined():

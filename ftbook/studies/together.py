@@ -101,7 +101,7 @@ def _tuned(seed: int, number: int, lr: float, how: str = "") -> tuple:
         about["epochs"] *= EQUAL
     callbacks: list[Any] = []
     kept = Snapshots(EQUAL)
-    if how == "snapshots":
+    if how.startswith("snapshots"):
         cyclic: dict[str, Any] = {"schedule": kept.schedule, "warmup": 0.0}
         about["settings"] = replace(about["settings"], **cyclic)
         callbacks = [kept]
@@ -183,6 +183,10 @@ def _joined(
     if way in ("mean, same head", "soup", "greedy soup"):
         found = members(seed, lr, EQUAL, "same head")
         return found[way] if "soup" in way else found["members"]
+    if way == "mean, own rate":
+        return members(seed, lr, EQUAL)["members"]
+    if way == "soup, own rate":
+        return members(seed, lr, EQUAL, "same head")["soup"]
     how = {"trained longer": "longer"}.get(way, way)
     return _one(seed, lr, "" if way == "one model" else how)
 
@@ -239,6 +243,8 @@ def rows() -> list[dict]:
         {"way": "trained longer", "models": 1, "lr": RATES},
         {"way": "snapshots", "models": EQUAL, "lr": RATES},
     ]
+    for way in ("snapshots, one run", "mean, own rate", "soup, own rate"):
+        made.append({"way": way, "models": EQUAL, "lr": RATES})
     made += [{"way": "mean", "models": m, "lr": one} for m in COUNTS]
     made += [{"way": "votes", "models": m, "lr": one} for m in COUNTS[-2:]]
     for way in ("mean, same head", "soup", "greedy soup"):
