@@ -672,18 +672,6 @@ def _as_pairs(layers: Any) -> tuple[tuple[int, int], ...]:
         )
     return made
 
-
-def _listed(matches: Any) -> Sequence[Match]:
-    """Some `Match`, checked."""
-    if not isinstance(matches, Sequence) or not all(
-        isinstance(m, Match) for m in matches
-    ):
-        raise TypeError(
-            f"match is {matches!r:.80}; give a list of Match, such as "
-            '[Match("hidden")]'
-        )
-    return matches
-
 # %% ../nbs/19_distill.ipynb #19a00012
 _NAMES = {
     "query": ("query", "q_proj", "q_lin"),
@@ -829,6 +817,18 @@ class Matched(nn.Module):
                 )
                 apart = apart + share * relation_loss(a, b, mask, heads)
         return _Compared(answer, apart)
+
+
+def _listed(matches: Any) -> Sequence[Match]:
+    """Some `Match`, checked."""
+    if not isinstance(matches, Sequence) or not all(
+        isinstance(m, Match) for m in matches
+    ):
+        raise TypeError(
+            f"match is {matches!r:.80}; give a list of Match, such as "
+            '[Match("hidden")]'
+        )
+    return matches
 
 # %% ../nbs/19_distill.ipynb #19a00015
 def distill(

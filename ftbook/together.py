@@ -647,9 +647,8 @@ class MultiTask(nn.Module):
             )
         if task not in self.tokens and "attention_mask" not in part:
             raise ValueError(
-                f"task {task!r} has no attention_mask, only "
-                f"{', '.join(part) or 'nothing'}; give one (B, T), 1 where a "
-                "position counts"
+                f"task {task!r} has no attention_mask, only {', '.join(part)}"
+                "; give one (B, T), 1 where a position counts"
             )
         inputs = {k: v for k, v in part.items() if k != "labels"}
         h = self.body(**inputs)
