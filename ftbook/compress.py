@@ -608,6 +608,43 @@ def _put_codes(
         module.register_buffer(name, value)
     module.grid, module.shape, module.reads = grid, shape, None
 
+# %% ../nbs/20_compress.ipynb #20a00018
+def _input_steps(
+    ranges: Mapping[str, tuple[float, float]], layers: Iterable[str]
+) -> dict[str, Tensor]:
+    """Step and zero point of each layer's input, from its two ends."""
+    if missing := sorted(set(layers) - set(ranges)):
+        raise ValueError(
+            f"ranges lack {_some(missing)}; static activations need the "
+            "lowest and highest input of every linear layer"
+        )
+    steps, grid = {}, Grid(per="tensor", symmetric=False)
+    for name in layers:
+        ends = torch.tensor([tuple(ranges[name])], dtype=torch.float32)
+        right = ends.shape == (1, 2) and bool(ends.isfinite().all())
+        if not right or ends[0, 0] > ends[0, 1] or not bool(ends.any()):
+            raise ValueError(
+                f"the range of {name} is {tuple(ranges[name])}; give its "
+                "lowest and highest input, two finite numbers, not both 0"
+            )
+        steps[name] = torch.cat(scales(ends, grid)).flatten()
+    return steps
+
+
+def _refuse_tied(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
+    """Two layers with one weight would get two sets of codes."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=True):
+        own = module._parameters.get("weight")
+        if own is None:
+            continue
+        if id(own) in owners and {name, owners[id(own)]} & set(found):
+            raise ValueError(
+                f"{owners[id(own)]} and {name} share one weight; leave both "
+                "out with skip=, or untie them first"
+            )
+        owners[id(own)] = name
+
 # %% ../nbs/20_compress.ipynb #20a00008
 _METHODS = ("nearest", "columns", "scaled")
 _ROUNDED = (nn.Linear, nn.Conv2d, nn.Embedding)
@@ -733,43 +770,6 @@ def quantize_layers(
         found[name].reads = activations
         found[name].range = steps.get(name)
     return list(found)
-
-
-def _input_steps(
-    ranges: Mapping[str, tuple[float, float]], layers: Iterable[str]
-) -> dict[str, Tensor]:
-    """Step and zero point of each layer's input, from its two ends."""
-    if missing := sorted(set(layers) - set(ranges)):
-        raise ValueError(
-            f"ranges lack {_some(missing)}; static activations need the "
-            "lowest and highest input of every linear layer"
-        )
-    steps, grid = {}, Grid(per="tensor", symmetric=False)
-    for name in layers:
-        ends = torch.tensor([tuple(ranges[name])], dtype=torch.float32)
-        right = ends.shape == (1, 2) and bool(ends.isfinite().all())
-        if not right or ends[0, 0] > ends[0, 1] or not bool(ends.any()):
-            raise ValueError(
-                f"the range of {name} is {tuple(ranges[name])}; give its "
-                "lowest and highest input, two finite numbers, not both 0"
-            )
-        steps[name] = torch.cat(scales(ends, grid)).flatten()
-    return steps
-
-
-def _refuse_tied(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
-    """Two layers with one weight would get two sets of codes."""
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=True):
-        own = module._parameters.get("weight")
-        if own is None:
-            continue
-        if id(own) in owners and {name, owners[id(own)]} & set(found):
-            raise ValueError(
-                f"{owners[id(own)]} and {name} share one weight; leave both "
-                "out with skip=, or untie them first"
-            )
-        owners[id(own)] = name
 
 # %% ../nbs/20_compress.ipynb #20a00009
 class _OnGrid(nn.Module):
