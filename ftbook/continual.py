@@ -1213,6 +1213,8 @@ def learn(
         kept.load(model, method, record)
     if not record.right:
         record.right.append(_scored(model, tasks if ahead else []))
+        if kept is not None:  # a call with the same model begins here again
+            kept.save(model, method, record, 0)
     for i, task in enumerate(tasks):
         if i + 1 < len(record.right):
             continue

@@ -564,6 +564,20 @@ def test_a_run_killed_between_tasks_goes_on_bit_for_bit(tmp_path, monkeypatch, n
     assert [f.name for f in tmp_path.iterdir()] == ["sequence.pt"]
 
 
+def test_a_run_killed_in_its_first_task_goes_on_with_the_same_model(tmp_path):
+    whole, net = model(), model()
+    about = {"epochs": 2, "lr": 0.05, "settings": PLAN, "every": 1}
+
+    def go(net, left, **more):
+        learn(net, tasks(2), Pull(5.0, "equal"), batches=Broken(left), **about, **more)
+
+    go(whole, -1)
+    with pytest.raises(KeyboardInterrupt):
+        go(net, 3, path=tmp_path)
+    go(net, -1, path=tmp_path)  # weights that were half trained are not what the penalty pulls to
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), net.state_dict().values(), strict=True))
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
     run(tmp_path, "EWC")
     with pytest.raises(ValueError, match="belongs to the run .*Pull.*give another folder"):
