@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from bodies import Body
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -47,17 +48,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(self.body(x))
-
-
-class Body(nn.Module):
-    """Embeddings with a layer on them: (B, T) to (B, T, 8)."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.layer = nn.Embedding(20, 8), nn.Linear(8, 8)
-
-    def forward(self, input_ids, attention_mask):
-        return torch.tanh(self.layer(self.embedding(input_ids)))
 
 
 def rows(n: int = 24, classes: int = 3, seed: int = 0) -> dict:

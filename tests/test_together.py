@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from bodies import Body
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupts import Interrupt
@@ -355,17 +356,6 @@ def test_snapshots_of_a_run_broken_off_are_those_of_the_unbroken_one(tmp_path):
 
 
 # ---------------------------------------------------------------- several tasks
-
-
-class Body(nn.Module):
-    """Embeddings with a layer on them: (B, T) to (B, T, 8)."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.layer = nn.Embedding(20, 8), nn.Linear(8, 8)
-
-    def forward(self, input_ids, attention_mask):
-        return torch.tanh(self.layer(self.embedding(input_ids)))
 
 
 def part(n: int = 6, classes: int | None = 3, seed: int = 0, length: int = 5, tags: bool = False) -> dict:
