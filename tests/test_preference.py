@@ -590,7 +590,7 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     for name in ("run", "run_toy", "run_hacked", "run_sums", "run_length", "_taught", "_second"):
         monkeypatch.setattr(study, name, lambda *a, **_: pytest.fail("it ran again"))
     study.main("length", "sums", "hacked")
-    with pytest.raises(ValueError, match="no study 'dpo'; use toy, length, sums, frontier, relatives, hacked"):
+    with pytest.raises(ValueError, match="no study 'dpo'; use toy, length, sums, reuse, frontier, relatives, hacked"):
         study.main("dpo")
     assert preference.__all__[1] == "CartPole"
 
