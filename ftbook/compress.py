@@ -5,7 +5,7 @@ weights on it, by rounding or with the inputs that `moments` has seen;
 `simulate` trains on the grid. `prune` and `Pruning` set weights to zero,
 `shrink` takes heads and neurons out of a BERT (`head_gradients` says which
 heads matter), `low_rank` splits matrices.
-`save` writes a file that a reader of 25 lines opens.
+`save` writes a file that a reader of 30 lines opens.
 
 >>> net = nn.Sequential(nn.Linear(64, 8))
 >>> quantize_layers(net, Grid(bits=4, per="group", group=32))
@@ -1195,7 +1195,7 @@ def low_rank(
 
     References
     ----------
-    Y.-C. Hsu et al. (2022), arXiv:2207.00112, for another weighting.
+    P. Chen, H.-F. Yu, I. Dhillon, C.-J. Hsieh (2021), DRONE, NeurIPS.
 
     Examples
     --------

@@ -166,7 +166,8 @@ def teacher_logits(
     inputs : dict of tensors, or Tensor
         What the teacher reads, N rows; "labels" are left out.
     path : path of a safetensors file, optional
-        Read if it was written for these very weights and inputs, else written.
+        Read if it was written for these very weights, inputs and precision,
+        else written.
     batch_size : int
         Rows at a time; those with an "attention_mask" are put together by
         length.
@@ -193,7 +194,7 @@ def teacher_logits(
     """
     named = dict(inputs) if isinstance(inputs, Mapping) else {"x": inputs}
     named.pop("labels", None)
-    mark = _fingerprint(teacher, named)
+    mark = _fingerprint(teacher, named, precision)
     if path is not None and (kept := _kept(Path(path), mark)) is not None:
         return kept
     if isinstance(inputs, Mapping):
@@ -236,13 +237,18 @@ def _kept(path: Path, mark: str) -> Tensor | None:
     )
 
 
-def _fingerprint(teacher: nn.Module, inputs: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of weights and inputs."""
+def _fingerprint(
+    teacher: nn.Module, inputs: Mapping[str, Tensor], precision: str
+) -> str:
+    """SHA-256 over names, types, shapes and bytes of weights and inputs, and
+    over a precision that was asked for.
+    """
     told = hashlib.sha256()
     for name, value in [*teacher.state_dict().items(), *inputs.items()]:
         flat = value.detach().cpu().contiguous().flatten()
         told.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         told.update(flat.view(torch.uint8).numpy().data)
+    told.update(precision.encode() if precision != "auto" else b"")
     return told.hexdigest()
 
 # %% ../nbs/19_distill.ipynb #19a00006

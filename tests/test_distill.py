@@ -114,7 +114,7 @@ def test_targets_that_do_not_fit_are_refused(call, told):
 # ---------------------------------------------------------------- answers on disk
 
 
-def test_answers_come_from_the_file_until_teacher_or_examples_change(tmp_path, monkeypatch):
+def test_answers_come_from_the_file_until_teacher_examples_or_precision_change(tmp_path, monkeypatch):
     teacher, x, file = nn.Linear(3, 2), torch.randn(7, 3), tmp_path / "answers.safetensors"
     first = teacher_logits(teacher, x, file)
     asked = []
@@ -125,6 +125,9 @@ def test_answers_come_from_the_file_until_teacher_or_examples_change(tmp_path, m
     with torch.no_grad():
         teacher.bias += 1
     assert torch.allclose(teacher_logits(teacher, x, file), first + 1, atol=1e-6) and len(asked) == 2
+    teacher_logits(teacher, x, file, precision="fp32")
+    teacher_logits(teacher, x, file, precision="fp32")
+    assert len(asked) == 3
     assert [f.name for f in tmp_path.iterdir()] == ["answers.safetensors"]
 
 

@@ -884,7 +884,8 @@ def _priced(way: str) -> tuple:
         for many in (1, 32)
     }
     if way == WORDS:
-        bag = _words(10.0)
+        known = results.load_study(CHAPTER, "bits")
+        bag = _words(known.row("accuracy", way=WORDS)["C"])
         size = 4 * (2 * len(bag[0].vocabulary_) + 1)
         return bag, None, parts, size
     made = _chosen(way) if way in ORDER else smaller(0, way)
