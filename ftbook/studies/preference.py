@@ -226,7 +226,6 @@ def _reuse() -> None:
             made.append({"way": way, "updates": updates, "lr": TOY_RATES})
     _played("reuse", made)
 
-
 # %% ../../nbs/14_preference.ipynb #14b00004
 START = 6  # pieces that a review begins with, "Review:" included
 NEW = runtime.pick(quick=4, cpu=10)  # pieces that are written
@@ -589,7 +588,7 @@ RELATIVES = {"DPO": 1, "IPO": 1, "SimPO": 20, "KTO": 1}  # times BETAS
 
 
 def _relatives() -> None:
-    """Losses on pairs, beta and rate chosen together: so many tries for each."""
+    """Losses on pairs, beta and rate chosen together: as many tries each."""
     made: list[dict] = [results.Baseline(SEEDS, method="reference")]
     for method, unit in RELATIVES.items():
         betas = [unit * beta for beta in BETAS]
