@@ -575,12 +575,36 @@ def test_adapters_lie_in_the_upper_half_and_the_model_without_them_is_the_refere
     assert float(apart.min()) > 0 and copy.deepcopy(scored).shape == ids.shape
 
 
+def test_games_used_again_keep_how_likely_a_push_was_and_the_clip_stops_what_has_moved_far():
+    policy = study.small_policy(1)
+    games = preference.Episodes(policy, games=2, steps=1, seed=1, limit=20)
+    batches = [*study._Again(games)]
+    assert len(batches) == study.PASSES
+    states, target = batches[0]
+    logits = policy(states)
+    paid = logits.log_softmax(1).gather(1, target[:, :1].long())
+    assert torch.allclose(target[:, 2:], paid, atol=1e-6)
+    weights = list(policy.parameters())
+    ours, theirs = (
+        torch.autograd.grad(loss(policy(states), target), weights) for loss in (study._clipped, study._unclipped)
+    )
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+    good = target[target[:, 1] > 0]
+    good[:, 2] -= 1.0  # now e times as likely as when it was played
+    moved = states[target[:, 1] > 0]
+    for loss, still in ((study._clipped, True), (study._unclipped, False)):
+        pull = torch.autograd.grad(loss(policy(moved), good), weights)
+        assert still == (max(g.abs().max() for g in pull) < 1e-8)
+
+
 @pytest.mark.slow
 def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     study.main()
     stored = json.loads((tmp_path / "14_preference.json").read_text())["quick"]
-    assert {"toy", "toy_curves", "length", "sums", "frontier", "judges", "hacked", "samples reference"} <= set(stored)
+    assert {"toy", "toy_curves", "reuse", "length", "sums", "frontier", "judges", "hacked", "samples reference"} <= set(
+        stored
+    )
     frontier = results.load_study(study.CHAPTER, "frontier")
     methods = {r["method"] for r in frontier.rows("reward")}
     assert methods == {"reference", "best of n", "SFT on the best", "DPO", "GRPO"}
@@ -590,7 +614,7 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     for name in ("run", "run_toy", "run_hacked", "run_sums", "run_length", "_taught", "_second"):
         monkeypatch.setattr(study, name, lambda *a, **_: pytest.fail("it ran again"))
     study.main("length", "sums", "hacked")
-    with pytest.raises(ValueError, match="no study 'dpo'; use toy, length, sums, frontier, relatives, hacked"):
+    with pytest.raises(ValueError, match="no study 'dpo'; use toy, length, sums, reuse, frontier, relatives, hacked"):
         study.main("dpo")
     assert preference.__all__[1] == "CartPole"
 

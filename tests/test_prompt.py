@@ -355,21 +355,39 @@ def test_a_problem_is_solved_by_its_steps_and_its_answer_is_the_last_number_writ
     assert study.run_thought(1, "test", "step by step")["accuracy"].tolist() == [True, False]
 
 
+def test_pet_tunes_a_copy_on_each_cloze_and_its_logits_are_those_of_the_words_in_the_gap():
+    masked, tokenizer = models.load("bert_mini_en")
+    words = tokenizer.convert_tokens_to_ids(["bad", "good"])
+    inputs = tokenizer(["a film . It was [MASK].", "It was [MASK]. so so"], padding=True, return_tensors="pt")
+    given = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    holes = given["input_ids"] == tokenizer.mask_token_id
+    masked.eval()
+    with torch.no_grad():
+        found = study._Gap(masked, tokenizer.mask_token_id, words)(**given)
+        whole = masked(**given).logits[holes][:, words]
+    assert torch.allclose(found, whole, atol=1e-5)
+    before = {k: v.clone() for k, v in masked.state_dict().items()}
+    few = study.part("sst2", "train").per_class(2, seed=1)
+    guess = study._pet("valid", few, lr=1e-3, seed=1, steps=1)
+    assert guess.shape == study.part("sst2", "valid").y.shape
+    assert all(torch.equal(before[k], v) for k, v in models.load("bert_mini_en")[0].state_dict().items())
+
+
 @pytest.mark.slow
 def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     study.main()
     stored = json.loads((tmp_path / "12_prompt.json").read_text())["quick"]
-    assert {"map_sst2", "map_cr", "longer_cr", "wordings", "examples", "cloze", "thought"} <= set(stored)
+    assert {"map_sst2", "map_cr", "longer_cr", "wordings", "examples", "cloze", "pet", "thought"} <= set(stored)
     assert {"sst2", "cr"} <= set(study.measured())
     for task in study.TASKS:
         found = results.load_study(study.CHAPTER, f"map_{task}")
         assert {r["method"] for r in found.rows("accuracy")} == set(study.METHODS)
         assert all(len(r["values"]) == 2 for r in found.rows("accuracy", method="SetFit"))
-    for name in ("run", "run_longer", "run_words", "run_shots", "run_cloze", "run_thought"):
+    for name in ("run", "run_longer", "run_words", "run_shots", "run_cloze", "run_pet", "run_thought"):
         monkeypatch.setattr(study, name, lambda **_: pytest.fail("it ran again"))
     study.main()
     with pytest.raises(
-        ValueError, match="no study 'map_mr'; use map_sst2, map_cr, longer, prompts, cloze, thought, samples"
+        ValueError, match="no study 'map_mr'; use map_sst2, map_cr, longer, prompts, cloze, pet, thought, samples"
     ):
         study.main("map_mr")

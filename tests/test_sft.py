@@ -590,6 +590,10 @@ def test_lora_beside_packed_layers_trains_as_beside_the_decoded_ones(wide, token
     both = [list(peft.handle(net).parameters()) for net in nets]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*both, strict=True))
     assert torch.allclose(plain.eval()(ids), packed.eval()(ids), atol=1e-4)
+    before = packed(ids)
+    decoded = study._decoded(packed)  # for the answers, in the study
+    assert not any(isinstance(m, Q4Linear) for m in decoded.modules())
+    assert torch.allclose(decoded(ids), before, atol=1e-5)
 
 
 def test_files_of_other_models_and_models_with_other_parts_are_refused(wide, tokenizer, tmp_path):
@@ -742,12 +746,12 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     study.main()
     stored = json.loads((tmp_path / "13_sft.json").read_text())["quick"]
-    assert {"corpus", "wnut17", "tone", "full", "longer"} <= set(stored)
+    assert {"corpus", "wnut17", "tone", "full", "longer", "qlora"} <= set(stored)
     found = results.load_study(study.CHAPTER, "corpus")
     assert {"f1", "valid", "f1_forced", "wiki_loss", "sst2"} <= set(found.metrics)
     assert all(r.mean == 1 for r in found.rows("valid_forced"))
     for name in ("run", "run_tone"):
         monkeypatch.setattr(study, name, lambda **_: pytest.fail("it ran again"))
     study.main()
-    with pytest.raises(ValueError, match="no study 'x'; use corpus, wnut17, tone, full, longer"):
+    with pytest.raises(ValueError, match="no study 'x'; use corpus, wnut17, tone, full, longer, qlora"):
         study.main("x")

@@ -38,6 +38,7 @@ from ftbook.preference import (
     kto,
     play,
     policy_gradient,
+    ppo_loss,
     score_answers,
     simpo,
 )
@@ -99,13 +100,18 @@ def imitate(policy: nn.Module, seed: int) -> nn.Module:
     return policy
 
 
-def _taught(start: str, updates: int, lr: float, seed: int) -> Episodes:
+def _taught(
+    start: str, updates: int, lr: float, seed: int, way: str = ""
+) -> Episodes:
     """Policy gradient from a start; the games, and the policy in them."""
     policy: Any = small_policy(seed)
     if start == "imitation":
         imitate(policy, seed)
     games = Episodes(policy, games=8, steps=updates, seed=seed, limit=LIMIT)
-    fit(policy, games, loss=policy_gradient, lr=lr, seed=seed, settings=PLAN)
+    loss = AGAIN.get(way)
+    batches: Any = _Again(games) if loss else games
+    about: dict[str, Any] = {"lr": lr, "seed": seed, "settings": PLAN}
+    fit(policy, batches, loss=loss or policy_gradient, **about)
     return games
 
 
@@ -120,7 +126,7 @@ def run_toy(
     }.get(way)
     if policy is None and updates:
         start = "imitation" if "imitation" in way else "scratch"
-        policy = _taught(start, updates, lr, seed).policy
+        policy = _taught(start, updates, lr, seed, way).policy
     elif policy is None:
         policy = imitate(small_policy(seed), seed)
     at = {"valid": 20_000, "test": 30_000}[split] + seed
@@ -142,18 +148,22 @@ def toy_rows() -> list[dict]:
     return made
 
 
-def _toy() -> None:
-    found = results.study(
+def _played(name: str, made: list[dict]) -> Any:
+    return results.study(
         run_toy,
-        toy_rows(),
+        made,
         chapter=CHAPTER,
-        name="toy",
+        name=name,
         choose="length",
         budget="8 games an update",
         seeds=TOY_SEEDS,
         search_seeds=(101, 102),
         n={"valid": GAMES, "test": GAMES},
     )
+
+
+def _toy() -> None:
+    found = _played("toy", toy_rows())
     curves = {}
     for start in ("scratch", "imitation"):
         r = next(
@@ -164,6 +174,57 @@ def _toy() -> None:
         runs = [_taught(start, UPDATES[-1], r["lr"], s) for s in TOY_SEEDS]
         curves[start] = [[round(n, 1) for n in g.lengths] for g in runs]
     results.record(CHAPTER, "toy_curves", curves)
+
+# %% ../../nbs/14_preference.ipynb #14b000p3
+PASSES = 4  # through the games of an update
+ROUNDS = runtime.pick(quick=(1,), cpu=(10, 30))
+
+
+class _Again:
+    """Batches of games, each several times, with the log-probability that each
+    push had when it was made as a third column of the target.
+    """
+
+    def __init__(self, games: Episodes):
+        self.games = games
+
+    def __len__(self) -> int:
+        return PASSES * len(self.games)
+
+    def __iter__(self) -> Any:
+        for states, target in self.games:
+            with torch.no_grad():
+                paid = self.games.policy(states).log_softmax(1)
+            old = paid.gather(1, target[:, :1].long())
+            yield from [(states, torch.cat((target, old), 1))] * PASSES
+
+
+def _unclipped(logits: Tensor, target: Tensor) -> Tensor:
+    return policy_gradient(logits, target[:, :2])
+
+
+def _clipped(logits: Tensor, target: Tensor) -> Tensor:
+    """PPO: each push is an answer of one piece."""
+    action, advantage, old = target.split(1, 1)
+    logp = logits.log_softmax(1).gather(1, action.long())
+    return ppo_loss(logp, old, advantage, torch.ones_like(old)).mean()
+
+
+AGAIN: dict[str, Any] = {
+    "REINFORCE, games used four times": _unclipped,
+    "PPO, games used four times": _clipped,
+}
+
+
+def _reuse() -> None:
+    """From scratch: games used once, four times, and four times with PPO's
+    clip.
+    """
+    made: list[dict] = [results.Baseline(TOY_SEEDS, way="random pushes")]
+    for updates in ROUNDS:
+        for way in ("REINFORCE, games used once", *AGAIN):
+            made.append({"way": way, "updates": updates, "lr": TOY_RATES})
+    _played("reuse", made)
 
 # %% ../../nbs/14_preference.ipynb #14b00004
 START = 6  # pieces that a review begins with, "Review:" included
@@ -522,13 +583,16 @@ def _study(name: str, made: list[dict]) -> None:
     )
 
 
-RELATIVES = {"IPO": 0.1, "SimPO": 2.0, "KTO": 0.1}  # with their beta
+BETAS = runtime.pick(quick=(0.1, 1.0), cpu=(0.01, 0.1, 1.0, 10.0))
+RELATIVES = {"DPO": 1, "IPO": 1, "SimPO": 20, "KTO": 1}  # times BETAS
 
 
 def _relatives() -> None:
+    """Losses on pairs, beta and rate chosen together: as many tries each."""
     made: list[dict] = [results.Baseline(SEEDS, method="reference")]
-    for method, beta in RELATIVES.items():
-        made.append({"method": method, "beta": beta, "lr": RATES})
+    for method, unit in RELATIVES.items():
+        betas = [unit * beta for beta in BETAS]
+        made.append({"method": method, "beta": betas, "lr": RATES})
     _study("relatives", made)
 
 
@@ -840,9 +904,10 @@ def _length() -> None:
 
 
 def main(*names: str) -> None:
-    """Fill in what is missing of "toy", "length", "sums", "frontier",
+    """Fill in what is missing of "toy", "reuse", "length", "sums", "frontier",
     "relatives" and "hacked".
     """
     known: dict[str, Any] = {"toy": _toy, "length": _length, "sums": _sums}
+    known["reuse"] = _reuse
     known |= {"frontier": _frontier, "relatives": _relatives}
     run_named(known | {"hacked": _hacked}, names)

@@ -2,8 +2,8 @@
 
 `run` fits or asks one way on one task with so many labels a class, `run_words`
 asks one wording of the prompt, `run_shots` one choice and order of examples,
-`run_cloze` a masked model, `run_thought` arithmetic; `main` fills in what
-results/12_prompt.json lacks.
+`run_cloze` a masked model, which `run_pet` tunes, `run_thought` arithmetic;
+`main` fills in what results/12_prompt.json lacks.
 
 >>> [row["method"] for row in rows("sst2")][:1]
 ['majority']
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import causal, models, results, runtime
 from ..finetune import tune
@@ -31,7 +31,7 @@ from ftbook.prompt import (
     cloze_scores,
     label_scores,
 )
-from . import run_named
+from . import bag_of_words, run_named
 from .finetune import ByLength, outputs
 from .peft import KINDS, SIZES, part
 from .peft import decoder as loaded
@@ -49,6 +49,7 @@ __all__ = [
     "run_words",
     "run_shots",
     "run_cloze",
+    "run_pet",
     "items",
     "said",
     "run_thought",
@@ -144,14 +145,9 @@ def _steps(labels: int) -> int:
     return runtime.pick(quick=2, cpu=20 if labels < 64 else 40)
 
 
-def _full(task: str, split: str, few: Any, lr: float, seed: int, steps: int):
-    """Tune all of the encoder and a fresh head: guesses."""
-    body, tokenizer = encoder()
-    runtime.seed_everything(seed)
-    net = TextClassifier(copy.deepcopy(body), len(few.classes))
-    batches = ByLength(
-        encode_texts(few.texts, tokenizer) | {"labels": few.y}, seed=seed
-    )
+def _fitted(net: Any, inputs: dict, lr: float, seed: int, steps: int) -> None:
+    """Tune a network on so many batches of 16."""
+    batches = ByLength(inputs, seed=seed)
     plan = Settings(
         schedule="linear",
         warmup=0.1,
@@ -161,6 +157,23 @@ def _full(task: str, split: str, few: Any, lr: float, seed: int, steps: int):
     )
     epochs = -(-steps // len(batches))
     tune(net, batches, lr=lr, epochs=epochs, seed=seed, settings=plan)
+
+
+def _full(
+    task: str,
+    split: str,
+    few: Any,
+    lr: float,
+    seed: int,
+    steps: int,
+    start: Any = None,
+):
+    """Tune all of the encoder and a fresh head: guesses."""
+    body, tokenizer = start or encoder()
+    runtime.seed_everything(seed)
+    net = TextClassifier(copy.deepcopy(body), len(few.classes))
+    inputs = encode_texts(few.texts, tokenizer) | {"labels": few.y}
+    _fitted(net, inputs, lr, seed, steps)
     texts = part(task, split).texts
     return outputs(net, encode_texts(texts, tokenizer)).argmax(1).numpy()
 
@@ -440,6 +453,91 @@ def _cloze() -> None:
         n={"test": SIZES["test"]},
     )
 
+# %% ../../nbs/12_prompt.ipynb #036df1p9
+class _Gap(nn.Module):
+    """Logits of the words for the labels, where a cloze has its gap."""
+
+    def __init__(self, masked: nn.Module, gap: int, words: list[int]):
+        super().__init__()
+        self.masked, self.gap, self.words = masked, gap, words
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Shape (B, K)."""
+        read = self.masked.base_model(input_ids, attention_mask)  # type: ignore
+        hidden = read.last_hidden_state[input_ids == self.gap]
+        return self.masked.cls(hidden)[:, self.words]  # type: ignore
+
+
+def _pet(split: str, few: Any, lr: float, seed: int, steps: int) -> Tensor:
+    """Pattern-exploiting training: tune a copy of the bundled BERT on each
+    cloze, the gap to hold the word of the label; guesses of all together.
+    """
+    scores = torch.zeros(())
+    for template in CLOZES.values():
+        masked, tokenizer = models.load("bert_mini_en")
+        prompt, mask = (
+            Prompt(template, WORDS["bad, good"]),
+            tokenizer.mask_token,
+        )
+        words = [word.strip() for word in prompt.words]
+        net = _Gap(
+            copy.deepcopy(masked),
+            tokenizer.mask_token_id,
+            tokenizer.convert_tokens_to_ids(words),
+        )
+        runtime.seed_everything(seed)
+        asks = [prompt.filled(text, mask) for text in few.texts]
+        most = masked.config.max_position_embeddings
+        inputs = encode_texts(asks, tokenizer, most) | {"labels": few.y}
+        _fitted(net, inputs, lr, seed, steps)
+        given = (net.masked, tokenizer, prompt, part("sst2", split).texts)
+        scores = scores + cloze_scores(*given).log_softmax(1)
+    return scores.argmax(1)
+
+
+def run_pet(
+    seed: int,
+    split: str,
+    method: str,
+    labels: int,
+    lr: float | None = None,
+    C: float | None = None,
+) -> dict[str, np.ndarray]:
+    """Use few labels for the bundled BERT: by clozes, or under a new head."""
+    if lr is None:
+        return run(seed, split, "sst2", method, labels, C=C)
+    torch.set_num_threads(1)
+    few = part("sst2", "train").per_class(labels, seed=seed)
+    about: Any = {"lr": lr, "seed": seed, "steps": _steps(labels)}
+    if method == "PET":
+        guess = _pet(split, few, **about).numpy()
+    else:
+        start = models.load("bert_mini_en")
+        guess = _full("sst2", split, few, start=start, **about)
+    return {"accuracy": guess == part("sst2", split).y.numpy()}
+
+
+def _tuned_cloze() -> None:
+    made: list[dict] = []
+    first, *rest = COUNTS[-2:]
+    for labels in (first, *rest):
+        row: dict[str, Any] = {"labels": labels}
+        made.append(results.Baseline(method="majority", **row))
+        words = {"method": "bag of words", "C": _chosen("bag of words", "C")}
+        made.append(results.Baseline(SEEDS, **words, **row))
+        lr: Any = RATES if labels == first else results.ChosenFor(labels=first)
+        made += [{"method": m, **row, "lr": lr} for m in ("full", "PET")]
+    results.study(
+        run_pet,
+        made,
+        chapter=CHAPTER,
+        name="pet",
+        choose="accuracy",
+        budget="20 batches of 16 sentences, 40 with 64 labels of each class",
+        seeds=SEEDS,
+        n=SIZES,
+    )
+
 # %% ../../nbs/12_prompt.ipynb #ace3ace9
 def items(seed: int, n: int) -> list[tuple[str, str, int]]:
     """Small word problems: question, worked solution, answer.
@@ -488,13 +586,20 @@ def said(seed: int, thinking: bool, number: int = ITEMS) -> list[str]:
     return found
 
 
-def run_thought(seed: int, split: str, way: str) -> dict[str, np.ndarray]:
+def run_thought(
+    seed: int, split: str, way: str, C: float = 1.0
+) -> dict[str, np.ndarray]:
     """Which problems get the right number, one way."""
     torch.set_num_threads(1)
     right = np.array([answer for *_, answer in items(seed, ITEMS)])
     if way == "most frequent answer":
         seen = [answer for *_, answer in items(1000, 500)]
         return {"accuracy": right == np.bincount(seen).argmax()}
+    if way == "bag of words":
+        questions, _, seen = zip(*items(1000, 500), strict=True)
+        fitted = bag_of_words(C).fit(questions, seen)
+        asks = [question for question, *_ in items(seed, ITEMS)]
+        return {"accuracy": fitted.predict(asks) == right}
     numbers = [re.findall(r"-?\d+", s) for s in said(seed, way != "at once")]
     guess = np.array([int(n[-1]) if n else -1 for n in numbers])
     return {"accuracy": guess == right}
@@ -505,6 +610,7 @@ def _thought() -> None:
         run_thought,
         [
             results.Baseline(SEEDS, way="most frequent answer"),
+            results.Baseline(SEEDS, way="bag of words", C=DECAYS),
             {"way": "at once"},
             {"way": "step by step"},
         ],
@@ -528,12 +634,12 @@ def _samples() -> None:
 
 def main(*names: str) -> None:
     """Fill in what is missing of "map_TASK" for each task, "longer",
-    "prompts", "cloze", "thought" and "samples".
+    "prompts", "cloze", "pet", "thought" and "samples".
     """
     known: dict[str, Any] = {
         f"map_{task}": functools.partial(_map, task) for task in TASKS
     }
     known |= {"longer": functools.partial(_longer, TASKS[-1])}
-    known |= {"prompts": _prompts, "cloze": _cloze}
+    known |= {"prompts": _prompts, "cloze": _cloze, "pet": _tuned_cloze}
     known |= {"thought": _thought, "samples": _samples}
     run_named(known, names)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .. import causal, data, mlm, models, peft, results, runtime
 from ..corpus import Corpus, Sentence, read_conll
@@ -25,8 +26,10 @@ from ..prompt import label_scores
 from ftbook.sft import (
     AnswerLoss,
     JsonFormat,
+    Q4Linear,
     Template,
     encode_chats,
+    load_gguf,
     read_names,
     reply,
     teach,
@@ -188,11 +191,30 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(_folder())
 
 
-def decoder(half: bool = True) -> causal.Decoder:
-    """A fresh SmolLM2; in bf16, where it is wanted and the processor has it."""
-    model = causal.load_decoder(_folder()).to(runtime.device())
+def decoder(half: bool = True, packed: bool = False) -> causal.Decoder:
+    """A fresh SmolLM2; in bf16, where it is wanted and the processor has it.
+    Packed: its layers stay in the 4 bits of the file.
+    """
+    if packed and not QUICK:  # the small decoder has no such file
+        (file,) = _folder().glob("*.gguf")
+        model = load_gguf(file, packed=True).to(runtime.device())
+    else:
+        model = causal.load_decoder(_folder()).to(runtime.device())
     native = half and runtime.native_bf16() and not QUICK
     return model.to(torch.bfloat16) if native else model
+
+
+def _decoded(model: causal.Decoder) -> causal.Decoder:
+    """The same numbers in ordinary layers, in place, for the answers: there a
+    layer in 4 bits would be decoded for every piece.
+    """
+    dtype = next(model.parameters()).dtype
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, Q4Linear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            plain.weight = nn.Parameter(layer.weight.to(dtype), False)
+            model.set_submodule(name, plain)
+    return model
 
 
 @functools.cache
@@ -212,17 +234,19 @@ def taught(
     """A decoder that was taught to list names, ready to answer."""
     few = drawn(task, labels, seed)
     chats = [chat_of(s, task, answered=True) for s in few]
-    model = decoder(half=method != "full")
+    model = decoder(half=method != "full", packed=method == "QLoRA")
     teach(
         AnswerLoss(model),
         encode_chats(chats, tokenizer(), TEMPLATE),
-        how=HOW if method == "LoRA" else "full",
+        how="full" if method == "full" else HOW,
         lr=lr,
         steps=steps,
         seed=seed,
     )
     native = runtime.native_bf16() and not QUICK
-    return model.to(torch.bfloat16) if native and method == "full" else model
+    if native and method == "full":
+        model = model.to(torch.bfloat16)
+    return _decoded(model)
 
 # %% ../../nbs/13_sft.ipynb #370a9d06
 def scores(found: Sequence, sentences: Sequence[Sentence], task: str) -> tuple:
@@ -419,6 +443,15 @@ def _full() -> None:
     _study("full", [row | {"lr": RATES["full"]}], BUDGET, SIZES[TASKS[0]])
 
 
+def _packed() -> None:
+    """LoRA beside the 4 bits of the file, at LoRA's rate: it was chosen beside
+    the same numbers.
+    """
+    row = {"task": TASKS[0], "method": "QLoRA", "labels": COUNTS[-1]}
+    row["lr"] = _chosen("LoRA", "lr")
+    _study("qlora", [row], BUDGET, {"test": SIZES[TASKS[0]]["test"]})
+
+
 def _longer() -> None:
     """LoRA with twice the batches."""
     row = {"task": TASKS[0], "method": "LoRA", "labels": COUNTS[-1]}
@@ -481,11 +514,12 @@ def _tone() -> None:
 
 
 def main(*names: str) -> None:
-    """Fill in what is missing of "corpus", "wnut17", "tone", "full" and
-    "longer".
+    """Fill in what is missing of "corpus", "wnut17", "tone", "full", "longer"
+    and "qlora".
     """
     known: dict[str, Any] = {
         task: functools.partial(_task, task) for task in TASKS
     }
     known |= {"tone": _tone, "full": _full, "longer": _longer}
+    known["qlora"] = _packed
     run_named(known, names)
