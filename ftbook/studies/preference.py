@@ -584,7 +584,7 @@ def _study(name: str, made: list[dict]) -> None:
 
 
 BETAS = runtime.pick(quick=(0.1, 1.0), cpu=(0.01, 0.1, 1.0, 10.0))
-RELATIVES = {"DPO": 1, "IPO": 1, "SimPO": 20, "KTO": 1}  # times BETAS
+RELATIVES = {"DPO": 1, "IPO": 1, "SimPO": 2, "KTO": 1}  # times BETAS
 
 
 def _relatives() -> None:
