@@ -519,15 +519,13 @@ def run_pet(
 
 def _tuned_cloze() -> None:
     made: list[dict] = []
-    *_, few, first = COUNTS
-    for labels in (few, first):
+    first, *rest = COUNTS[-2:]
+    for labels in (first, *rest):
         row: dict[str, Any] = {"labels": labels}
         made.append(results.Baseline(method="majority", **row))
         words = {"method": "bag of words", "C": _chosen("bag of words", "C")}
         made.append(results.Baseline(SEEDS, **words, **row))
-        lr: Any = results.ChosenFor(labels=first)
-        if labels == first:
-            lr = [*RATES, *runtime.pick(quick=[], cpu=[1e-2, 3e-2])]
+        lr: Any = RATES if labels == first else results.ChosenFor(labels=first)
         made += [{"method": m, **row, "lr": lr} for m in ("full", "PET")]
     results.study(
         run_pet,
