@@ -42,22 +42,10 @@ from .prompt import part as reviews
 from ..tags import spans
 
 __all__ = [
-    "part",
-    "drawn",
-    "names_of",
-    "chat_of",
-    "tokenizer",
-    "decoder",
-    "form",
-    "taught",
-    "scores",
-    "forgotten",
-    "run",
-    "rows",
-    "tone_chat",
-    "run_tone",
+    "part", "drawn", "names_of", "chat_of", "tokenizer", "decoder", "form",
+    "taught", "scores", "forgotten", "run", "rows", "tone_chat", "run_tone",
     "main",
-]
+]  # fmt: skip
 
 CHAPTER = "13_sft"
 QUICK = runtime.profile() == "quick"  # there a small decoder stands in
