@@ -1045,14 +1045,24 @@ def gate(
     Returns
     -------
     _Verdict
-        accepted, and for each set both accuracies and the lower limit.
+        accepted, and for each set both accuracies and the lower limit, which
+        lies at least 1 - (1 - level)^(1/N) below the difference: where no
+        answer changes, N = 100 examples show a loss below 0.03, 150 below
+        0.02.
+
+    References
+    ----------
+    J. A. Hanley, A. Lippman-Hand (1983), doi:10.1001/jama.1983.03330370053031.
 
     Examples
     --------
-    >>> old = {"guard": [True] * 80 + [False] * 20}
-    >>> new = {"guard": [True] * 60 + [False] * 40}
+    >>> old = {"guard": [True] * 160 + [False] * 40}
+    >>> new = {"guard": [True] * 120 + [False] * 80}
     >>> gate(old, old).accepted, gate(old, new).accepted
     (True, False)
+    >>> few = {"guard": [True, True]}  # all equal, and no evidence
+    >>> gate(few, few).accepted
+    False
     """
     if not before or set(before) != set(after):
         raise ValueError(
@@ -1073,7 +1083,9 @@ def gate(
                 "more examples of both models"
             )
         d = b - a
-        low = d.mean() - z * d.std(ddof=1) / np.sqrt(len(d))
+        unseen = 1 - (1 - level) ** (1 / len(d))  # a loss that n may not show
+        below = max(z * d.std(ddof=1) / np.sqrt(len(d)), unseen)
+        low = d.mean() - below
         found[name] = (float(a.mean()), float(b.mean()), float(low))
     fine = all(low >= -margin for *_, low in found.values())
     return _Verdict(fine, found)
