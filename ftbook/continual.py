@@ -197,7 +197,7 @@ class Task:
     ----------
     name : str
     train, test : dict of tensors
-        What the model reads, N rows, and "labels" (N,).
+        What the model reads, N >= 1 rows, and "labels" (N,).
     head : str, optional
         Which head of a `ftbook.together.MultiTask`; default: the model itself
         gives the logits.
