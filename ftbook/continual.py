@@ -1149,6 +1149,29 @@ def gate(
     fine = all(low >= -margin for *_, low in found.values())
     return _Verdict(fine, found)
 
+# %% ../nbs/23_continual.ipynb #23a00021
+def _told(value: Any) -> Any:
+    """A setting as text or number, the same in another process."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _told(v) for k, v in sorted(value.items())}
+    if isinstance(value, (list, tuple)):
+        return [_told(v) for v in value]
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _checksum(task: Task) -> str:
+    """Of all that a task trains on and is scored on."""
+    found = hashlib.sha256(repr(task.head).encode())
+    for rows in (task.train, task.test):
+        for k in sorted(rows):
+            v = rows[k].detach().cpu().contiguous()
+            found.update(f"{k} {v.dtype} {tuple(v.shape)}".encode())
+            found.update(v.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
 # %% ../nbs/23_continual.ipynb #23a00018
 class Record:
     """What `learn` measured.
@@ -1349,29 +1372,6 @@ def _check_labels(model: Any, task: Task) -> None:
             f"{many} classes: give whole numbers (N,) from 0 to {many - 1}, or "
             "-100 where there is none"
         )
-
-
-def _told(value: Any) -> Any:
-    """A setting as text or number, the same in another process."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): _told(v) for k, v in sorted(value.items())}
-    if isinstance(value, (list, tuple)):
-        return [_told(v) for v in value]
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def _checksum(task: Task) -> str:
-    """Of all that a task trains on and is scored on."""
-    found = hashlib.sha256(repr(task.head).encode())
-    for rows in (task.train, task.test):
-        for k in sorted(rows):
-            v = rows[k].detach().cpu().contiguous()
-            found.update(f"{k} {v.dtype} {tuple(v.shape)}".encode())
-            found.update(v.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
 
 
 class _Kept:
