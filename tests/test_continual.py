@@ -112,6 +112,12 @@ def test_what_lies_above_the_diagonal_need_not_be_known():
     assert transfer([[0.8]]) == {"average": 0.8}
 
 
+def known(width: int) -> Router:
+    router = Router()
+    router.add("a", torch.zeros(1, width))
+    return router
+
+
 @pytest.mark.parametrize(
     "call, told",
     [
@@ -119,12 +125,28 @@ def test_what_lies_above_the_diagonal_need_not_be_known():
         (lambda: transfer([[0.5, 0.5], [np.nan, 0.5]]), "every task is scored after itself"),
         (lambda: transfer([[50, 50], [50, 50]]), "from 0 to 1"),
         (lambda: transfer(np.eye(2), before=[0.5]), "before has the shape \\(1,\\)"),
+        (lambda: transfer(np.eye(2), before=50), "before has the shape \\(\\)"),
+        (lambda: transfer(np.eye(2), before=[50, 50]), "before is \\[50.0, 50.0\\].*50 % is 0.5"),
+        (lambda: transfer(np.eye(2), alone=[0.5, np.nan]), "alone is .*from 0 to 1"),
+        (
+            lambda: transfer([[0.5, np.nan], [0.5, 1.0]], before=[0.5, 0.5]),
+            "learn with ahead=True, or leave out before",
+        ),
         (lambda: class_numbers({"a": ["x"], "b": ["x"]}), "'x' belongs to 'a' and to 'b'.*call it 'b: x'"),
         (lambda: class_numbers({"a": ["x", "x"]}), "a list of different names"),
         (lambda: class_numbers({"a": "xy"}), "a list of different names"),
         (lambda: Task("a", rows(4), {"x": torch.zeros(2, 4)}), "test of task 'a'"),
         (lambda: Task("a", rows(4) | {"x": torch.zeros(2, 4)}, rows(4)), "train of task 'a' has the rows"),
+        (lambda: Task("a", rows(4), rows(0)), "test of task 'a' has no rows"),
+        (lambda: Task("a", rows(0), rows(4)), "train of task 'a' has no rows"),
         (lambda: fisher(model(), rows(4), labels="wrong"), "labels='wrong'"),
+        (lambda: fisher(model(), {"labels": torch.zeros(4)}), "rows {'labels': 4}; give what the net reads"),
+        (
+            lambda: fisher(model(), {"x": torch.zeros(4, 4)}, labels="true"),
+            'reads "labels" and the data have x; give them',
+        ),
+        (lambda: fisher(model(), {"x": torch.zeros(4, 4), "labels": torch.zeros(3)}), "as many rows of each"),
+        (lambda: fisher(model().requires_grad_(False), rows(4)), "Net has no parameter that is trained"),
         (lambda: fisher(model(), rows(4), group=2, at_once=2), "one of group and at_once as 1"),
         (lambda: Pull(-1.0), "strength=-1"),
         (lambda: Pull(1.0, "weights"), "importance='weights'"),
@@ -133,6 +155,9 @@ def test_what_lies_above_the_diagonal_need_not_be_known():
         (lambda: Replay(5, rows=0), "rows=0"),
         (lambda: Router()(torch.zeros(1, 2)), "knows no task"),
         (lambda: Router().add("a", torch.zeros(2)), "shape \\(2,\\)"),
+        (lambda: known(2).add("b", torch.zeros(1, 3)), "shape \\(1, 3\\), those of the tasks so far \\(N, 2\\)"),
+        (lambda: known(2)(torch.zeros(4, 3)), "shape \\(4, 3\\).*features of one model"),
+        (lambda: known(2)(torch.zeros(2)), "shape \\(2,\\)"),
         (lambda: gate({"a": [True, True]}, {"b": [True, True]}), "give the same"),
         (lambda: gate({"a": [True] * 3}, {"a": [True] * 2}), "same two or more"),
         (lambda: gate({"a": [True] * 3}, {"a": [True] * 3}, margin=-1), "margin of at least 0"),
@@ -145,6 +170,32 @@ def test_what_lies_above_the_diagonal_need_not_be_known():
 def test_what_cannot_be_is_refused_with_a_reason(call, told):
     with pytest.raises((ValueError, TypeError), match=told):
         call()
+
+
+@pytest.mark.parametrize("which", ["train", "test"])
+@pytest.mark.parametrize(
+    "bad, told", [(3, "from 0 to 3; its head knows 3 classes"), (-1, "from -1 to"), (0.5, "float32")]
+)
+def test_labels_that_cannot_be_in_a_later_task_stop_it_before_the_first_is_trained(which, bad, told):
+    net, data = model(), tasks(2)
+    before = copy.deepcopy(net.state_dict())
+    part = {k: v.clone() for k, v in getattr(data[1], which).items()}
+    part["labels"] = part["labels"].float() if bad == 0.5 else part["labels"]
+    part["labels"][1] = bad
+    parts = {"train": data[1].train, "test": data[1].test, which: part}
+    with pytest.raises(ValueError, match=f"{which} of task 't1' has labels .*{told}"):
+        learn(net, [data[0], Task("t1", **parts)], **FITTING)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_what_a_gate_cannot_compare_stops_it_before_training():
+    net = model()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="margin of at least 0"):
+        learn(net, tasks(1), guards={"g": tasks(1)[0]}, margin=-1, **FITTING)
+    with pytest.raises(ValueError, match="two or more"):
+        learn(net, tasks(1), guards={"g": Task("g", rows(1), rows(1))}, **FITTING)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 def test_classes_of_one_name_are_one_class_only_where_that_is_said():
@@ -570,8 +621,51 @@ def test_a_run_killed_in_its_first_task_goes_on_with_the_same_model(tmp_path):
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     run(tmp_path, "EWC")
-    with pytest.raises(ValueError, match="belongs to the run .*Pull.*give another folder"):
+    with pytest.raises(ValueError, match="stored is method: Pull.*this call has method: Remember.*give another folder"):
         run(tmp_path, "LwF")
+
+
+def other(**how):
+    """One call into a folder, of which one thing may be another."""
+    about = {"strength": 1.0, "size": 10, "seed": 0, "shift": 0, "margin": 0.5, "names": "ab", "decay": 0.0} | how
+    about |= {"lr": how.get("lr", 0.05), "guard": how.get("guard", 0), "ahead": how.get("ahead", False)}
+    data = [Task(k, rows(seed=i + about["shift"]), rows(12, seed=9 + i)) for i, k in enumerate(about["names"])]
+    guards = {"g": Task("g", rows(), rows(40, seed=about["guard"]))}
+    method = Replay(about["size"], about["strength"], rows=4, seed=about["seed"])
+    plan = Settings(precision="fp32", weight_decay=about["decay"], progress=bool(how.get("progress")))
+    fitting = {"epochs": 1, "batch_size": 6, "lr": about["lr"], "settings": plan, "ahead": about["ahead"]}
+    return learn(model(), data, method, path=how["path"], guards=guards, margin=about["margin"], **fitting)
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ({"strength": 2.0}, "stored is method's strength: 1.0; this call has method's strength: 2.0. Call again"),
+        ({"size": 20}, "stored is method's memory: 10; this call has method's memory: 20"),
+        ({"seed": 1}, "method's seed: 0"),
+        ({"shift": 5}, "data of task 'a': .* this call has data of task 'a': "),
+        ({"guard": 3}, "data of guard 'g'"),
+        ({"margin": 0.4}, "stored is margin: 0.5; this call has margin: 0.4"),
+        ({"names": "ac"}, "stored is tasks: a, b.*this call has tasks: a, c"),
+        ({"lr": 0.01}, "stored is lr: 0.05; this call has lr: 0.01"),
+        ({"decay": 0.1}, "weight_decay: 0.0"),
+        ({"ahead": True}, "ahead: False"),
+    ],
+)
+def test_a_folder_is_for_one_method_its_settings_its_data_and_its_guards(tmp_path, more, told):
+    first = other(path=tmp_path)
+    again = other(path=tmp_path, progress=True)  # how it looks is free
+    assert again.matrix().tolist()[1] == first.matrix().tolist()[1]
+    with pytest.raises(ValueError, match=told):
+        other(path=tmp_path, **more)
+
+
+def test_a_memory_of_another_size_is_not_taken_over():
+    small, large = Reservoir(4), Reservoir(9)
+    small.add(rows(6))
+    with pytest.raises(ValueError, match="room for 4 examples, this one for 9; make it with size=4"):
+        large.load_state_dict(small.state_dict())
+    assert not len(large) and not large.offered
 
 
 # ---------------------------------------------------------------- a model in use
@@ -584,7 +678,36 @@ def test_a_gate_refuses_what_is_worse_and_what_too_few_examples_cannot_show():
     assert gate({"g": old}, {"g": same}, margin=0.02).accepted
     assert not gate({"g": old[:20]}, {"g": old[:20] ^ (np.arange(20) == 3)}, margin=0.02).accepted
     found = gate({"g": old, "n": old}, {"g": old, "n": old & (rng.random(2000) < 0.9)}, margin=0.02)
-    assert not found.accepted and found.sets["g"][2] == 0.0 and found.sets["n"][2] < -0.05
+    assert not found.accepted and -0.002 < found.sets["g"][2] < 0 and found.sets["n"][2] < -0.05
+
+
+@pytest.mark.parametrize("n", [2, 10, 32, 98, 99, 400])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_answers_that_are_all_equal_pass_only_where_so_many_show_it(n, level):
+    same = {"g": np.arange(n) % 3 > 0}
+    found = gate(same, same, margin=0.03, level=level)
+    low = found.sets["g"][2]
+    assert np.isclose((1 + low) ** n, 1 - level), "a loss of that size stays unseen as often as the level allows"
+    assert found.accepted == (low >= -0.03) == (n >= (99 if level == 0.95 else 53))
+
+
+@SOME
+@given(st.integers(2, 300), st.integers(0, 3), st.integers(0, 3), st.integers(0, 100))
+def test_the_lower_limit_is_what_its_equation_says(n, better, worse, seed):
+    old, new = np.ones(n, bool), np.ones(n, bool)
+    order = np.random.default_rng(seed).permutation(n)
+    old[order[:better]], new[order[::-1][:worse]] = False, False
+    d = new.astype(float) - old
+    low = d.mean() - max(1.6448536269514722 * d.std(ddof=1) / n**0.5, 1 - 0.05 ** (1 / n))
+    assert np.isclose(gate({"g": old}, {"g": new}).sets["g"][2], low)
+
+
+def test_a_harmful_model_passes_no_gate_by_having_shown_too_little():
+    rng, passed = np.random.default_rng(0), 0
+    for n in (2, 10, 32, 100, 148):  # each answer is turned to wrong in 2 % of the cases, the whole margin
+        for _ in range(200):
+            passed += gate({"g": [True] * n}, {"g": rng.random(n) >= 0.02}, margin=0.02).accepted
+    assert not passed
 
 
 def test_a_gate_lets_a_model_pass_that_is_too_bad_at_most_as_often_as_it_says():
@@ -614,10 +737,10 @@ def test_a_round_that_makes_it_worse_is_refused_and_leaves_no_trace():
 
 def test_a_stream_with_a_gate_goes_on_bit_for_bit(tmp_path):
     guards = {"guard": tasks(1, heads=True)[0]}
-    whole = run(None, "DER", guards=guards, margin=0.3)
+    whole = run(None, "DER", guards=guards, margin=0.5)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "DER", 13, guards=guards, margin=0.3)
-    found = run(tmp_path, "DER", guards=guards, margin=0.3)
+        run(tmp_path, "DER", 13, guards=guards, margin=0.5)
+    found = run(tmp_path, "DER", guards=guards, margin=0.5)
     assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
 
 

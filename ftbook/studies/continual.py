@@ -408,6 +408,7 @@ ADDED = runtime.pick(
 STRENGTHS: dict[str, list[float]] = {
     "L2-SP": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
     "EWC": [1e3, 1e4, 3e4, 1e5, 3e5, 1e6],
+    "SI": [30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0],
     "LwF": [0.1, 0.3, 1.0, 3.0, 10.0, 30.0],
     "replay": [0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
     DARK: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
@@ -426,7 +427,7 @@ def rows(setup: str) -> list[dict]:
         made.append(base)
     free = [PLAINLY, JOINT]
     if setup == "tasks":
-        free += [ALONE, ADAPTERS]
+        free += [ALONE, ADAPTERS, "A-GEM"]  # which has no strength
         pulled = list(STRENGTHS)
     else:
         made.append(results.Baseline(SEEDS, setup=setup, way=MEANS))
