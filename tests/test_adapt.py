@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import Interrupt
 from torch import nn
 
 from ftbook import adapt as module
@@ -34,7 +35,6 @@ from ftbook.finetune import freeze
 from ftbook.studies import adapt as study
 from ftbook.together import TaskBatches
 from ftbook.train import Settings, fit
-from interrupts import Interrupt
 
 PLAN = Settings(precision="fp32", weight_decay=0.0, progress=False)
 
@@ -138,7 +138,10 @@ def test_the_permutations_of_the_mmd_see_a_shift_and_no_other():
         (lambda: coral(torch.zeros(2, 2), torch.zeros(2, 3)), r"target \(2, 3\).*with the same D"),
         (lambda: mmd(torch.zeros(2, 2), torch.zeros(2, 3)), r"source \(2, 2\), target \(2, 3\)"),
         (lambda: mmd(torch.full((2, 2), math.nan), torch.zeros(2, 2)), "2 of the 2 vectors of the source hold NaN"),
-        (lambda: coral(torch.zeros(2, 2), torch.tensor([[1.0, math.inf], [0.0, 0.0]])), "1 of the 2 vectors of the tar"),
+        (
+            lambda: coral(torch.zeros(2, 2), torch.tensor([[1.0, math.inf], [0.0, 0.0]])),
+            "1 of the 2 vectors of the tar",
+        ),
         (lambda: two_sample_test(cloud(9), cloud(9), rounds=0), "rounds=0: without shuffles"),
         (lambda: mmd_test(cloud(9), cloud(9), rounds=-1), "rounds=-1: without shuffles.*give 1 or more"),
     ],

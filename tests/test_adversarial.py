@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import Interrupt
 from torch import nn
 
 from ftbook import adversarial as module
@@ -44,7 +45,6 @@ from ftbook.explain import (
 from ftbook.studies import adversarial as study
 from ftbook.texts import TextClassifier, encode_texts, sentence_vectors
 from ftbook.train import Settings, fit
-from interrupts import Interrupt
 
 PLAN = Settings(precision="fp32", weight_decay=0.0, progress=False)
 TEXTS = ["A dull film.", "A warm and clever story about nothing in particular.", "Fine."]

@@ -87,15 +87,15 @@ READ = "continued pretraining"
 ALIGNED = {"CORAL": "coral", "MMD": "mmd", "DANN": "adversarial"}
 FREE = (SHARES,)  # have no strength
 # of equals the first is chosen: a middle rate, a mild strength
-RATES = runtime.pick(quick=[3e-4, 1e-3], cpu=[3e-4, 1e-3, 1e-4, 3e-3, 3e-5])
+RATES = runtime.pick(quick=[3e-4, 1e-3], cpu=[3e-4, 1e-3, 1e-4, 3e-3])
 DECAYS = runtime.pick(quick=[1.0, 10.0], cpu=[0.1, 1.0, 10.0, 100.0, 1000.0])
 STRENGTHS = {  # from mild to strong
-    WEIGHED: [0.03, 0.125, 0.25, 0.5, 1.0],  # power of the weights
-    "CORAL": [1e1, 1e2, 1e3, 1e4, 1e5],
-    "MMD": [0.1, 0.3, 1.0, 3.0, 10.0],
-    "DANN": [0.03, 0.1, 0.3, 1.0, 3.0],
-    SELF: [0.999, 0.99, 0.95, 0.8, 0.5],  # threshold
-    READ: [3e-6, 1e-5, 3e-5, 1e-4, 3e-4],  # rate of masked language modeling
+    WEIGHED: [0.125, 0.25, 0.5, 1.0],  # power of the weights
+    "CORAL": [1e2, 1e3, 1e4, 1e5],
+    "MMD": [0.3, 1.0, 3.0, 10.0],
+    "DANN": [0.1, 0.3, 1.0, 3.0],
+    SELF: [0.99, 0.95, 0.8, 0.5],  # threshold
+    READ: [1e-5, 3e-5, 1e-4, 3e-4],  # rate of the masked language modeling
 }
 if QUICK:
     STRENGTHS = {way: grid[1:3] for way, grid in STRENGTHS.items()}
@@ -422,10 +422,8 @@ def _rate(source: str) -> float:
     return found.row("accuracy", source=source, way=ONLY)["lr"]
 
 # %% ../../nbs/21_adapt.ipynb #21b00010
-BUNDLED_RATES = runtime.pick(
-    quick=[3e-4, 1e-3], cpu=[1e-3, 3e-4, 3e-3, 1e-4, 1e-2]
-)
-READINGS = runtime.pick(quick=[3e-4, 1e-3], cpu=[3e-5, 1e-4, 3e-4, 1e-3, 3e-3])
+BUNDLED_RATES = runtime.pick(quick=[3e-4, 1e-3], cpu=[1e-3, 3e-4, 3e-3, 1e-2])
+READINGS = runtime.pick(quick=[3e-4, 1e-3], cpu=[3e-5, 1e-4, 3e-4, 1e-3])
 
 
 def run_bundled(
