@@ -90,6 +90,15 @@ def _uphill(slope: Tensor, norm: str) -> Tensor:
         return slope.sign()
     return slope / _length(slope).clamp(min=1e-12)
 
+
+def _check_labels(x: Tensor, y: Tensor) -> None:
+    """A class for every example."""
+    if len(y) != len(x):
+        raise ValueError(
+            f"x has {len(x)} examples, y {len(y)}; give the right class of "
+            "each example"
+        )
+
 # %% ../nbs/22_adversarial.ipynb #22a00005
 def check_attack(
     model: Any,
@@ -149,15 +158,6 @@ def _check_range(
         raise ValueError(
             f"eps={eps:g} reaches beyond the whole range, {widest:.3g} "
             f"wide in {norm}. For bytes from 0 to 255 divide by 255"
-        )
-
-
-def _check_labels(x: Tensor, y: Tensor) -> None:
-    """A class for every example."""
-    if len(y) != len(x):
-        raise ValueError(
-            f"x has {len(x)} examples, y {len(y)}; give the right class of "
-            "each example"
         )
 
 # %% ../nbs/22_adversarial.ipynb #22a00004
