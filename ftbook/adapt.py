@@ -149,7 +149,7 @@ def two_sample_test(
         A copy is fitted; default: a logistic regression on standardized
         vectors, both domains weighing the same.
     rounds : int
-        Shuffles; p is at least 1 / (rounds + 1).
+        Shuffles, 1 or more; p is at least 1 / (rounds + 1).
     seed : int
         Of the halves and the shuffles.
 
@@ -172,6 +172,7 @@ def two_sample_test(
     from sklearn.base import clone
 
     x = np.concatenate(_vectors(source, target))
+    _check_rounds(rounds)
     domain = np.repeat((0, 1), (len(source), len(target)))
     draws = np.random.default_rng(seed)
     learn = np.zeros(len(x), bool)
@@ -190,6 +191,14 @@ def two_sample_test(
     p = (1 + np.sum(null >= found - 1e-12)) / (1 + rounds)
     limit = float(np.quantile(null, 0.95))
     return _Told(found, float(p), 4 * found - 2, 4 * limit - 2)
+
+
+def _check_rounds(rounds: int) -> None:
+    if rounds < 1:
+        raise ValueError(
+            f"rounds={rounds}: without shuffles there is nothing to compare "
+            "with; give 1 or more, 1000 for a p down to 0.001"
+        )
 
 
 def _telling(C: float = 1.0) -> Any:
@@ -241,15 +250,21 @@ def mmd(
 
 
 def _check_two(source: Tensor, target: Tensor) -> None:
-    if (
-        source.ndim != 2
-        or target.ndim != 2
-        or min(map(len, (source, target))) < 2
-    ):
+    shapes = [tuple(x.shape) for x in (source, target)]
+    fits = all(len(s) == 2 and s[0] > 1 for s in shapes)
+    if not fits or shapes[0][1] != shapes[1][1]:
         raise ValueError(
-            f"source {tuple(source.shape)}, target {tuple(target.shape)}; give "
-            "at least two vectors of each, (N, D) and (M, D)"
+            f"source {shapes[0]}, target {shapes[1]}; give at least two "
+            "vectors of each, (N, D) and (M, D) with the same D: describe "
+            "both with one model"
         )
+    for name, x in (("source", source), ("target", target)):
+        if not bool(x.isfinite().all()):
+            bad = int((~x.isfinite().all(1)).sum())
+            raise ValueError(
+                f"{bad} of the {len(x)} vectors of the {name} hold NaN or "
+                "infinity; leave them out, or look for what made them"
+            )
 
 
 def _kernel(
@@ -308,6 +323,7 @@ def mmd_test(
     True
     """
     a, b = (torch.from_numpy(v) for v in _vectors(source, target))
+    _check_rounds(rounds)
     kernel = _kernel(a, b, widths).double()
     kernel = kernel - torch.diag_embed(kernel.diagonal())
     n, m = len(a), len(b)
@@ -502,6 +518,8 @@ class Aligned(nn.Module):
     ``model(source={..., "labels": y}, target={...})`` returns the loss for
     ``fit(..., loss=None)``; ``together.TaskBatches`` makes such batches. The
     source may have "weights" (B,), which multiply the losses of its examples.
+    The batches seen so far, ``done``, are part of the state, so that a run that
+    goes on after a stop has the same γ.
 
     Examples
     --------
@@ -511,6 +529,8 @@ class Aligned(nn.Module):
     >>> both(source=source, target={"input": x}).logits.shape
     torch.Size([8, 2])
     """
+
+    done: Tensor
 
     def __init__(
         self,
@@ -532,7 +552,8 @@ class Aligned(nn.Module):
                 f"weight={weight}, steps={steps}: give 0 or more of both"
             )
         self.model, self.how = model, how
-        self.weight, self.steps, self.done = float(weight), int(steps), 0
+        self.weight, self.steps = float(weight), int(steps)
+        self.register_buffer("done", torch.zeros((), dtype=torch.int64))
         self._head = (find_head(model)[1],)  # already part of the model
         self.judge: nn.Module | None = None
         if how == "adversarial":
@@ -545,7 +566,7 @@ class Aligned(nn.Module):
         """γ at this batch."""
         if self.how != "adversarial" or not self.steps:
             return self.weight
-        share = min(1.0, self.done / self.steps)
+        share = min(1.0, int(self.done) / self.steps)
         return self.weight * (2 / (1 + math.exp(-10 * share)) - 1)
 
     def apart(self, source: Tensor, target: Tensor) -> Tensor:
@@ -585,7 +606,7 @@ class Aligned(nn.Module):
         if len(seen) == 2:
             apart = self.apart(*seen)
             loss = loss + (1.0 if self.judge else self.rate()) * apart
-        self.done += self.training
+        self.done += int(self.training)
         return _Joint(loss, logits, apart)
 
 # %% ../nbs/21_adapt.ipynb #21a00011
@@ -723,16 +744,7 @@ def label_shift(
         raise ValueError(
             f'how is {how!r}; allowed are "moments" and "likelihood"'
         )
-    classes = source_logits.shape[1]
-    if target_logits.shape[1] != classes or len(source_labels) != len(
-        source_logits
-    ):
-        raise ValueError(
-            f"source logits {tuple(source_logits.shape)} with "
-            f"{len(source_labels)} labels, target logits "
-            f"{tuple(target_logits.shape)}; give a label to each row, and the "
-            "same classes to both"
-        )
+    classes = _check_answers(source_logits, source_labels, target_logits)
     share = np.bincount(source_labels.cpu().numpy(), minlength=classes)
     if len(share) > classes or share.min() == 0:
         raise ValueError(
@@ -755,6 +767,31 @@ def label_shift(
     mu = called.cpu().numpy() / len(target_logits)
     found = np.linalg.solve(joint, mu).clip(0)
     return found / (share @ found)
+
+
+def _check_answers(here: Tensor, labels: Tensor, there: Tensor) -> int:
+    """What `label_shift` can use; the number of classes."""
+    shapes = [tuple(x.shape) for x in (here, there)]
+    fits = all(len(s) == 2 and s[0] for s in shapes)
+    if not fits or shapes[0][1] != shapes[1][1] or len(labels) != len(here):
+        raise ValueError(
+            f"source logits {shapes[0]} with {len(labels)} labels, target "
+            f"logits {shapes[1]}; give a label to each row, one row or more "
+            "of both, (N, C) and (M, C), and the same classes to both"
+        )
+    for name, logits in (("source", here), ("target", there)):
+        if bool(logits.isnan().any()):
+            raise ValueError(
+                f"{int(logits.isnan().any(1).sum())} of the {len(logits)} rows "
+                f"of {name} logits hold NaN; leave these examples out"
+            )
+    if labels.is_floating_point() or bool((labels < 0).any()):
+        raise ValueError(
+            f"labels are {labels.dtype}, the least is {labels.min().item()}; "
+            "give class numbers from 0 on, and leave out examples without a "
+            "label (-100)"
+        )
+    return shapes[0][1]
 
 
 def _likelihood(logits: Tensor, share: np.ndarray) -> np.ndarray:

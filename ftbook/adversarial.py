@@ -90,6 +90,15 @@ def _uphill(slope: Tensor, norm: str) -> Tensor:
         return slope.sign()
     return slope / _length(slope).clamp(min=1e-12)
 
+
+def _check_labels(x: Tensor, y: Tensor) -> None:
+    """A class for every example."""
+    if len(y) != len(x):
+        raise ValueError(
+            f"x has {len(x)} examples, y {len(y)}; give the right class of "
+            "each example"
+        )
+
 # %% ../nbs/22_adversarial.ipynb #22a00005
 def check_attack(
     model: Any,
@@ -115,8 +124,15 @@ def check_attack(
             "model.eval() first"
         )
     project(x[:0], eps, norm)
+    if not bool(x.isfinite().all()):
+        bad = int((~x.flatten(1).isfinite().all(1)).sum())
+        raise ValueError(
+            f"{bad} of {len(x)} examples in x hold NaN or infinity, which no "
+            "step leads away from; leave them out, or look for what made them"
+        )
     if bounds is None:
         return
+    _check_range(eps, bounds, norm, math.prod(x.shape[1:]))
     low, high = bounds
     if len(x) and not low - 1e-6 <= x.min() <= x.max() <= high + 1e-6:
         raise ValueError(
@@ -125,9 +141,19 @@ def check_attack(
             "normalization into the model (ftbook.vision.Normalized), or give "
             "bounds="
         )
-    widest = high - low
-    if norm == "l2":
-        widest *= math.sqrt(math.prod(x.shape[1:]))
+
+
+def _check_range(
+    eps: float, bounds: tuple[float, float], norm: str = "linf", size: int = 1
+) -> None:
+    """A range from low to high, and a ball that is not wider."""
+    low, high = bounds
+    if not low < high:
+        raise ValueError(
+            f"bounds={tuple(bounds)}: give (low, high), the lowest value of an "
+            "input first, such as (0, 1)"
+        )
+    widest = (high - low) * (math.sqrt(size) if norm == "l2" else 1)
     if eps > widest:
         raise ValueError(
             f"eps={eps:g} reaches beyond the whole range, {widest:.3g} "
@@ -181,6 +207,7 @@ def fgsm(
     True
     """
     check_attack(model, x, eps, norm, bounds)
+    _check_labels(x, y)
     slope = _gradient(model, x, lambda z: _cross_entropies(z, y))[0]
     return _inside(x + eps * _uphill(slope, norm), bounds)
 
@@ -264,6 +291,7 @@ def pgd(
     True
     """
     check_attack(model, x, eps, norm, bounds)
+    _check_labels(x, y)
     if steps < 1 or restarts < 1 or (step is not None and step <= 0):
         raise ValueError(
             f"steps={steps}, step={step}, restarts={restarts}: give 1 or more "
@@ -344,6 +372,14 @@ def withstands(
     """
     about = how.get("norm", "linf"), how.get("bounds", (0.0, 1.0))
     check_attack(model, x, eps, *about)
+    _check_labels(x, y)
+    if y.ndim != 1 or y.is_floating_point() or bool((y < 0).any()):
+        raise ValueError(
+            f"y has the shape {tuple(y.shape)}, {y.dtype}"
+            f"{f', the least is {y.min().item()}' if y.numel() else ''}; give "
+            "class numbers (N,) from 0 on, and leave out examples without a "
+            "label (-100)"
+        )
     parts = []
     for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
         with torch.no_grad():
@@ -487,17 +523,18 @@ class FreeTraining:
 
     Every batch is used several times; the pass that moves the weights also
     says where the perturbation goes next, so that an attack costs nothing.
-    Train on what `batches` returns.
+    Train on what `batches` returns. With a `Checkpoint` give it to `callbacks`
+    as well, so that the file keeps the perturbation.
 
     Parameters
     ----------
     eps : float
-        In the largest norm.
+        In the largest norm; not wider than the range.
     replays : int
         How often each batch is used.
     step : float, optional
-        Default: eps.
-    bounds : (low, high)
+        Above 0; default: eps.
+    bounds : (low, high) or None
 
     References
     ----------
@@ -520,11 +557,18 @@ class FreeTraining:
         eps: float,
         replays: int = 4,
         step: float | None = None,
-        bounds: tuple[float, float] = (0.0, 1.0),
+        bounds: tuple[float, float] | None = (0.0, 1.0),
     ):
         project(torch.zeros(0), eps)
+        if bounds is not None:
+            _check_range(eps, bounds)
         if replays < 1:
             raise ValueError(f"replays={replays}: use a batch once or more")
+        if step is not None and not step > 0:
+            raise ValueError(
+                f"step={step}: give a length above 0, or None for eps; a step "
+                "back would lead to the right answer"
+            )
         self.eps, self.replays, self.bounds = eps, replays, bounds
         self.step = eps if step is None else step
         self._delta: Any = None
@@ -544,6 +588,23 @@ class FreeTraining:
         self._delta = delta
         self._seen = _inside(x + delta, self.bounds).requires_grad_()
         return self._seen, y
+
+    def on_train_begin(self, run: Any) -> None:
+        """Forget the run before."""
+        self._delta = self._seen = None
+
+    def state_dict(self) -> dict:
+        """The perturbation, and where the last pass would have it go."""
+        slope = None if self._seen is None else self._seen.grad
+        return {"delta": self._delta, "slope": slope}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.on_train_begin(None)
+        if state["delta"] is not None:
+            self._delta = state["delta"]
+            self._seen = torch.zeros_like(self._delta).requires_grad_()
+            self._seen.grad = state["slope"]
 
 
 class _Replayed:
@@ -897,6 +958,11 @@ def edit_attack(
     asked, made = 1, 0
     with torch.no_grad():
         logits = answer([text])
+        if not 0 <= y < logits.shape[1]:
+            raise ValueError(
+                f"y={y}, and the model has {logits.shape[1]} classes; give the "
+                f"number of the right one, 0 to {logits.shape[1] - 1}"
+            )
         won = int(logits[0].argmax()) != y
         lowest = logits[0].log_softmax(0)[y].item()
         while not won and made < edits:

@@ -211,11 +211,7 @@ def embedded(
     answer : callable
         Vectors -> logits (B, C).
     """
-    if any(m.training for m in net.modules()):
-        raise ValueError(
-            f"{type(net).__name__} is in train mode, where dropout changes "
-            "every answer; call net.eval() first"
-        )
+    _check_rests(net)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     inner = _inner(mask)
     with torch.no_grad():
@@ -227,6 +223,17 @@ def embedded(
         return net(inputs_embeds=shifted, attention_mask=mask)
 
     return vectors, blanks, answer
+
+
+def _check_rests(net: Any) -> None:
+    """Refuse a model of which any part is in train mode."""
+    for name, part in net.named_modules() if hasattr(net, "modules") else ():
+        if part.training:
+            raise ValueError(
+                f"{type(net).__name__} is in train mode"
+                f"{f', its part {name!r} at least' if name else ''}, where "
+                "dropout changes every answer; call eval() first"
+            )
 
 
 def _inner(mask: Tensor) -> Tensor:
@@ -282,8 +289,7 @@ def integrated_gradients(
             f"steps={steps}, x of shape {tuple(x.shape)}: give 1 or more "
             "steps, and a baseline of the shape of x"
         )
-    if isinstance(answer, nn.Module) and answer.training:
-        raise ValueError("the model is in train mode; call eval() first")
+    _check_rests(answer)
     begin = torch.zeros_like(x) if baseline is None else baseline
     total = torch.zeros_like(x)
     for k in range(steps):
@@ -361,6 +367,7 @@ def leave_one_out(
     Tensor (B, T)
         0 at the first and the last piece, which stay.
     """
+    _check_rests(net)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     inner, found = _inner(mask), torch.zeros(ids.shape)
     with torch.no_grad():
@@ -413,6 +420,7 @@ def deletion(
     >>> deletion(net, inputs, scores, tokenizer.mask_token_id).shape
     torch.Size([1, 5])
     """
+    _check_rests(net)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     if scores.shape != ids.shape:
         raise ValueError(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import Interrupt
 from torch import nn
 
 from ftbook import adapt as module
@@ -29,6 +30,7 @@ from ftbook.adapt import (
     target_statistics,
     two_sample_test,
 )
+from ftbook.checkpoint import Checkpoint
 from ftbook.finetune import freeze
 from ftbook.studies import adapt as study
 from ftbook.together import TaskBatches
@@ -133,6 +135,15 @@ def test_the_permutations_of_the_mmd_see_a_shift_and_no_other():
         (lambda: mmd(torch.zeros(1, 2), torch.zeros(3, 2)), "at least two vectors of each"),
         (lambda: mmd(torch.zeros(2, 2), torch.zeros(3, 2), [0.0]), "give numbers above 0"),
         (lambda: coral(torch.zeros(2, 2), torch.zeros(1, 2)), "at least two vectors"),
+        (lambda: coral(torch.zeros(2, 2), torch.zeros(2, 3)), r"target \(2, 3\).*with the same D"),
+        (lambda: mmd(torch.zeros(2, 2), torch.zeros(2, 3)), r"source \(2, 2\), target \(2, 3\)"),
+        (lambda: mmd(torch.full((2, 2), math.nan), torch.zeros(2, 2)), "2 of the 2 vectors of the source hold NaN"),
+        (
+            lambda: coral(torch.zeros(2, 2), torch.tensor([[1.0, math.inf], [0.0, 0.0]])),
+            "1 of the 2 vectors of the tar",
+        ),
+        (lambda: two_sample_test(cloud(9), cloud(9), rounds=0), "rounds=0: without shuffles"),
+        (lambda: mmd_test(cloud(9), cloud(9), rounds=-1), "rounds=-1: without shuffles.*give 1 or more"),
     ],
 )
 def test_vectors_that_do_not_fit_are_refused(call, told):
@@ -252,6 +263,29 @@ def test_the_weight_of_the_judge_rises_during_training_alone():
         rates.append(both.rate())
     assert rates == sorted(rates) and rates[-1] == pytest.approx(2.0, abs=1e-3)
     assert Aligned(net, "mmd", 2.0, steps=10).rate() == 2.0
+
+
+def test_a_run_that_goes_on_after_a_stop_has_the_weight_it_would_have_had(tmp_path):
+    source, target = pair(16)
+
+    def trained(at=0):
+        torch.manual_seed(0)
+        both = Aligned(Net(), "adversarial", 2.0, steps=8)
+        batches = TaskBatches({"source": [source], "target": [target]}, 8)
+        about = {"loss": None, "epochs": 1, "lr": 0.02, "settings": PLAN}
+        fit(both, batches, callbacks=[Checkpoint(tmp_path / f"{bool(at)}.pt", every=1), Interrupt(at)], **about)
+        return both
+
+    whole = trained()
+    with pytest.raises(KeyboardInterrupt):
+        trained(at=4)
+    again = Aligned(Net(), "adversarial", 2.0, steps=8)
+    batches = TaskBatches({"source": [source], "target": [target]}, 8)
+    file = [Checkpoint(tmp_path / "True.pt", every=1), Interrupt(0)]
+    fit(again, batches, loss=None, epochs=1, lr=0.02, settings=PLAN, callbacks=file)
+    assert again.done == whole.done == 8 and again.rate() == whole.rate()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
 
 
 def test_no_hook_stays_on_the_head_whatever_happens():
@@ -392,6 +426,15 @@ def test_reweighing_is_bayes_rule():
         (lambda: label_shift(torch.eye(2), torch.arange(2), torch.eye(3)), "the same classes to both"),
         (lambda: label_shift(torch.eye(2), torch.arange(1), torch.eye(2)), "give a label to each row"),
         (lambda: label_shift(torch.ones(4, 2), torch.arange(4) % 2, torch.eye(2)), "nearly the same of all classes"),
+        (lambda: label_shift(torch.eye(2), torch.tensor([0, -100]), torch.eye(2)), "the least is -100.*leave out"),
+        (lambda: label_shift(torch.eye(2), torch.tensor([0.0, 1.0]), torch.eye(2)), "labels are torch.float32"),
+        (lambda: label_shift(torch.eye(2), torch.arange(2), torch.eye(2)[:0]), "one row or more of both"),
+        (lambda: label_shift(torch.eye(2)[:0], torch.arange(0), torch.eye(2)), "one row or more of both"),
+        (lambda: label_shift(torch.eye(2) * math.nan, torch.arange(2), torch.eye(2)), "2 of the 2 rows of source"),
+        (
+            lambda: label_shift(torch.eye(2), torch.arange(2), torch.tensor([[math.nan, 0.0]]), "likelihood"),
+            "1 of the 1 rows of target logits hold NaN",
+        ),
         (lambda: reweigh(torch.zeros(1, 2), [1.0]), "one number of at least 0"),
         (lambda: reweigh(torch.zeros(1, 2), [-1.0, 1.0]), "one number of at least 0"),
     ],

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import Interrupt
 from torch import nn
 
 from ftbook import adversarial as module
@@ -29,6 +30,7 @@ from ftbook.adversarial import (
     with_typos,
     withstands,
 )
+from ftbook.checkpoint import Checkpoint
 from ftbook.explain import (
     SwapPairs,
     attention_rollout,
@@ -151,6 +153,19 @@ def test_random_starts_fill_the_ball_and_come_again_with_the_seed():
         (lambda n, x, y: Agree(1.0, "both"), "trades"),
         (lambda n, x, y: FreeTraining(0.1, replays=0), "once or more"),
         (lambda n, x, y: NearTexts(n, 0.1, "free"), "freelb, vat, smart"),
+        (lambda n, x, y: pgd(n, x.where(x != x[0, 0, 0, 0], math.nan), y, 0.1), "1 of 12 examples in x hold NaN"),
+        (lambda n, x, y: fgsm(n, x * math.inf, y, 0.1, bounds=None), "12 of 12 examples in x hold NaN or infinity"),
+        (lambda n, x, y: pgd(n, x, y, 0.1, bounds=(1, 0)), r"bounds=\(1, 0\): give \(low, high\)"),
+        (lambda n, x, y: withstands(n, x, y, 0.0, bounds=(0.5, 0.5)), r"bounds=\(0.5, 0.5\)"),
+        (lambda n, x, y: withstands(n, x, y[:11], 0.1), "x has 12 examples, y 11; give the right class of each"),
+        (lambda n, x, y: pgd(n, x[:3], y, 0.1), "x has 3 examples, y 12"),
+        (lambda n, x, y: fgsm(n, x, y[:1], 0.1), "x has 12 examples, y 1"),
+        (lambda n, x, y: withstands(n, x, -y - 1, 0.1), "the least is -3; give class numbers"),
+        (lambda n, x, y: withstands(n, x, y.float(), 0.1), r"\(12,\), torch.float32"),
+        (lambda n, x, y: FreeTraining(8.0), "eps=8 reaches beyond the whole range, 1 wide.*divide by 255"),
+        (lambda n, x, y: FreeTraining(0.1, step=-1), "step=-1: give a length above 0"),
+        (lambda n, x, y: FreeTraining(0.1, step=0.0), "step=0.0: give a length above 0"),
+        (lambda n, x, y: FreeTraining(0.1, bounds=(1.0, 0.0)), "the lowest value of an input first"),
     ],
 )
 def test_what_would_make_the_number_mean_something_else_is_refused(call, told, pictures):
@@ -350,6 +365,35 @@ def test_free_training_uses_each_batch_as_often_as_it_says():
     assert history["steps"] == [6, 12]
 
 
+def test_free_training_goes_on_bit_for_bit_after_a_stop(tmp_path):
+    draws = torch.Generator().manual_seed(0)
+    batches = [(torch.rand(8, 3, generator=draws), torch.arange(8) % 2) for _ in range(2)]
+
+    def run(name, at=0):
+        torch.manual_seed(0)
+        net, free = nn.Linear(3, 2), FreeTraining(0.1, replays=3, step=0.03)
+        plan = Settings(precision="fp32", progress=False, transform=free)
+        files = [free, Checkpoint(tmp_path / name, every=1), Interrupt(at)]
+        fit(net, free.batches(batches), epochs=3, lr=0.1, callbacks=files, settings=plan)
+        return net.state_dict() | {"delta": free.state_dict()["delta"]}
+
+    whole = run("whole.pt")
+    for at in (2, 3, 7):
+        with pytest.raises(KeyboardInterrupt):
+            run(f"{at}.pt", at)
+        again = run(f"{at}.pt")
+        assert all(torch.equal(value, again[name]) for name, value in whole.items()), at
+    assert whole["delta"].abs().max() > 0
+
+
+def test_free_training_forgets_the_run_before():
+    free = FreeTraining(0.1)
+    x, y = torch.rand(6, 4), torch.randint(2, (6,))
+    F.cross_entropy(nn.Linear(4, 2)(free(x, y)[0]), y).backward()
+    free.on_train_begin(None)
+    assert torch.equal(free(x, y)[0], x)
+
+
 # ---------------------------------------------------------------- sanity
 
 
@@ -493,6 +537,9 @@ def test_an_edit_attack_is_greedy_and_keeps_to_its_budget():
     assert edit_attack(counter, "eleven", 1, lambda t: []).text == "eleven"
     with pytest.raises(ValueError, match="allow 1 edit or more"):
         edit_attack(counter, "eleven", 1, propose, edits=0)
+    for y in (-1, 2):
+        with pytest.raises(ValueError, match=f"y={y}, and the model has 2 classes; .* 0 to 1"):
+            edit_attack(counter, "eleven", y, propose)
 
 
 # ---------------------------------------------------------------- groups
@@ -640,9 +687,21 @@ def test_an_explanation_of_a_model_in_train_mode_is_refused(bert, pictures):
     net, inputs, tokenizer = bert
     with pytest.raises(ValueError, match="is in train mode"):
         embedded(copy.deepcopy(net).train(), inputs, tokenizer.mask_token_id)
+    blank, target = tokenizer.mask_token_id, torch.zeros(3, dtype=torch.long)
+    for part in ("", "body", "body.encoder.layer.1"):
+        active = copy.deepcopy(net)
+        active.get_submodule(part).train()
+        with pytest.raises(ValueError, match="is in train mode"):
+            leave_one_out(active, inputs, target, blank)
+        with pytest.raises(ValueError, match="is in train mode"):
+            deletion(active, inputs, torch.zeros(inputs["input_ids"].shape), blank)
     x, y = pictures
     with pytest.raises(ValueError, match="in train mode"):
         integrated_gradients(network().train(), x, y)
+    inside = network()
+    inside[2].train()
+    with pytest.raises(ValueError, match="in train mode, its part '2' at least, .* call eval"):
+        integrated_gradients(inside, x, y)
     with pytest.raises(ValueError, match="a baseline of the shape of x"):
         integrated_gradients(network(), x, y, x[:1])
     with pytest.raises(ValueError, match="one score for each piece"):

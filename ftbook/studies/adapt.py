@@ -2,8 +2,9 @@
 
 `run` trains on one kind of reviews and scores on the other, one way;
 `run_labels` adds labels of the target, `run_wise` goes part of the way,
-`run_priors` changes the shares of the classes, `run_photo` the photos; `main`
-fills in what results/21_adapt.json lacks.
+`run_priors` changes the shares of the classes, `run_photo` the photos,
+`run_bundled` takes a BERT that has its head for words; `main` fills in what
+results/21_adapt.json lacks.
 
 >>> rows()[2]["way"]
 'source only'
@@ -54,6 +55,7 @@ __all__ = [
     "source_only",
     "run",
     "rows",
+    "run_bundled",
     "run_labels",
     "run_wise",
     "run_priors",
@@ -150,14 +152,16 @@ class _Below(nn.Module):
         return nn.functional.pad(h, (0, 0, 0, LONG - seen))
 
 
-def _read_by(model: nn.Module) -> Callable[[str, str], dict[str, Tensor]]:
+def _read_by(
+    model: nn.Module, tokenizer: Any
+) -> Callable[[str, str], dict[str, Tensor]]:
     """(domain, split) -> what the lower layers of this model make of it."""
     below = _Below(model).eval()
 
     @functools.cache
     def read(name: str, split: str) -> dict[str, Tensor]:
         texts = domain(name)[split].texts
-        given = encode_texts(texts, encoder()[1], LONG)
+        given = encode_texts(texts, tokenizer, LONG)
         mask = given["attention_mask"]
         wider = nn.functional.pad(mask, (0, LONG - mask.shape[1]))
         return {"hidden": outputs(below, given), "attention_mask": wider}
@@ -168,7 +172,7 @@ def _read_by(model: nn.Module) -> Callable[[str, str], dict[str, Tensor]]:
 @functools.cache
 def _pretrained() -> Callable[[str, str], dict[str, Tensor]]:
     torch.set_num_threads(1)
-    return _read_by(encoder()[0])
+    return _read_by(*encoder())
 
 
 def read(name: str, split: str) -> dict[str, Tensor]:
@@ -186,15 +190,20 @@ READING = runtime.pick(quick=2, cpu=60)  # batches of 16 sequences of 64 pieces
 
 
 @functools.lru_cache(1)
-def _read_on(target: str, rate: float) -> tuple[nn.Module, Callable]:
-    """The encoder after more pretraining on a domain, and what it reads."""
+def _read_on(
+    target: str, rate: float, name: str = ""
+) -> tuple[nn.Module, Callable]:
+    """The encoder, or the model of this name, after more pretraining on a
+    domain, and what it reads; at a rate of 0 as it was.
+    """
     about: dict[str, Any] = {"length": runtime.pick(quick=16, cpu=64)}
     about |= {"batch_size": runtime.pick(quick=2, cpu=16), "lr": rate}
-    texts = domain(target)["train"].texts
-    made, _ = continue_pretraining(
-        *encoder(), texts, steps=READING, settings=QUIET, **about
-    )
-    return made, _read_by(made)
+    model, tokenizer = models.load(name) if name else encoder()
+    if rate:
+        texts = domain(target)["train"].texts
+        about |= {"steps": READING, "settings": QUIET}
+        model, _ = continue_pretraining(model, tokenizer, texts, **about)
+    return model, _read_by(model, tokenizer)
 
 # %% ../../nbs/21_adapt.ipynb #21b00003
 def _start(seed: int, body: Any = None) -> Upper:
@@ -411,6 +420,49 @@ def _rate(source: str) -> float:
     """The rate that source only chose."""
     found = results.load_study(CHAPTER, "text")
     return found.row("accuracy", source=source, way=ONLY)["lr"]
+
+# %% ../../nbs/21_adapt.ipynb #21b00010
+BUNDLED_RATES = runtime.pick(quick=[3e-4, 1e-3], cpu=[1e-3, 3e-4, 3e-3, 1e-2])
+READINGS = runtime.pick(quick=[3e-4, 1e-3], cpu=[3e-5, 1e-4, 3e-4, 1e-3])
+
+
+def run_bundled(
+    seed: int,
+    split: str,
+    source: str,
+    way: str,
+    lr: float | None = None,
+    strength: float = 0.0,
+) -> dict[str, Any]:
+    """As `run`, with the bundled BERT, which comes with its head for words;
+    a strength is the rate at which it reads the target first.
+    """
+    torch.set_num_threads(1)
+    target = other(source)
+    if way == MAJORITY:
+        answer = _constant(source)
+    else:
+        made, parts = _read_on(target, strength, "bert_mini_en")
+        given = _drawn(seed, source, LABELED, parts)
+        net = _train(seed, given, lr or 0.0, net=_start(seed, made))
+        answer = _answers(net, parts)
+    if split == "valid":
+        return {"known": _right(answer, source, "valid")}
+    return {
+        "accuracy": _right(answer, target, "test"),
+        "home": _right(answer, source, "test"),
+    }
+
+
+def _bundled(executor: Any) -> None:
+    made: list[dict] = []
+    for source in DOMAINS:
+        here: dict[str, Any] = {"source": source}
+        rate = results.ChosenFor(source=source, way=ONLY)
+        made.append(results.Baseline(way=MAJORITY, **here))
+        made.append(here | {"way": ONLY, "lr": BUNDLED_RATES})
+        made.append(here | {"way": READ, "lr": rate, "strength": READINGS})
+    _study(run_bundled, made, "bundled", executor)
 
 # %% ../../nbs/21_adapt.ipynb #21b00005
 NUMBERS = runtime.pick(quick=(0, 4), cpu=(0, 8, 32, 128, 512))
@@ -693,8 +745,9 @@ def _samples(executor: Any) -> None:
 
 def main(*names: str, executor: Any = None) -> None:
     """Fill in what is missing of "distances", "text", "labels", "wise",
-    "priors", "photos" and "samples", in this order.
+    "priors", "photos", "bundled" and "samples", in this order.
     """
     known = {"distances": _distances, "text": _text, "labels": _labels}
     known |= {"wise": _wise, "priors": _priors, "photos": _photos}
-    run_named(known | {"samples": _samples}, names, executor)
+    known |= {"bundled": _bundled, "samples": _samples}
+    run_named(known, names, executor)
