@@ -684,7 +684,7 @@ def recall_at(
     own = scores[rows, column][:, None]
     return (scores >= own).sum(1) <= k
 
-
+# %% ../nbs/27_tasks.ipynb #27c00014
 class _Scored(NamedTuple):
     """What a model gives that measures its own loss."""
 

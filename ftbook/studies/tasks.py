@@ -233,7 +233,7 @@ def _simple_scenes(seed: int, way: str, C: float) -> Callable:
 
     return guess
 
-
+# %% ../../nbs/27_tasks.ipynb #27e00015
 def run_scenes(
     seed: int,
     split: str,
@@ -319,7 +319,7 @@ def spoken() -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
             number[rows] = torch.arange(len(rows))
     return x, y, who, number, names
 
-
+# %% ../../nbs/27_tasks.ipynb #27e00011
 def _speech_parts(seed: int, split: str, way: str) -> tuple[Tensor, Tensor]:
     """Rows to train on and to score. The last speaker validates and is never
     tested; of the others the seed picks who is tested, and the rest train.
@@ -421,7 +421,7 @@ def articles() -> dict[str, tuple[list[str], list[str]]]:
         parts[name] = [r[0] for r in rows], [r[1] for r in rows]
     return parts
 
-
+# %% ../../nbs/27_tasks.ipynb #27e00012
 def bm25(
     queries: list[str], texts: list[str], k: float = 1.5, b: float = 0.75
 ) -> Tensor:
@@ -446,7 +446,7 @@ def bm25(
     return torch.from_numpy((asked @ entry.tocsr().T).toarray())
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(4)
 def _reader(seed: int, lr: float, steps: int) -> PairEncoder:
     """MiniLM, tuned on pairs of the training part."""
     torch.set_num_threads(1)
@@ -462,12 +462,13 @@ def _reader(seed: int, lr: float, steps: int) -> PairEncoder:
     return net
 
 
+@functools.lru_cache(16)
 def _cosines(seed: int, split: str, lr: float, steps: int) -> Tensor:
     titles, texts = articles()[split]
     net = _reader(seed, lr, steps)
     return net.vectors(titles, 16) @ net.vectors(texts, READ).T
 
-
+# %% ../../nbs/27_tasks.ipynb #27e00013
 def run_search(
     seed: int,
     split: str,
@@ -588,7 +589,7 @@ SCALES = runtime.pick(quick=(16, 24), cpu=(14, 17, 20, 24, 28))
 
 
 def windows(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """All squares of one size, two of their pixels apart: 8 × 8 gray values,
+    """All squares of one size, a pixel of theirs apart: 8 × 8 gray values,
     standardized, (N, places, 64), and their boxes (places, 4).
     """
     size = round(x.shape[-1] * 8 / side)
@@ -611,7 +612,7 @@ def _sliding(seed: int, C: float) -> Callable[[Tensor], list[dict]]:
     draws = torch.Generator().manual_seed(seed)
     given, labels = [], []
     for side in SCALES:
-        cut, boxes = windows(made["x"][:200], side)
+        cut, boxes = windows(made["x"][:150], side)
         for values, true in zip(cut, made["truth"], strict=False):
             if not len(true["boxes"]):
                 continue
@@ -624,7 +625,7 @@ def _sliding(seed: int, C: float) -> Callable[[Tensor], list[dict]]:
             labels.append(torch.where(overlap[rows] < 0.3, 10, label))
     x, y = torch.cat(given), torch.cat(labels)
     both = torch.cat((x, x.abs(), -x.clamp_max(0)), 1)
-    line = LogisticRegression(C=C, max_iter=300)
+    line = LogisticRegression(C=C, max_iter=200)
     line.fit(both.numpy(), y.numpy())
     kinds = torch.from_numpy(line.classes_)
 
@@ -771,7 +772,7 @@ def _shown_boxes(number: int = 4) -> list[dict]:
         )
     return shown
 
-
+# %% ../../nbs/27_tasks.ipynb #27e00014
 def _missed(number: int = 4) -> dict[str, Any]:
     """Titles whose paragraph the tuned encoder does not find first."""
     found = results.load_study(CHAPTER, "search")
