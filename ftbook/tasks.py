@@ -172,7 +172,8 @@ from ftbook.train import Settings
 made = [log_mel(w, rate)[None, None] for w in waves]
 x = torch.cat([interpolate(m, (64, 64), mode="bilinear") for m in made])
 x = (x - x.mean((1, 2, 3), True)) / x.std((1, 2, 3), keepdim=True)
-net = replace_head(models.load("efficientnet_lite0")[0], n_classes)
+net, _ = models.load("efficientnet_lite0")
+replace_head(net, n_classes)
 plan = Settings(transform=SpecAugment())
 tune(net, (x.expand(-1, 3, -1, -1), y), lr=1e-3, epochs=10, settings=plan)
 """,

@@ -543,7 +543,7 @@ def test_windows_stand_where_their_boxes_say():
     assert cut.shape == (1, len(boxes), 64) and (boxes[:, 2:] - boxes[:, :2] == 16).all()
     at = (boxes == torch.tensor([32.0, 16, 48, 32])).all(1).nonzero()
     seen = cut[0, at[0, 0]].view(8, 8)
-    assert len(at) == 1 and torch.equal(seen, seen.flip(0)) and torch.equal(seen, seen.mT), "the square, and no other"
+    assert len(at) == 1 and all(torch.allclose(seen, v, atol=1e-4) for v in (seen.flip(0), seen.mT)), "the square"
 
 
 @pytest.mark.parametrize("way", [study.TOP, study.WINDOW, study.FULL])

@@ -355,7 +355,8 @@ def run_speech(
         line.fit(small[train], y[train].numpy())
         said = torch.from_numpy(line.predict(small[score]))
     else:
-        net = replace_head(trunk(way, seed)[0], 10)
+        net = trunk(way, seed)[0]
+        replace_head(net, 10)
         steps = _steps(split, SPEECH_STEPS)
         change = SpecAugment(mask, mask) if mask else None
         plan = _plan(steps, transform=change)
