@@ -60,7 +60,7 @@ class _Recipe(NamedTuple):
 
 
 RECIPES = Registry("task")
-RECIPES.register(
+for _made in (
     _Recipe(
         "regression",
         "linear, 1 output",
@@ -79,9 +79,7 @@ net, given = TextClassifier(body, 1), encode_texts(texts, tokenizer)
 tune(net, given | {"labels": y[:, None]}, lr=1e-4, epochs=3, loss="mse")
 guess = predict(net, given)[:, 0]
 """,
-    )
-)
-RECIPES.register(
+    ),
     _Recipe(
         "similarity",
         "|u - v| and u · v of two vectors, linear",
@@ -101,9 +99,12 @@ u, v = (sentence_vectors(side, *encoder) for side in (a, b))
 features = torch.cat(((u - v).abs(), u * v), 1).numpy()
 guess = Ridge(alpha=10.0).fit(features, y).predict(features)
 """,
-    )
-)
-RECIPES.register(
+    ),
+):
+    RECIPES.register(_made)
+
+# %% ../nbs/27_tasks.ipynb #27a00014
+for _made in (
     _Recipe(
         "segmentation",
         "decoder over all stages, 1 × 1 convolution",
@@ -122,9 +123,7 @@ fit(model, (prepare(photos), labels), epochs=10, batch_size=8, lr=1e-3)
 logits = predict(model, prepare(photos), batch_size=8)
 score = iou(pixel_counts(logits, labels, n_classes)).nanmean()
 """,
-    )
-)
-RECIPES.register(
+    ),
     _Recipe(
         "detection",
         "decoder, classes and 4 distances at every place",
@@ -148,11 +147,12 @@ given = {"x": x, "labels": y, "boxes": where}
 fit(model, given, loss=None, epochs=20, batch_size=16, lr=1e-3)
 found = model.find(x)
 """,
-    )
-)
+    ),
+):
+    RECIPES.register(_made)
 
 # %% ../nbs/27_tasks.ipynb #27a00012
-RECIPES.register(
+for _made in (
     _Recipe(
         "speech commands",
         "linear, on a spectrogram read as an image",
@@ -166,6 +166,7 @@ from torch.nn.functional import interpolate
 
 from ftbook import models
 from ftbook.finetune import replace_head, tune
+from ftbook.regularize import refresh_batchnorm
 from ftbook.tasks import SpecAugment, log_mel
 from ftbook.train import Settings
 
@@ -175,11 +176,11 @@ x = (x - x.mean((1, 2, 3), True)) / x.std((1, 2, 3), keepdim=True)
 net, _ = models.load("efficientnet_lite0")
 replace_head(net, n_classes)
 plan = Settings(transform=SpecAugment())
-tune(net, (x.expand(-1, 3, -1, -1), y), lr=1e-3, epochs=10, settings=plan)
+given = x.expand(-1, 3, -1, -1), y
+tune(net, given, lr=1e-3, epochs=10, settings=plan)
+refresh_batchnorm(net, given)
 """,
-    )
-)
-RECIPES.register(
+    ),
     _Recipe(
         "retrieval",
         "none: one vector for each side",
@@ -198,9 +199,12 @@ fit(net, given, loss=None, epochs=1, batch_size=32, lr=2e-5)
 scores = net.vectors(queries) @ net.vectors(texts).T
 found = recall_at(scores, k=10).double().mean()
 """,
-    )
-)
-RECIPES.register(
+    ),
+):
+    RECIPES.register(_made)
+
+# %% ../nbs/27_tasks.ipynb #27a00015
+for _made in (
     _Recipe(
         "question answering",
         "linear, 2 outputs at every piece: start, end",
@@ -228,9 +232,7 @@ given = dict(tokenizer(questions, texts, return_tensors="pt", **form))
 net = Ends(getattr(body, "bert", body))
 fit(net, given | {"labels": ends}, epochs=3, batch_size=16, lr=1e-4)
 """,
-    )
-)
-RECIPES.register(
+    ),
     _Recipe(
         "labels without photos",
         "linear map from photo to text vectors",
@@ -253,8 +255,9 @@ seen = features(net, prepare(photos.x)).numpy()
 bridge = Ridge(alpha=100.0).fit(seen, words[photos.y].numpy())
 guess = (torch.tensor(bridge.predict(seen)).float() @ words.T).argmax(1)
 """,
-    )
-)
+    ),
+):
+    RECIPES.register(_made)
 
 # %% ../nbs/27_tasks.ipynb #27a00003
 class Pyramid(nn.Module):
@@ -264,6 +267,9 @@ class Pyramid(nn.Module):
     ----------
     net : ftbook.models.EfficientNetLite0
         Its layers are taken over, not copied; the head is left out.
+    momentum : float
+        Share of a batch in the running statistics. The network's own, 0.01,
+        follows too slowly for a run of a hundred batches.
 
     Attributes
     ----------
@@ -282,7 +288,7 @@ class Pyramid(nn.Module):
     strides = (4, 8, 16, 32)
     ends = (3, 5, 11, 16)  # the blocks after which a map is given
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module, momentum: float = 0.1):
         super().__init__()
         blocks: Any = net.get_submodule("_blocks")
         first = net.get_submodule("_conv_stem"), net.get_submodule("_bn0")
@@ -291,6 +297,9 @@ class Pyramid(nn.Module):
         self.stages = nn.ModuleList(
             [nn.Sequential(*first, nn.ReLU6(), *parts[0]), *parts[1:]]
         )
+        for layer in self.stages.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = momentum
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Normalized images (N, 3, H, W) to four maps."""

@@ -88,7 +88,7 @@ def test_the_lines_of_a_recipe_run(name, monkeypatch):
 
 
 def test_a_recipe_is_whole_and_an_unknown_task_names_the_known_ones():
-    assert all(len(r.lines.strip().splitlines()) <= 20 and all(r) for r in RECIPES.values())
+    assert all(len(r.lines.strip().splitlines()) <= 22 and all(r) for r in RECIPES.values())
     with pytest.raises(ValueError, match="unknown task 'translation'; known: regression, similarity, segmentation"):
         RECIPES["translation"]
 
@@ -106,6 +106,13 @@ def test_a_pyramid_gives_what_the_network_computes_on_its_way():
         assert torch.allclose(net._fc(h), net(x), atol=1e-5)
     assert [m.shape[1] for m in maps] == list(Pyramid.channels)
     assert [64 // m.shape[2] for m in maps] == list(Pyramid.strides)
+
+
+def test_running_statistics_of_a_pyramid_follow_within_a_short_run():
+    net = Pyramid(EfficientNetLite0())
+    assert {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+    trunk, _ = study.trunk(study.FULL, 0)
+    assert {m.momentum for m in trunk.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
 
 
 def test_a_segmenter_answers_for_every_pixel_and_learns():

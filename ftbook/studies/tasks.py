@@ -89,9 +89,13 @@ def trunk(way: str, seed: int) -> tuple[nn.Module, Callable]:
     torch.set_num_threads(1)
     runtime.seed_everything(seed)
     known, prepare = _network()
-    if way == SCRATCH:
-        return models.EfficientNetLite0(), prepare
-    return copy.deepcopy(known), prepare
+    net: nn.Module = models.EfficientNetLite0()
+    if way != SCRATCH:
+        net = copy.deepcopy(known)
+    for layer in net.modules():  # statistics that follow within a short run
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.1
+    return net, prepare
 
 
 def _plan(steps: int, **more: Any) -> Settings:
@@ -118,7 +122,7 @@ def picture(x: Tensor) -> str:
 
 # %% ../../nbs/27_tasks.ipynb #27e00003
 HEIGHT, WIDTH = runtime.pick(quick=(48, 64), cpu=(96, 128))
-SCENE_STEPS = runtime.pick(quick=2, cpu=80)
+SCENE_STEPS = runtime.pick(quick=2, cpu=72)
 PLACE, COLOR = "most frequent of each place", "color and place"
 WEIGHTED = "tuned, weighted classes"
 POWERS = runtime.pick(quick=[0.5, 1.0], cpu=[0.5, 0.25, 0.75, 1.0])
@@ -282,7 +286,7 @@ def _scenes(executor: Any) -> None:
 
 # %% ../../nbs/27_tasks.ipynb #27e00005
 SIDE = runtime.pick(quick=32, cpu=64)  # bands and frames
-SPEECH_STEPS = runtime.pick(quick=2, cpu=60)
+SPEECH_STEPS = runtime.pick(quick=2, cpu=50)
 SPEECH_BATCH = runtime.pick(quick=4, cpu=16)
 MASKED, HEARD = "tuned, SpecAugment", "tuned, speaker known"
 LINE = "logistic regression"
@@ -524,7 +528,7 @@ MADE = runtime.pick(
     quick={"train": 12, "valid": 6, "test": 6},
     cpu={"train": 600, "valid": 60, "test": 150},
 )
-BOX_STEPS = runtime.pick(quick=2, cpu=120)
+BOX_STEPS = runtime.pick(quick=2, cpu=100)
 WINDOW = "sliding window"
 
 
