@@ -16,7 +16,6 @@ import base64
 import copy
 import functools
 import io
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
