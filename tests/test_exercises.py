@@ -167,6 +167,11 @@ WRONG = [
     ("continual", "balance", 4.0),
     ("continual", "enough", 340),
     ("continual", "balanced", lambda labels, size: list(range(size))),
+    ("tasks", "falls", "both"),
+    ("tasks", "overlap", 0.75),
+    ("tasks", "frames", 118),
+    ("tasks", "area", 0.5),
+    ("tasks", "reciprocal", lambda scores: 1.0),
 ]
 
 
