@@ -16,9 +16,9 @@ still hold, and `refresh` lets a new model take the old one's place, or not.
 # %% ../nbs/26_deploy.ipynb #26a00001
 __all__ = [
     "to_onnx",
-    "pack",
     "verify",
     "Model",
+    "pack",
     "Batcher",
     "Limits",
     "create_app",
@@ -71,83 +71,6 @@ from .losses import calibration_error
 from .ner import NERTagger
 from .runtime import atomic_write, check_value, versions
 from .texts import encodable, masked_mean
-
-# %% ../nbs/26_deploy.ipynb #26a00003
-def _need(*packages: str) -> None:
-    """Refuse with the command that helps if a package is not installed."""
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"{', '.join(missing)} is not installed; deployment needs the "
-            "extra packages of `pip install 'ftbook[deploy]'`"
-        )
-
-
-class _Text(nn.Module):
-    """Text classifier or tagger as the file runs it: logits and mean vectors
-    for any number of texts of any length.
-    """
-
-    def __init__(self, body: nn.Module, head: nn.Module, each: bool):
-        super().__init__()
-        self.body, self.head, self.each = body, head, each
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        h = self.body(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state
-        vectors = masked_mean(h, attention_mask)
-        return self.head(h if self.each else vectors), vectors
-
-
-class _Image(nn.Module):
-    """Image classifier as the file runs it: logits, and what its head reads."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        name, self.head = find_head(model)
-        model.set_submodule(name, nn.Identity())
-        self.body = model
-
-    def forward(self, pixels: Tensor) -> Any:
-        vectors = self.body(pixels)
-        return self.head(vectors), vectors
-
-
-def _kind(model: Any) -> str:
-    """Which of the three kinds a model is."""
-    if isinstance(model, NERTagger):
-        return "tagger"
-    body = getattr(model, "body", None)
-    if hasattr(getattr(body, "config", None), "hidden_size"):
-        return "text"
-    find_head(model)  # refuses what is no classifier
-    return "image"
-
-
-def _network(model: Any, size: int | None) -> tuple:
-    """The network to write, inputs to trace it with, others to try it with."""
-    kind = _kind(model)
-    net = copy.deepcopy(model.model if kind == "tagger" else model).cpu().eval()
-    draws = torch.Generator().manual_seed(0)
-    if kind == "image":
-        check_value("size", size, "count")
-        made = [
-            {"pixels": torch.rand(n, 3, size, size, generator=draws)}
-            for n in (2, 3)
-        ]
-        return _Image(net), *made
-    body = net.base_model if kind == "tagger" else net.body
-    head = net.classifier if kind == "tagger" else net.head
-    made = []
-    for n, length in ((2, 7), (3, 12)):
-        ids = torch.randint(
-            body.config.vocab_size, (n, length), generator=draws
-        )
-        mask = torch.ones_like(ids)
-        mask[0, length // 2 :] = 0
-        made.append({"input_ids": ids, "attention_mask": mask})
-    return _Text(body, head, kind == "tagger"), *made
 
 # %% ../nbs/26_deploy.ipynb #26a00004
 def to_onnx(
@@ -416,6 +339,944 @@ def _alike(a: Any, b: Any) -> bool:
         return math.isclose(a, b, abs_tol=0.02)
     return a == b
 
+# %% ../nbs/26_deploy.ipynb #26a00010
+def pack(
+    model: Any,
+    folder: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    tokenizer: Any = None,
+    size: int | None = None,
+    version: str = "1",
+    card: str = "",
+    bits: int = 32,
+    max_length: int = 128,
+    temperature: float = 1.0,
+    examples: Sequence[str | bytes] = (),
+    reference: Sequence[str | bytes] = (),
+) -> Path:
+    """Write a folder from which a model can be served, whole or not at all.
+
+    Parameters
+    ----------
+    model
+        As for `to_onnx`: text classifier, tagger or image classifier.
+    folder : path
+        Must not exist.
+    labels : sequence of str, optional
+        In the order of the logits; default: the tagger's, or the network's
+        ``classes``.
+    tokenizer : fast tokenizer, optional
+        For a text classifier.
+    size : int, optional
+        Side of the pictures in pixels.
+    version, card : str
+        Which model this is; what it was trained on, what it is good for, and
+        what not.
+    bits : 32 or 8
+    max_length : int
+        Pieces of a text that a classifier reads.
+    temperature : float
+        Divides the logits, equation (2.21).
+    examples : inputs
+        Up to eight; their answers are stored, and the service compares its own
+        with them when it starts.
+    reference : inputs
+        From before deployment, such as the validation set; `Monitor` compares
+        with them. Only numbers are stored.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    folder, kind = Path(folder), _kind(model)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; give the name of a new folder")
+    check_value("temperature", temperature, "positive")
+    names = list(labels or getattr(model, "labels", ()) or _classes(model))
+    if kind == "tagger":
+        tokenizer = model.tokenizer
+    about = {
+        "name": folder.name,
+        "kind": kind,
+        "version": version,
+        "labels": names,
+        "bits": bits,
+        "temperature": temperature,
+        "preprocessing": _preprocessing(model, tokenizer, size, max_length),
+        "versions": versions("ftbook", "torch", "onnx", "onnxruntime"),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        about["gap"] = to_onnx(model, part / "model.onnx", bits=bits, size=size)
+        _write(part, about, card, tokenizer)
+        _check_labels(part, names)
+        _remember(part, examples[:8])
+        if reference:
+            _refer(part, reference)
+            _seal(part)
+        part.chmod(0o755)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+# %% ../nbs/26_deploy.ipynb #26a00012
+class Batcher:
+    """Gather single inputs into batches for a function that likes many.
+
+    The first input that waits opens a window; what arrives within it, up to
+    `size` inputs, is answered together. While a batch is computed, the next
+    one gathers. It must be made and used inside one event loop.
+
+    Parameters
+    ----------
+    answer : callable
+        List of inputs -> list of results, called in a thread of its own.
+    size : int
+        Largest batch.
+    window : float
+        Seconds that the first input waits for others; 0: only what is there.
+    seen : callable, optional
+        Gets (number of inputs, seconds) of every batch.
+
+    Examples
+    --------
+    >>> async def main():
+    ...     batcher = Batcher(lambda many: [v + len(many) for v in many])
+    ...     found = await asyncio.gather(*(batcher(v, 1.0) for v in (1, 2)))
+    ...     await batcher.close()
+    ...     return found
+    >>> asyncio.run(main())
+    [3, 4]
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[list], Sequence],
+        size: int = 16,
+        window: float = 0.005,
+        seen: Callable[[int, float], None] = lambda n, seconds: None,
+    ):
+        check_value("size", size, "count")
+        check_value("window", window, "at least 0")
+        self.answer, self.size, self.window = answer, size, window
+        self.seen, self.waiting = seen, deque[tuple]()
+        self.fresh, self.closed = asyncio.Event(), False
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.worker = asyncio.create_task(self._work())
+
+    async def __call__(self, item: Any, seconds: float) -> Any:
+        """The result for one input; TimeoutError if it takes longer."""
+        if self.closed:
+            raise RuntimeError("the batcher is closed; make a new one")
+        loop = asyncio.get_running_loop()
+        result = loop.create_future()
+        self.waiting.append((item, result, loop.time()))
+        self.fresh.set()
+        async with asyncio.timeout(seconds):
+            return await result
+
+    async def close(self) -> None:
+        """Answer what waits, then stop."""
+        self.closed = True
+        self.fresh.set()
+        await self.worker
+        self.pool.shutdown()
+
+    async def _gather(self) -> list[tuple]:
+        """The next batch; empty when all is done."""
+        loop = asyncio.get_running_loop()
+        while not self.waiting and not self.closed:
+            self.fresh.clear()
+            await self.fresh.wait()
+        while self.waiting and len(self.waiting) < self.size:
+            left = self.waiting[0][2] + self.window - loop.time()
+            if left <= 0 or self.closed:
+                break
+            self.fresh.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self.fresh.wait()
+        many = min(self.size, len(self.waiting))
+        return [self.waiting.popleft() for _ in range(many)]
+
+    async def _work(self) -> None:
+        """Answer batch after batch."""
+        while batch := await self._gather():
+            wanted = [pair for pair in batch if not pair[1].done()]
+            await self._answer(wanted)  # who gave up costs nothing
+
+    async def _answer(self, batch: list[tuple]) -> None:
+        """One batch; where it fails, each input alone."""
+        if not batch:
+            return
+        loop, begun = asyncio.get_running_loop(), time.perf_counter()
+        try:
+            found = await loop.run_in_executor(
+                self.pool, self.answer, [item for item, *_ in batch]
+            )
+        except Exception as error:
+            if len(batch) > 1:
+                for one in batch:
+                    await self._answer([one])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return
+        self.seen(len(batch), time.perf_counter() - begun)
+        for (_, result, _), value in zip(batch, found, strict=True):
+            if not result.done():
+                result.set_result(value)
+
+# %% ../nbs/26_deploy.ipynb #26a00013
+@dataclass(frozen=True)
+class Limits:
+    """What the service takes on; beyond it, it says no at once.
+
+    Parameters
+    ----------
+    requests : int
+        In the house at the same time, waiting ones included; more get 429.
+    seconds : float
+        From a request's arrival to its answer; more gets 504. For sending the
+        request itself the client has as long; else 408.
+    body : int
+        Bytes of a request; more gets 413.
+    texts, characters : int
+        Texts of a request, and characters of each text; more gets 413.
+    batch : int
+        Inputs that the network sees at once.
+    window : float
+        Seconds that the first of a batch waits for others.
+
+    Examples
+    --------
+    >>> Limits(requests=8).requests
+    8
+    """
+
+    requests: int = 64
+    seconds: float = 5.0
+    body: int = 4_000_000
+    texts: int = 32
+    characters: int = 5_000
+    batch: int = 16
+    window: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "body", "texts", "characters", "batch"):
+            check_value(name, getattr(self, name), "count")
+        check_value("seconds", self.seconds, "positive")
+        check_value("window", self.window, "at least 0")
+
+
+class _Refusal(Exception):
+    """A request that is not answered, and why."""
+
+    def __init__(self, status: int, code: str, message: str, **more: Any):
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+        self.more = more
+
+# %% ../nbs/26_deploy.ipynb #26a00017
+def create_app(
+    folder: str | Path,
+    limits: Limits | None = None,
+    *,
+    window: int = 0,
+    threads: int = 1,
+) -> Any:
+    """A web service for a packed model, as an ASGI application.
+
+    ``POST /predict`` answers; ``GET /health``, ``/metrics``, ``/info`` and
+    the page ``/`` tell about it. Every refusal is JSON, ``{"error": {"code":
+    ..., "message": ...}}``, with the fitting status.
+
+    Parameters
+    ----------
+    folder : path
+        What `pack` wrote.
+    limits : Limits, optional
+    window : int
+        Inputs after which a `Monitor` compares with the folder's reference;
+        0: never.
+    threads : int
+        Of the model.
+
+    Returns
+    -------
+    fastapi.FastAPI
+    """
+    _need("fastapi")
+    from fastapi import FastAPI, Request
+    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+    from starlette.exceptions import HTTPException
+
+    model, limits = Model(folder, threads), limits or Limits()
+    monitor = Monitor(model.reference, window) if window else None
+    house = _House(model, limits, monitor)
+    app = FastAPI(lifespan=house.open, openapi_url=None)
+    app.state.house = house
+
+    def refused(error: _Refusal) -> JSONResponse:
+        told = {"code": error.code, "message": error.message, **error.more}
+        headers = {"Retry-After": "1"} if error.status == 429 else {}
+        return JSONResponse({"error": told}, error.status, headers)
+
+    @app.post("/predict")
+    async def predict(request: Request) -> JSONResponse:
+        begun, number = time.perf_counter(), secrets.token_hex(8)
+        try:
+            answer = JSONResponse(await house.predict(request))
+        except _Refusal as error:
+            answer = refused(error)
+        except Exception:  # the client learns nothing of the inside
+            told = f"the service failed; give the number {number} if you ask"
+            answer = refused(_Refusal(500, "failed", told))
+            _LOG.exception("request %s", number)
+        answer.headers["X-Request-ID"] = number
+        house.metrics.answered(answer.status_code, time.perf_counter() - begun)
+        return answer
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        fine = house.batcher is not None and not house.batcher.worker.done()
+        told = {"status": "ok" if fine else "stopped", "digest": model.digest}
+        return JSONResponse(told, 200 if fine else 503)
+
+    @app.get("/info")
+    async def info() -> dict:
+        return {**model.about, "limits": asdict(limits), "card": model.card}
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(house.metrics.text(monitor))
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(*_page(model))
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> JSONResponse:
+        told = f"{request.method} {request.url.path}: {error.detail}; see /info"
+        return refused(_Refusal(error.status_code, "no_such_thing", told))
+
+    return app
+
+
+def _page(model: Model) -> tuple[str, int, dict[str, str]]:
+    """The page, and headers that let it run its own script and no other."""
+    key = secrets.token_urlsafe(12)
+    text = (asset("deploy") / "page.html").read_text(encoding="utf-8")
+    rules = (
+        f"default-src 'none'; connect-src 'self'; script-src 'nonce-{key}'; "
+        f"style-src 'nonce-{key}'; img-src blob: data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": rules,
+        "X-Content-Type-Options": "nosniff",
+    }
+    text = text.replace("NONCE", key).replace("KIND", model.kind)
+    return text, 200, headers
+
+# %% ../nbs/26_deploy.ipynb #26a00018
+def serve(
+    folder: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    limits: Limits | None = None,
+    **options: Any,
+) -> None:
+    """Serve a packed model until Ctrl-C.
+
+    It speaks plain HTTP and knows no users: let others reach it only through a
+    proxy that adds both.
+
+    Parameters
+    ----------
+    folder : path
+    host : str
+        "127.0.0.1" answers this machine alone, "0.0.0.0" the network.
+    port : int
+        0: any that is free; the line that is printed names it.
+    limits : Limits, optional
+    **options
+        As for `create_app`.
+    """
+    _need("fastapi", "uvicorn")
+    import uvicorn
+
+    app = create_app(folder, limits, **options)
+    place = socket.create_server((host, port), backlog=128)
+    print(f"serving on http://{host}:{place.getsockname()[1]}", flush=True)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_keep_alive=30
+    )
+    uvicorn.Server(config).run(sockets=[place])
+
+
+def _main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m ftbook.deploy FOLDER``: every limit is an option."""
+    import argparse
+
+    line = argparse.ArgumentParser(prog="python -m ftbook.deploy")
+    line.add_argument("folder")
+    line.add_argument("--host", default="127.0.0.1")
+    line.add_argument("--port", type=int, default=8000)
+    line.add_argument("--threads", type=int, default=1)
+    line.add_argument("--monitor", type=int, default=0, metavar="INPUTS")
+    for f in fields(Limits):
+        kind: Any = type(f.default)
+        line.add_argument(f"--{f.name}", type=kind, default=f.default)
+    given = vars(line.parse_args(arguments))
+    limits = Limits(**{f.name: given[f.name] for f in fields(Limits)})
+    where = given["folder"], given["host"], given["port"], limits
+    torch.set_num_threads(given["threads"])
+    serve(*where, threads=given["threads"], window=given["monitor"])
+
+# %% ../nbs/26_deploy.ipynb #26a00019
+class _Load(NamedTuple):
+    """What came back of a load test; times in seconds."""
+
+    sent: int
+    statuses: dict[int, int]
+    lost: int  # no answer at all
+    p50: float  # of the answers with status 200
+    p95: float
+    p99: float
+    per_second: float  # of the answers with status 200
+    outputs: list  # what each input got, None where refused
+
+
+def load_test(
+    url: str,
+    inputs: Sequence[str | bytes],
+    clients: int = 8,
+    seconds: float = 30.0,
+) -> _Load:
+    """Send inputs to a service from several clients at once.
+
+    Each client keeps one connection and sends its next input when the last one
+    is answered, so never more than `clients` requests are under way.
+
+    Parameters
+    ----------
+    url : str
+        As `serve` prints it.
+    inputs : sequence of str or bytes
+        Each sent once, texts as JSON, bytes as pictures.
+    clients : int
+        At most 256.
+    seconds : float
+        Longest wait for one answer.
+
+    Returns
+    -------
+    NamedTuple
+        ``sent``, ``statuses``, ``lost``, ``p50``, ``p95``, ``p99``,
+        ``per_second``, ``outputs``.
+    """
+    check_value("clients", clients, "count")
+    clients = min(clients, 256, len(inputs))
+    host = urlsplit(url).netloc
+    todo, lock = deque(enumerate(inputs)), threading.Lock()
+    found: dict[int, tuple] = {}
+
+    def client() -> None:
+        line = http.client.HTTPConnection(host, timeout=seconds)
+        while True:
+            with lock:
+                if not todo:
+                    break
+                number, given = todo.popleft()
+            begun = time.perf_counter()
+            try:
+                line.request("POST", "/predict", *_as_request(given))
+                answer = line.getresponse()
+                got = answer.status, json.loads(answer.read())
+            except (OSError, http.client.HTTPException, ValueError):
+                line.close()
+                got = 0, {}
+            found[number] = time.perf_counter() - begun, *got
+        line.close()
+
+    begun = time.perf_counter()
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall = time.perf_counter() - begun
+    times = [t for t, status, _ in found.values() if status == 200] or [np.nan]
+    good = [found[i][2].get("outputs", [None])[0] for i in range(len(inputs))]
+    return _Load(
+        len(inputs),
+        dict(Counter(status for _, status, _ in found.values() if status)),
+        sum(not status for _, status, _ in found.values()),
+        *(float(v) for v in np.percentile(times, [50, 95, 99])),
+        sum(v is not None for v in good) / wall,
+        good,
+    )
+
+
+def _as_request(given: str | bytes) -> tuple[bytes, dict[str, str]]:
+    """Body and headers."""
+    if isinstance(given, bytes):
+        return given, {"Content-Type": _BYTES}
+    body = json.dumps({"inputs": [given]}).encode()
+    return body, {"Content-Type": "application/json"}
+
+# %% ../nbs/26_deploy.ipynb #26a00020
+def psi(reference: Any, current: Any, bins: int = 10) -> float:
+    """Population stability index of two samples, equation (26.2).
+
+    Parameters
+    ----------
+    reference, current : array (M,), (N,)
+        Numbers are cut at the quantiles of the reference; integers and strings
+        are classes.
+    bins : int
+        Of numbers.
+
+    Returns
+    -------
+    float
+        0 or more; half an example is added to every bin, so that none is empty.
+
+    Examples
+    --------
+    >>> round(psi([0] * 50 + [1] * 50, [0] * 80 + [1] * 20), 2)
+    0.4
+    """
+    a, b = np.asarray(reference), np.asarray(current)
+    if a.ndim != 1 or b.ndim != 1 or not len(a) or not len(b):
+        raise ValueError(
+            f"the samples have the shapes {a.shape} and {b.shape}; give two "
+            "lists of at least one value"
+        )
+    if a.dtype.kind == "f":
+        edges = np.quantile(a, np.linspace(0, 1, bins + 1)[1:-1])
+        a, b = (np.searchsorted(edges, v) for v in (a, b))
+        n = bins
+    else:
+        names, both = np.unique(np.concatenate([a, b]), return_inverse=True)
+        a, b, n = both[: len(a)], both[len(a) :], len(names)
+    p, q = (np.bincount(v, minlength=n) + 0.5 for v in (a, b))
+    p, q = p / p.sum(), q / q.sum()
+    return float(((q - p) * np.log(q / p)).sum())
+
+# %% ../nbs/26_deploy.ipynb #26a00021
+class _Drift(NamedTuple):
+    """One window against the reference."""
+
+    p: float  # of the most striking statistic, corrected for their number
+    values: dict[str, float]  # statistic -> value
+    each: dict[str, float]  # statistic -> its own p
+
+
+def drift_test(
+    reference: Mapping[str, Any],
+    window: Mapping[str, Any],
+    *,
+    rounds: int = 499,
+    seed: int = 0,
+) -> _Drift:
+    """Whether a window differs from the reference by more than chance.
+
+    All examples are shuffled between the two, `rounds` times, and every
+    statistic is computed again. The p-value of the smallest p-value, from the
+    same shuffles, says how often chance gives anything as striking (Westfall
+    and Young, 1993): without drift it is at most `level` in a share `level` of
+    the windows, however many statistics there are.
+
+    Parameters
+    ----------
+    reference, window : dict of arrays
+        ``confidence`` (N,) gives the Kolmogorov-Smirnov distance, ``guess``
+        (N,) of integers the PSI, ``vector`` (N, D) the distance of the means in
+        units of each direction's standard deviation. Names that both have
+        count.
+    rounds, seed : int
+
+    Returns
+    -------
+    NamedTuple
+        ``p``, ``values`` and ``each``.
+
+    Examples
+    --------
+    >>> draws = np.random.default_rng(0)
+    >>> old, new = ({"confidence": draws.beta(a, 1, 200)} for a in (5, 2))
+    >>> drift_test(old, new).p < 0.01
+    True
+    """
+    names = [n for n in _STATISTICS if n in reference and n in window]
+    if not names:
+        raise ValueError(
+            f"the reference has {', '.join(reference) or 'nothing'}, the "
+            f"window {', '.join(window) or 'nothing'}; give both at least one "
+            f"of {', '.join(_STATISTICS)}"
+        )
+    m, n = (len(v[names[0]]) for v in (reference, window))
+    draws = np.random.default_rng(seed)
+    new = np.zeros((rounds + 1, m + n), dtype=np.float32)
+    new[0, m:] = 1
+    for row in new[1:]:
+        row[draws.permutation(m + n)[:n]] = 1
+    values, below = {}, []
+    for name in names:
+        pool = np.concatenate(
+            [np.asarray(v[name]) for v in (reference, window)]
+        )
+        told, function = _STATISTICS[name]
+        found = function(pool, new)
+        values[told] = float(found[0])
+        order = np.sort(found)
+        first = np.searchsorted(order, found - 1e-6, side="left")
+        below.append((rounds + 1 - first) / (rounds + 1))
+    smallest = np.min(below, axis=0)
+    p = float((smallest <= smallest[0]).mean())
+    each = dict(zip(values, (float(v[0]) for v in below), strict=True))
+    return _Drift(p, values, each)
+
+# %% ../nbs/26_deploy.ipynb #26a00023
+class Monitor:
+    """Compare every so many inputs with those from before deployment.
+
+    Parameters
+    ----------
+    reference : dict of arrays
+        `Model.reference`, or arrays named as for `drift_test`.
+    window : int
+        Inputs that are compared at once.
+    level : float
+        Share of the windows without drift that raise an alarm: 0.01 is one
+        false alarm in a hundred windows.
+    rounds : int, optional
+        Shuffles; default: enough for the level.
+
+    Attributes
+    ----------
+    windows : int
+        That were compared.
+    alarms : list of (window number, what `drift_test` found)
+
+    Examples
+    --------
+    >>> draws = np.random.default_rng(0)
+    >>> monitor = Monitor({"confidence": draws.beta(5, 1, 300)}, window=100)
+    >>> for value in draws.beta(2, 1, 100): found = monitor.add(value)
+    >>> found.p <= monitor.level, len(monitor.alarms)
+    (True, 1)
+    """
+
+    def __init__(
+        self,
+        reference: Mapping[str, Any],
+        window: int = 200,
+        level: float = 0.01,
+        rounds: int | None = None,
+    ):
+        check_value("window", window, "count")
+        if not 0 < level < 1:
+            raise ValueError(
+                f"level={level}; give the share of false alarms, between 0 "
+                "and 1"
+            )
+        if not len(reference.get("confidence", ())):
+            raise ValueError(
+                "the reference has no confidence; pack the model with "
+                "reference= inputs from before deployment"
+            )
+        self.reference, self.window, self.level = reference, window, level
+        self.rounds = rounds or max(199, math.ceil(5 / level) - 1)
+        self.windows, self.alarms = 0, list[tuple[int, _Drift]]()
+        self._kept: list[tuple] = []
+        self._full: deque[list[tuple]] = deque(maxlen=4)
+
+    def note(
+        self, confidence: float, guess: int = 0, vector: Any = None
+    ) -> bool:
+        """Keep one answer; True if a window is full and `judge` can compare."""
+        self._kept.append((confidence, guess, vector))
+        if len(self._kept) < self.window:
+            return False
+        self._full.append(self._kept)
+        self._kept = []
+        return True
+
+    def judge(self) -> _Drift | None:
+        """Compare the oldest full window, if there is one."""
+        if not self._full:
+            return None
+        kept = self._full.popleft()
+        columns = dict(zip(_STATISTICS, zip(*kept, strict=True), strict=True))
+        new = {
+            name: np.stack([np.asarray(v) for v in column])
+            for name, column in columns.items()
+            if column[0] is not None and name in self.reference
+        }
+        how: Any = {"rounds": self.rounds, "seed": self.windows}
+        found = drift_test(self.reference, new, **how)
+        if found.p <= self.level:
+            self.alarms.append((self.windows, found))
+        self.windows += 1
+        return found
+
+    def add(
+        self, confidence: float, guess: int = 0, vector: Any = None
+    ) -> _Drift | None:
+        """`note`, and `judge` when a window is full."""
+        return self.judge() if self.note(confidence, guess, vector) else None
+
+# %% ../nbs/26_deploy.ipynb #26a00024
+class _Field(NamedTuple):
+    """Stated probabilities against what was so."""
+
+    accuracy: float
+    confidence: float  # mean
+    p: float  # how often a calibrated model is as far off
+    error: float  # expected calibration error
+    null: float  # what that error stays below in 95 % of cases if calibrated
+
+
+def field_calibration(
+    probabilities: Any,
+    labels: Any,
+    *,
+    bins: int = 10,
+    rounds: int = 500,
+    seed: int = 0,
+) -> _Field:
+    """Whether the stated probabilities hold for inputs from the field.
+
+    Labels are drawn from the stated probabilities themselves, `rounds` times:
+    that is what a calibrated model would see.
+
+    Parameters
+    ----------
+    probabilities : array (N, C)
+    labels : array (N,) of integers
+        Found out later, for inputs that were drawn at random.
+    bins : int
+        Of the calibration error.
+    rounds, seed : int
+
+    Returns
+    -------
+    NamedTuple
+        ``accuracy`` and ``confidence``, the ``p`` of their difference, the
+        calibration ``error`` and its ``null``.
+
+    Examples
+    --------
+    >>> stated = np.tile([0.9, 0.1], (100, 1))
+    >>> found = field_calibration(stated, [0] * 60 + [1] * 40)
+    >>> found.accuracy, found.p < 0.01, found.error > found.null
+    (0.6, True, True)
+    """
+    p = torch.as_tensor(np.asarray(probabilities, dtype=np.float64))
+    y = torch.as_tensor(np.asarray(labels))
+    error = calibration_error(p, y, bins)
+    sure, guess = p.max(1)
+    draws = torch.Generator().manual_seed(seed)
+    drawn = torch.multinomial(p, rounds, replacement=True, generator=draws)
+    gaps = ((drawn == guess[:, None]).double().mean(0) - sure.mean()).abs()
+    right = (y == guess).double().mean()
+    far = int((gaps >= (right - sure.mean()).abs() - 1e-12).sum())
+    null = torch.tensor([calibration_error(p, d, bins) for d in drawn.T])
+    return _Field(
+        float(right),
+        float(sure.mean()),
+        (1 + far) / (1 + rounds),
+        error,
+        float(null.double().quantile(0.95)),
+    )
+
+# %% ../nbs/26_deploy.ipynb #26a00026
+class _Refreshed(NamedTuple):
+    """What became of a new model."""
+
+    promoted: bool
+    candidate: Path
+    sets: dict[str, tuple[float, float, float]]  # before, after, lower limit
+    why: str
+
+
+def refresh(
+    place: str | Path,
+    retrain: Callable[[list[tuple], Path], Any],
+    fresh: Sequence[tuple],
+    guard: Sequence[tuple],
+    *,
+    margin: float = 0.02,
+    level: float = 0.95,
+) -> _Refreshed:
+    """Collect, train again, compare, and promote or keep.
+
+    Half of the fresh examples train, the other half judges; which half is
+    decided by a hash of the input. The candidate takes over if it is shown to
+    be no worse than `margin` on the guard set, and better on the fresh half
+    (`continual.gate`). Every decision is one line in ``history.jsonl``.
+
+    Parameters
+    ----------
+    place : path
+        A folder of packed models, with a file ``current`` that names one.
+    retrain : callable
+        (examples, folder) -> None; trains and writes the folder with `pack`.
+    fresh : sequence of (input, label)
+        Labeled inputs from the field; a tagger's label is a list of (start,
+        end, type).
+    guard : sequence of (input, label)
+        What the model has to keep, such as the test set.
+    margin, level : float
+        As for `continual.gate`.
+
+    Returns
+    -------
+    NamedTuple
+        ``promoted``, ``candidate``, ``sets``, ``why``.
+    """
+    place = Path(place)
+    old = Model(_current(place))
+    judge = [e for e in fresh if _judges(e)]
+    train = [e for e in fresh if not _judges(e)]
+    if len(judge) < 2 or not train or len(guard) < 2:
+        raise ValueError(
+            f"{len(train)} fresh examples to train with, {len(judge)} to judge "
+            f"with and {len(guard)} to guard; give at least 1, 2 and 2"
+        )
+    numbers = [int(p.name) for p in place.iterdir() if p.name.isdecimal()]
+    candidate = place / f"{max(numbers, default=0) + 1:04d}"
+    retrain(train, candidate)
+    new = Model(candidate)
+    if (new.kind, new.labels) != (old.kind, old.labels):
+        raise ValueError(
+            f"the new model is a {new.kind} with {new.labels}, the old one a "
+            f"{old.kind} with {old.labels}; clients rely on these: deploy it "
+            "as another service"
+        )
+    sets = {"guard": list(guard), "fresh": judge}
+    before, after = (
+        {name: _right(m, rows) for name, rows in sets.items()}
+        for m in (old, new)
+    )
+    kept = _only(gate, before, after, "guard", margin, level)
+    won = _only(gate, before, after, "fresh", 0.0, level)
+    numbers_ = {**kept.sets, **won.sets}
+    better = won.accepted and won.sets["fresh"][2] > 0
+    why = "better on fresh inputs, and the guard set holds"
+    if not kept.accepted:
+        why = f"more than {margin:.0%} may be lost on the guard set"
+    elif not better:
+        why = "not shown to be better on fresh inputs"
+    promoted = kept.accepted and better
+    _log(place, old, new, numbers_, promoted, why)
+    if promoted:
+        with atomic_write(place / "current") as temporary:
+            temporary.write_text(candidate.name + "\n", encoding="utf-8")
+    return _Refreshed(promoted, candidate, numbers_, why)
+
+
+def _only(judge: Callable, before: Any, after: Any, name: str, *how: float):
+    """The gate on one set."""
+    return judge({name: before[name]}, {name: after[name]}, *how)
+
+
+def _log(place: Path, old: Model, new: Model, sets, promoted, why) -> None:
+    """One line for every decision."""
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "old": old.digest,
+        "new": new.digest,
+        "sets": sets,
+        "promoted": promoted,
+        "why": why,
+    }
+    with open(place / "history.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+# %% ../nbs/26_deploy.ipynb #26a00003
+def _need(*packages: str) -> None:
+    """Refuse with the command that helps if a package is not installed."""
+    missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"{', '.join(missing)} is not installed; deployment needs the "
+            "extra packages of `pip install 'ftbook[deploy]'`"
+        )
+
+
+class _Text(nn.Module):
+    """Text classifier or tagger as the file runs it: logits and mean vectors
+    for any number of texts of any length.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module, each: bool):
+        super().__init__()
+        self.body, self.head, self.each = body, head, each
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        h = self.body(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state
+        vectors = masked_mean(h, attention_mask)
+        return self.head(h if self.each else vectors), vectors
+
+
+class _Image(nn.Module):
+    """Image classifier as the file runs it: logits, and what its head reads."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        name, self.head = find_head(model)
+        model.set_submodule(name, nn.Identity())
+        self.body = model
+
+    def forward(self, pixels: Tensor) -> Any:
+        vectors = self.body(pixels)
+        return self.head(vectors), vectors
+
+
+def _kind(model: Any) -> str:
+    """Which of the three kinds a model is."""
+    if isinstance(model, NERTagger):
+        return "tagger"
+    body = getattr(model, "body", None)
+    if hasattr(getattr(body, "config", None), "hidden_size"):
+        return "text"
+    find_head(model)  # refuses what is no classifier
+    return "image"
+
+
+def _network(model: Any, size: int | None) -> tuple:
+    """The network to write, inputs to trace it with, others to try it with."""
+    kind = _kind(model)
+    net = copy.deepcopy(model.model if kind == "tagger" else model).cpu().eval()
+    draws = torch.Generator().manual_seed(0)
+    if kind == "image":
+        check_value("size", size, "count")
+        made = [
+            {"pixels": torch.rand(n, 3, size, size, generator=draws)}
+            for n in (2, 3)
+        ]
+        return _Image(net), *made
+    body = net.base_model if kind == "tagger" else net.body
+    head = net.classifier if kind == "tagger" else net.head
+    made = []
+    for n, length in ((2, 7), (3, 12)):
+        ids = torch.randint(
+            body.config.vocab_size, (n, length), generator=draws
+        )
+        mask = torch.ones_like(ids)
+        mask[0, length // 2 :] = 0
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return _Text(body, head, kind == "tagger"), *made
+
 # %% ../nbs/26_deploy.ipynb #26a00007
 class _Classified:
     """Logits to answers, for texts and for pictures."""
@@ -670,90 +1531,6 @@ def _refer(folder: Path, inputs: Sequence[str | bytes]) -> None:
         kept["vector"] = np.stack([a.vector for a in found]).astype(np.float32)
     save_file(kept, folder / "reference.safetensors")
 
-# %% ../nbs/26_deploy.ipynb #26a00010
-def pack(
-    model: Any,
-    folder: str | Path,
-    *,
-    labels: Sequence[str] | None = None,
-    tokenizer: Any = None,
-    size: int | None = None,
-    version: str = "1",
-    card: str = "",
-    bits: int = 32,
-    max_length: int = 128,
-    temperature: float = 1.0,
-    examples: Sequence[str | bytes] = (),
-    reference: Sequence[str | bytes] = (),
-) -> Path:
-    """Write a folder from which a model can be served, whole or not at all.
-
-    Parameters
-    ----------
-    model
-        As for `to_onnx`: text classifier, tagger or image classifier.
-    folder : path
-        Must not exist.
-    labels : sequence of str, optional
-        In the order of the logits; default: the tagger's, or the network's
-        ``classes``.
-    tokenizer : fast tokenizer, optional
-        For a text classifier.
-    size : int, optional
-        Side of the pictures in pixels.
-    version, card : str
-        Which model this is; what it was trained on, what it is good for, and
-        what not.
-    bits : 32 or 8
-    max_length : int
-        Pieces of a text that a classifier reads.
-    temperature : float
-        Divides the logits, equation (2.21).
-    examples : inputs
-        Up to eight; their answers are stored, and the service compares its own
-        with them when it starts.
-    reference : inputs
-        From before deployment, such as the validation set; `Monitor` compares
-        with them. Only numbers are stored.
-
-    Returns
-    -------
-    Path
-        The folder.
-    """
-    folder, kind = Path(folder), _kind(model)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; give the name of a new folder")
-    check_value("temperature", temperature, "positive")
-    names = list(labels or getattr(model, "labels", ()) or _classes(model))
-    if kind == "tagger":
-        tokenizer = model.tokenizer
-    about = {
-        "name": folder.name,
-        "kind": kind,
-        "version": version,
-        "labels": names,
-        "bits": bits,
-        "temperature": temperature,
-        "preprocessing": _preprocessing(model, tokenizer, size, max_length),
-        "versions": versions("ftbook", "torch", "onnx", "onnxruntime"),
-    }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        about["gap"] = to_onnx(model, part / "model.onnx", bits=bits, size=size)
-        _write(part, about, card, tokenizer)
-        _check_labels(part, names)
-        _remember(part, examples[:8])
-        if reference:
-            _refer(part, reference)
-            _seal(part)
-        part.chmod(0o755)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
-
 # %% ../nbs/26_deploy.ipynb #26a00011
 def _classes(model: Any) -> Any:
     """Class names that an image network carries."""
@@ -798,163 +1575,6 @@ def _remember(part: Path, examples: Sequence[str | bytes]) -> None:
     text = json.dumps(made, indent=1, ensure_ascii=False)
     (part / "example.json").write_text(text + "\n", encoding="utf-8")
     _seal(part)
-
-# %% ../nbs/26_deploy.ipynb #26a00012
-class Batcher:
-    """Gather single inputs into batches for a function that likes many.
-
-    The first input that waits opens a window; what arrives within it, up to
-    `size` inputs, is answered together. While a batch is computed, the next
-    one gathers. It must be made and used inside one event loop.
-
-    Parameters
-    ----------
-    answer : callable
-        List of inputs -> list of results, called in a thread of its own.
-    size : int
-        Largest batch.
-    window : float
-        Seconds that the first input waits for others; 0: only what is there.
-    seen : callable, optional
-        Gets (number of inputs, seconds) of every batch.
-
-    Examples
-    --------
-    >>> async def main():
-    ...     batcher = Batcher(lambda many: [v + len(many) for v in many])
-    ...     found = await asyncio.gather(*(batcher(v, 1.0) for v in (1, 2)))
-    ...     await batcher.close()
-    ...     return found
-    >>> asyncio.run(main())
-    [3, 4]
-    """
-
-    def __init__(
-        self,
-        answer: Callable[[list], Sequence],
-        size: int = 16,
-        window: float = 0.005,
-        seen: Callable[[int, float], None] = lambda n, seconds: None,
-    ):
-        check_value("size", size, "count")
-        check_value("window", window, "at least 0")
-        self.answer, self.size, self.window = answer, size, window
-        self.seen, self.waiting = seen, deque[tuple]()
-        self.fresh, self.closed = asyncio.Event(), False
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self.worker = asyncio.create_task(self._work())
-
-    async def __call__(self, item: Any, seconds: float) -> Any:
-        """The result for one input; TimeoutError if it takes longer."""
-        if self.closed:
-            raise RuntimeError("the batcher is closed; make a new one")
-        loop = asyncio.get_running_loop()
-        result = loop.create_future()
-        self.waiting.append((item, result, loop.time()))
-        self.fresh.set()
-        async with asyncio.timeout(seconds):
-            return await result
-
-    async def close(self) -> None:
-        """Answer what waits, then stop."""
-        self.closed = True
-        self.fresh.set()
-        await self.worker
-        self.pool.shutdown()
-
-    async def _gather(self) -> list[tuple]:
-        """The next batch; empty when all is done."""
-        loop = asyncio.get_running_loop()
-        while not self.waiting and not self.closed:
-            self.fresh.clear()
-            await self.fresh.wait()
-        while self.waiting and len(self.waiting) < self.size:
-            left = self.waiting[0][2] + self.window - loop.time()
-            if left <= 0 or self.closed:
-                break
-            self.fresh.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self.fresh.wait()
-        many = min(self.size, len(self.waiting))
-        return [self.waiting.popleft() for _ in range(many)]
-
-    async def _work(self) -> None:
-        """Answer batch after batch."""
-        while batch := await self._gather():
-            wanted = [pair for pair in batch if not pair[1].done()]
-            await self._answer(wanted)  # who gave up costs nothing
-
-    async def _answer(self, batch: list[tuple]) -> None:
-        """One batch; where it fails, each input alone."""
-        if not batch:
-            return
-        loop, begun = asyncio.get_running_loop(), time.perf_counter()
-        try:
-            found = await loop.run_in_executor(
-                self.pool, self.answer, [item for item, *_ in batch]
-            )
-        except Exception as error:
-            if len(batch) > 1:
-                for one in batch:
-                    await self._answer([one])
-            elif not batch[0][1].done():
-                batch[0][1].set_exception(error)
-            return
-        self.seen(len(batch), time.perf_counter() - begun)
-        for (_, result, _), value in zip(batch, found, strict=True):
-            if not result.done():
-                result.set_result(value)
-
-# %% ../nbs/26_deploy.ipynb #26a00013
-@dataclass(frozen=True)
-class Limits:
-    """What the service takes on; beyond it, it says no at once.
-
-    Parameters
-    ----------
-    requests : int
-        In the house at the same time, waiting ones included; more get 429.
-    seconds : float
-        From a request's arrival to its answer; more gets 504. For sending the
-        request itself the client has as long; else 408.
-    body : int
-        Bytes of a request; more gets 413.
-    texts, characters : int
-        Texts of a request, and characters of each text; more gets 413.
-    batch : int
-        Inputs that the network sees at once.
-    window : float
-        Seconds that the first of a batch waits for others.
-
-    Examples
-    --------
-    >>> Limits(requests=8).requests
-    8
-    """
-
-    requests: int = 64
-    seconds: float = 5.0
-    body: int = 4_000_000
-    texts: int = 32
-    characters: int = 5_000
-    batch: int = 16
-    window: float = 0.005
-
-    def __post_init__(self) -> None:
-        for name in ("requests", "body", "texts", "characters", "batch"):
-            check_value(name, getattr(self, name), "count")
-        check_value("seconds", self.seconds, "positive")
-        check_value("window", self.window, "at least 0")
-
-
-class _Refusal(Exception):
-    """A request that is not answered, and why."""
-
-    def __init__(self, status: int, code: str, message: str, **more: Any):
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
-        self.more = more
 
 # %% ../nbs/26_deploy.ipynb #26a00014
 _TIMES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -1161,368 +1781,6 @@ class _House:
                 work = asyncio.to_thread(self.monitor.judge)
                 self.job = asyncio.create_task(work)
 
-# %% ../nbs/26_deploy.ipynb #26a00017
-def create_app(
-    folder: str | Path,
-    limits: Limits | None = None,
-    *,
-    window: int = 0,
-    threads: int = 1,
-) -> Any:
-    """A web service for a packed model, as an ASGI application.
-
-    ``POST /predict`` answers; ``GET /health``, ``/metrics``, ``/info`` and
-    the page ``/`` tell about it. Every refusal is JSON, ``{"error": {"code":
-    ..., "message": ...}}``, with the fitting status.
-
-    Parameters
-    ----------
-    folder : path
-        What `pack` wrote.
-    limits : Limits, optional
-    window : int
-        Inputs after which a `Monitor` compares with the folder's reference;
-        0: never.
-    threads : int
-        Of the model.
-
-    Returns
-    -------
-    fastapi.FastAPI
-    """
-    _need("fastapi")
-    from fastapi import FastAPI, Request
-    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-    from starlette.exceptions import HTTPException
-
-    model, limits = Model(folder, threads), limits or Limits()
-    monitor = Monitor(model.reference, window) if window else None
-    house = _House(model, limits, monitor)
-    app = FastAPI(lifespan=house.open, docs_url=None, redoc_url=None)
-    app.state.house = house
-
-    def refused(error: _Refusal) -> JSONResponse:
-        told = {"code": error.code, "message": error.message, **error.more}
-        headers = {"Retry-After": "1"} if error.status == 429 else {}
-        return JSONResponse({"error": told}, error.status, headers)
-
-    @app.post("/predict")
-    async def predict(request: Request) -> JSONResponse:
-        begun, number = time.perf_counter(), secrets.token_hex(8)
-        try:
-            answer = JSONResponse(await house.predict(request))
-        except _Refusal as error:
-            answer = refused(error)
-        except Exception:  # the client learns nothing of the inside
-            told = f"the service failed; give the number {number} if you ask"
-            answer = refused(_Refusal(500, "failed", told))
-            _LOG.exception("request %s", number)
-        answer.headers["X-Request-ID"] = number
-        house.metrics.answered(answer.status_code, time.perf_counter() - begun)
-        return answer
-
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        fine = house.batcher is not None and not house.batcher.worker.done()
-        told = {"status": "ok" if fine else "stopped", "digest": model.digest}
-        return JSONResponse(told, 200 if fine else 503)
-
-    @app.get("/info")
-    async def info() -> dict:
-        return {**model.about, "limits": asdict(limits), "card": model.card}
-
-    @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(house.metrics.text(monitor))
-
-    @app.get("/")
-    async def page() -> HTMLResponse:
-        return HTMLResponse(*_page(model))
-
-    @app.exception_handler(HTTPException)
-    async def other(request: Request, error: HTTPException) -> JSONResponse:
-        told = f"{request.method} {request.url.path}: {error.detail}; see /info"
-        return refused(_Refusal(error.status_code, "no_such_thing", told))
-
-    return app
-
-
-def _page(model: Model) -> tuple[str, int, dict[str, str]]:
-    """The page, and headers that let it run its own script and no other."""
-    key = secrets.token_urlsafe(12)
-    text = (asset("deploy") / "page.html").read_text(encoding="utf-8")
-    rules = (
-        f"default-src 'none'; connect-src 'self'; script-src 'nonce-{key}'; "
-        f"style-src 'nonce-{key}'; img-src blob:; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {
-        "Content-Security-Policy": rules,
-        "X-Content-Type-Options": "nosniff",
-    }
-    text = text.replace("NONCE", key).replace("KIND", model.kind)
-    return text, 200, headers
-
-# %% ../nbs/26_deploy.ipynb #26a00018
-def serve(
-    folder: str | Path,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    limits: Limits | None = None,
-    **options: Any,
-) -> None:
-    """Serve a packed model until Ctrl-C.
-
-    It speaks plain HTTP and knows no users: let others reach it only through a
-    proxy that adds both.
-
-    Parameters
-    ----------
-    folder : path
-    host : str
-        "127.0.0.1" answers this machine alone, "0.0.0.0" the network.
-    port : int
-        0: any that is free; the line that is printed names it.
-    limits : Limits, optional
-    **options
-        As for `create_app`.
-    """
-    _need("fastapi", "uvicorn")
-    import uvicorn
-
-    app = create_app(folder, limits, **options)
-    place = socket.create_server((host, port), backlog=128)
-    print(f"serving on http://{host}:{place.getsockname()[1]}", flush=True)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_keep_alive=30
-    )
-    uvicorn.Server(config).run(sockets=[place])
-
-
-def _main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m ftbook.deploy FOLDER``: every limit is an option."""
-    import argparse
-
-    line = argparse.ArgumentParser(prog="python -m ftbook.deploy")
-    line.add_argument("folder")
-    line.add_argument("--host", default="127.0.0.1")
-    line.add_argument("--port", type=int, default=8000)
-    line.add_argument("--threads", type=int, default=1)
-    line.add_argument("--monitor", type=int, default=0, metavar="INPUTS")
-    for f in fields(Limits):
-        kind: Any = type(f.default)
-        line.add_argument(f"--{f.name}", type=kind, default=f.default)
-    given = vars(line.parse_args(arguments))
-    limits = Limits(**{f.name: given[f.name] for f in fields(Limits)})
-    where = given["folder"], given["host"], given["port"], limits
-    torch.set_num_threads(given["threads"])
-    serve(*where, threads=given["threads"], window=given["monitor"])
-
-# %% ../nbs/26_deploy.ipynb #26a00019
-class _Load(NamedTuple):
-    """What came back of a load test; times in seconds."""
-
-    sent: int
-    statuses: dict[int, int]
-    lost: int  # no answer at all
-    p50: float  # of the answers with status 200
-    p95: float
-    p99: float
-    per_second: float  # of the answers with status 200
-    outputs: list  # what each input got, None where refused
-
-
-def load_test(
-    url: str,
-    inputs: Sequence[str | bytes],
-    clients: int = 8,
-    seconds: float = 30.0,
-) -> _Load:
-    """Send inputs to a service from several clients at once.
-
-    Each client keeps one connection and sends its next input when the last one
-    is answered, so never more than `clients` requests are under way.
-
-    Parameters
-    ----------
-    url : str
-        As `serve` prints it.
-    inputs : sequence of str or bytes
-        Each sent once, texts as JSON, bytes as pictures.
-    clients : int
-        At most 256.
-    seconds : float
-        Longest wait for one answer.
-
-    Returns
-    -------
-    NamedTuple
-        ``sent``, ``statuses``, ``lost``, ``p50``, ``p95``, ``p99``,
-        ``per_second``, ``outputs``.
-    """
-    check_value("clients", clients, "count")
-    clients = min(clients, 256, len(inputs))
-    host = urlsplit(url).netloc
-    todo, lock = deque(enumerate(inputs)), threading.Lock()
-    found: dict[int, tuple] = {}
-
-    def client() -> None:
-        line = http.client.HTTPConnection(host, timeout=seconds)
-        while True:
-            with lock:
-                if not todo:
-                    break
-                number, given = todo.popleft()
-            begun = time.perf_counter()
-            try:
-                line.request("POST", "/predict", *_as_request(given))
-                answer = line.getresponse()
-                got = answer.status, json.loads(answer.read())
-            except (OSError, http.client.HTTPException, ValueError):
-                line.close()
-                got = 0, {}
-            found[number] = time.perf_counter() - begun, *got
-        line.close()
-
-    begun = time.perf_counter()
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    wall = time.perf_counter() - begun
-    times = [t for t, status, _ in found.values() if status == 200] or [np.nan]
-    good = [found[i][2].get("outputs", [None])[0] for i in range(len(inputs))]
-    return _Load(
-        len(inputs),
-        dict(Counter(status for _, status, _ in found.values() if status)),
-        sum(not status for _, status, _ in found.values()),
-        *(float(v) for v in np.percentile(times, [50, 95, 99])),
-        sum(v is not None for v in good) / wall,
-        good,
-    )
-
-
-def _as_request(given: str | bytes) -> tuple[bytes, dict[str, str]]:
-    """Body and headers."""
-    if isinstance(given, bytes):
-        return given, {"Content-Type": _BYTES}
-    body = json.dumps({"inputs": [given]}).encode()
-    return body, {"Content-Type": "application/json"}
-
-# %% ../nbs/26_deploy.ipynb #26a00020
-def psi(reference: Any, current: Any, bins: int = 10) -> float:
-    """Population stability index of two samples, equation (26.1).
-
-    Parameters
-    ----------
-    reference, current : array (M,), (N,)
-        Numbers are cut at the quantiles of the reference; integers and strings
-        are classes.
-    bins : int
-        Of numbers.
-
-    Returns
-    -------
-    float
-        0 or more; half an example is added to every bin, so that none is empty.
-
-    Examples
-    --------
-    >>> round(psi([0] * 50 + [1] * 50, [0] * 80 + [1] * 20), 2)
-    0.4
-    """
-    a, b = np.asarray(reference), np.asarray(current)
-    if a.ndim != 1 or b.ndim != 1 or not len(a) or not len(b):
-        raise ValueError(
-            f"the samples have the shapes {a.shape} and {b.shape}; give two "
-            "lists of at least one value"
-        )
-    if a.dtype.kind == "f":
-        edges = np.quantile(a, np.linspace(0, 1, bins + 1)[1:-1])
-        a, b = (np.searchsorted(edges, v) for v in (a, b))
-        n = bins
-    else:
-        names, both = np.unique(np.concatenate([a, b]), return_inverse=True)
-        a, b, n = both[: len(a)], both[len(a) :], len(names)
-    p, q = (np.bincount(v, minlength=n) + 0.5 for v in (a, b))
-    p, q = p / p.sum(), q / q.sum()
-    return float(((q - p) * np.log(q / p)).sum())
-
-# %% ../nbs/26_deploy.ipynb #26a00021
-class _Drift(NamedTuple):
-    """One window against the reference."""
-
-    p: float  # of the most striking statistic, corrected for their number
-    values: dict[str, float]  # statistic -> value
-    each: dict[str, float]  # statistic -> its own p
-
-
-def drift_test(
-    reference: Mapping[str, Any],
-    window: Mapping[str, Any],
-    *,
-    rounds: int = 499,
-    seed: int = 0,
-) -> _Drift:
-    """Whether a window differs from the reference by more than chance.
-
-    All examples are shuffled between the two, `rounds` times, and every
-    statistic is computed again. The p-value of the smallest p-value, from the
-    same shuffles, says how often chance gives anything as striking (Westfall
-    and Young, 1993): without drift it is at most `level` in a share `level` of
-    the windows, however many statistics there are.
-
-    Parameters
-    ----------
-    reference, window : dict of arrays
-        ``confidence`` (N,) gives the Kolmogorov-Smirnov distance, ``guess``
-        (N,) of integers the PSI, ``vector`` (N, D) the distance of the means in
-        units of each direction's standard deviation. Names that both have
-        count.
-    rounds, seed : int
-
-    Returns
-    -------
-    NamedTuple
-        ``p``, ``values`` and ``each``.
-
-    Examples
-    --------
-    >>> draws = np.random.default_rng(0)
-    >>> old, new = ({"confidence": draws.beta(a, 1, 200)} for a in (5, 2))
-    >>> drift_test(old, new).p < 0.01
-    True
-    """
-    names = [n for n in _STATISTICS if n in reference and n in window]
-    if not names:
-        raise ValueError(
-            f"the reference has {', '.join(reference) or 'nothing'}, the "
-            f"window {', '.join(window) or 'nothing'}; give both at least one "
-            f"of {', '.join(_STATISTICS)}"
-        )
-    m, n = (len(v[names[0]]) for v in (reference, window))
-    draws = np.random.default_rng(seed)
-    new = np.zeros((rounds + 1, m + n), dtype=np.float32)
-    new[0, m:] = 1
-    for row in new[1:]:
-        row[draws.permutation(m + n)[:n]] = 1
-    values, below = {}, []
-    for name in names:
-        pool = np.concatenate(
-            [np.asarray(v[name]) for v in (reference, window)]
-        )
-        told, function = _STATISTICS[name]
-        found = function(pool, new)
-        values[told] = float(found[0])
-        order = np.sort(found)
-        first = np.searchsorted(order, found - 1e-6, side="left")
-        below.append((rounds + 1 - first) / (rounds + 1))
-    smallest = np.min(below, axis=0)
-    p = float((smallest <= smallest[0]).mean())
-    each = dict(zip(values, (float(v[0]) for v in below), strict=True))
-    return _Drift(p, values, each)
-
 # %% ../nbs/26_deploy.ipynb #26a00022
 def _ks(pool: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Largest distance of the two distribution functions, for every row."""
@@ -1562,168 +1820,7 @@ _STATISTICS = {
     "vector": ("distance of the vectors", _moved),
 }
 
-# %% ../nbs/26_deploy.ipynb #26a00023
-class Monitor:
-    """Compare every so many inputs with those from before deployment.
-
-    Parameters
-    ----------
-    reference : dict of arrays
-        `Model.reference`, or arrays named as for `drift_test`.
-    window : int
-        Inputs that are compared at once.
-    level : float
-        Share of the windows without drift that raise an alarm: 0.01 is one
-        false alarm in a hundred windows.
-    rounds : int, optional
-        Shuffles; default: enough for the level.
-
-    Attributes
-    ----------
-    windows : int
-        That were compared.
-    alarms : list of (window number, what `drift_test` found)
-
-    Examples
-    --------
-    >>> draws = np.random.default_rng(0)
-    >>> monitor = Monitor({"confidence": draws.beta(5, 1, 300)}, window=100)
-    >>> for value in draws.beta(2, 1, 100): found = monitor.add(value)
-    >>> found.p <= monitor.level, len(monitor.alarms)
-    (True, 1)
-    """
-
-    def __init__(
-        self,
-        reference: Mapping[str, Any],
-        window: int = 200,
-        level: float = 0.01,
-        rounds: int | None = None,
-    ):
-        check_value("window", window, "count")
-        if not 0 < level < 1:
-            raise ValueError(
-                f"level={level}; give the share of false alarms, between 0 "
-                "and 1"
-            )
-        if not len(reference.get("confidence", ())):
-            raise ValueError(
-                "the reference has no confidence; pack the model with "
-                "reference= inputs from before deployment"
-            )
-        self.reference, self.window, self.level = reference, window, level
-        self.rounds = rounds or max(199, math.ceil(5 / level) - 1)
-        self.windows, self.alarms = 0, list[tuple[int, _Drift]]()
-        self._kept: list[tuple] = []
-        self._full: deque[list[tuple]] = deque(maxlen=4)
-
-    def note(
-        self, confidence: float, guess: int = 0, vector: Any = None
-    ) -> bool:
-        """Keep one answer; True if a window is full and `judge` can compare."""
-        self._kept.append((confidence, guess, vector))
-        if len(self._kept) < self.window:
-            return False
-        self._full.append(self._kept)
-        self._kept = []
-        return True
-
-    def judge(self) -> _Drift:
-        """Compare the oldest full window."""
-        kept = self._full.popleft()
-        columns = dict(zip(_STATISTICS, zip(*kept, strict=True), strict=True))
-        new = {
-            name: np.stack([np.asarray(v) for v in column])
-            for name, column in columns.items()
-            if column[0] is not None and name in self.reference
-        }
-        how: Any = {"rounds": self.rounds, "seed": self.windows}
-        found = drift_test(self.reference, new, **how)
-        if found.p <= self.level:
-            self.alarms.append((self.windows, found))
-        self.windows += 1
-        return found
-
-    def add(
-        self, confidence: float, guess: int = 0, vector: Any = None
-    ) -> _Drift | None:
-        """`note`, and `judge` when a window is full."""
-        return self.judge() if self.note(confidence, guess, vector) else None
-
-# %% ../nbs/26_deploy.ipynb #26a00024
-class _Field(NamedTuple):
-    """Stated probabilities against what was so."""
-
-    accuracy: float
-    confidence: float  # mean
-    p: float  # how often a calibrated model is as far off
-    error: float  # expected calibration error
-    null: float  # what that error stays below in 95 % of cases if calibrated
-
-
-def field_calibration(
-    probabilities: Any,
-    labels: Any,
-    *,
-    bins: int = 10,
-    rounds: int = 500,
-    seed: int = 0,
-) -> _Field:
-    """Whether the stated probabilities hold for inputs from the field.
-
-    Labels are drawn from the stated probabilities themselves, `rounds` times:
-    that is what a calibrated model would see.
-
-    Parameters
-    ----------
-    probabilities : array (N, C)
-    labels : array (N,) of integers
-        Found out later, for inputs that were drawn at random.
-    bins : int
-        Of the calibration error.
-    rounds, seed : int
-
-    Returns
-    -------
-    NamedTuple
-        ``accuracy`` and ``confidence``, the ``p`` of their difference, the
-        calibration ``error`` and its ``null``.
-
-    Examples
-    --------
-    >>> stated = np.tile([0.9, 0.1], (100, 1))
-    >>> found = field_calibration(stated, [0] * 60 + [1] * 40)
-    >>> found.accuracy, found.p < 0.01, found.error > found.null
-    (0.6, True, True)
-    """
-    p = torch.as_tensor(np.asarray(probabilities, dtype=np.float64))
-    y = torch.as_tensor(np.asarray(labels))
-    error = calibration_error(p, y, bins)
-    sure, guess = p.max(1)
-    draws = torch.Generator().manual_seed(seed)
-    drawn = torch.multinomial(p, rounds, replacement=True, generator=draws)
-    gaps = ((drawn == guess[:, None]).double().mean(0) - sure.mean()).abs()
-    right = (y == guess).double().mean()
-    far = int((gaps >= (right - sure.mean()).abs() - 1e-12).sum())
-    null = torch.tensor([calibration_error(p, d, bins) for d in drawn.T])
-    return _Field(
-        float(right),
-        float(sure.mean()),
-        (1 + far) / (1 + rounds),
-        error,
-        float(null.double().quantile(0.95)),
-    )
-
 # %% ../nbs/26_deploy.ipynb #26a00025
-class _Refreshed(NamedTuple):
-    """What became of a new model."""
-
-    promoted: bool
-    candidate: Path
-    sets: dict[str, tuple[float, float, float]]  # before, after, lower limit
-    why: str
-
-
 def _current(place: Path) -> Path:
     """The folder in use."""
     pointer = place / "current"
@@ -1760,103 +1857,8 @@ def _right(model: Model, examples: Sequence[tuple]) -> np.ndarray:
             right.append(said == label)
     return np.array(right)
 
-# %% ../nbs/26_deploy.ipynb #26a00026
-def refresh(
-    place: str | Path,
-    retrain: Callable[[list[tuple], Path], Any],
-    fresh: Sequence[tuple],
-    guard: Sequence[tuple],
-    *,
-    margin: float = 0.02,
-    level: float = 0.95,
-) -> _Refreshed:
-    """Collect, train again, compare, and promote or keep.
-
-    Half of the fresh examples train, the other half judges; which half is
-    decided by a hash of the input. The candidate takes over if it is shown to
-    be no worse than `margin` on the guard set, and better on the fresh half
-    (`continual.gate`). Every decision is one line in ``history.jsonl``.
-
-    Parameters
-    ----------
-    place : path
-        A folder of packed models, with a file ``current`` that names one.
-    retrain : callable
-        (examples, folder) -> None; trains and writes the folder with `pack`.
-    fresh : sequence of (input, label)
-        Labeled inputs from the field; a tagger's label is a list of (start,
-        end, type).
-    guard : sequence of (input, label)
-        What the model has to keep, such as the test set.
-    margin, level : float
-        As for `continual.gate`.
-
-    Returns
-    -------
-    NamedTuple
-        ``promoted``, ``candidate``, ``sets``, ``why``.
-    """
-    place = Path(place)
-    old = Model(_current(place))
-    judge = [e for e in fresh if _judges(e)]
-    train = [e for e in fresh if not _judges(e)]
-    if len(judge) < 2 or not train or len(guard) < 2:
-        raise ValueError(
-            f"{len(train)} fresh examples to train with, {len(judge)} to judge "
-            f"with and {len(guard)} to guard; give at least 1, 2 and 2"
-        )
-    numbers = [int(p.name) for p in place.iterdir() if p.name.isdecimal()]
-    candidate = place / f"{max(numbers, default=0) + 1:04d}"
-    retrain(train, candidate)
-    new = Model(candidate)
-    if (new.kind, new.labels) != (old.kind, old.labels):
-        raise ValueError(
-            f"the new model is a {new.kind} with {new.labels}, the old one a "
-            f"{old.kind} with {old.labels}; clients rely on these: deploy it "
-            "as another service"
-        )
-    sets = {"guard": list(guard), "fresh": judge}
-    before, after = (
-        {name: _right(m, rows) for name, rows in sets.items()}
-        for m in (old, new)
-    )
-    kept = _only(gate, before, after, "guard", margin, level)
-    won = _only(gate, before, after, "fresh", 0.0, level)
-    numbers_ = {**kept.sets, **won.sets}
-    better = won.accepted and won.sets["fresh"][2] > 0
-    why = "better on fresh inputs, and the guard set holds"
-    if not kept.accepted:
-        why = f"more than {margin:.0%} may be lost on the guard set"
-    elif not better:
-        why = "not shown to be better on fresh inputs"
-    promoted = kept.accepted and better
-    _log(place, old, new, numbers_, promoted, why)
-    if promoted:
-        with atomic_write(place / "current") as temporary:
-            temporary.write_text(candidate.name + "\n", encoding="utf-8")
-    return _Refreshed(promoted, candidate, numbers_, why)
-
-
-def _only(judge: Callable, before: Any, after: Any, name: str, *how: float):
-    """The gate on one set."""
-    return judge({name: before[name]}, {name: after[name]}, *how)
-
-
-def _log(place: Path, old: Model, new: Model, sets, promoted, why) -> None:
-    """One line for every decision."""
-    line = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "old": old.digest,
-        "new": new.digest,
-        "sets": sets,
-        "promoted": promoted,
-        "why": why,
-    }
-    with open(place / "history.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
 # %% ../nbs/26_deploy.ipynb #26a00027
 _LOG = logging.getLogger("ftbook.deploy")
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     _main()

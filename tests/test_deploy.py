@@ -1,7 +1,6 @@
 """Chapter 26: packed folders, batches, a service under load and under attack, monitoring against its nulls, the gate, the page."""
 
 import asyncio
-import base64
 import copy
 import http.client
 import importlib.util
@@ -502,7 +501,9 @@ def test_halves_of_pairs_and_null_bytes_are_texts_like_others(texts_service):
 
 
 @extra
-@pytest.mark.parametrize("method, path, status", [("GET", "/predict", 405), ("GET", "/../model.json", 404), ("GET", "/docs", 404)])
+@pytest.mark.parametrize(
+    "method, path, status", [("GET", "/predict", 405), ("GET", "/../model.json", 404), ("GET", "/docs", 404)]
+)
 def test_other_paths_get_a_reason_too(texts_service, method, path, status):
     found = ask(texts_service[0], method, path)
     assert found[0] == status and "see /info" in found[1]["error"]["message"]
@@ -630,7 +631,9 @@ def test_the_page_talks_to_the_service(folders, kind, tmp_path):
         page = browser.new_page(viewport={"width": 390, "height": 800})
         trouble = []
         page.on("pageerror", lambda e: trouble.append(str(e)))
-        page.on("console", lambda m: m.type == "error" and "/favicon" not in m.location["url"] and trouble.append(m.text))
+        page.on(
+            "console", lambda m: m.type == "error" and "/favicon" not in m.location["url"] and trouble.append(m.text)
+        )
         page.goto(url)
         page.get_by_text("version").wait_for()
         if kind == "image":
@@ -689,10 +692,20 @@ def test_the_psi_of_classes_is_at_least_0_and_the_same_both_ways(a, b):
 
 def test_the_statistics_are_scipys_ks_and_the_psi():
     draws = np.random.default_rng(1)
-    old = {"confidence": draws.integers(0, 20, 60) / 20, "guess": draws.integers(0, 3, 60), "vector": draws.normal(size=(60, 4))}
-    new = {"confidence": draws.integers(4, 20, 40) / 20, "guess": draws.integers(0, 3, 40), "vector": draws.normal(size=(40, 4))}
+    old = {
+        "confidence": draws.integers(0, 20, 60) / 20,
+        "guess": draws.integers(0, 3, 60),
+        "vector": draws.normal(size=(60, 4)),
+    }
+    new = {
+        "confidence": draws.integers(4, 20, 40) / 20,
+        "guess": draws.integers(0, 3, 40),
+        "vector": draws.normal(size=(40, 4)),
+    }
     found = drift_test(old, new, rounds=99).values
-    assert found["KS of the confidence"] == pytest.approx(stats.ks_2samp(old["confidence"], new["confidence"]).statistic, abs=1e-6)
+    assert found["KS of the confidence"] == pytest.approx(
+        stats.ks_2samp(old["confidence"], new["confidence"]).statistic, abs=1e-6
+    )
     assert found["PSI of the answers"] == pytest.approx(psi(old["guess"], new["guess"]), abs=1e-5)
     both = np.concatenate([old["vector"], new["vector"]])
     gap = (new["vector"].mean(0) - old["vector"].mean(0)) / both.std(0)
@@ -846,3 +859,49 @@ def test_what_a_tagger_gets_right_is_a_whole_text():
 
     rows = [("Anna", [(0, 4, "PER")]), ("Anna", [[0, 4, "LOC"]]), ("x", [])]
     assert deploy._right(Tags(), rows).tolist() == [True, False, False]
+
+
+# ---------------------------------------------------------------- the studies
+
+
+def test_baselines_score_and_forms_are_named():
+    assert [r["way"] for r in study.rows()] == [study.MAJORITY, study.BAG, study.TORCH, study.WHOLE, study.SMALL]
+    for about in ({"way": study.MAJORITY}, {"way": study.BAG, "C": 1.0}):
+        assert set(study.run(0, "test", **about)["accuracy"]) <= {0.0, 1.0}
+
+
+@extra
+def test_a_file_says_what_the_network_says_in_the_study():
+    found = study.run(0, "test", study.WHOLE)
+    assert found["gap"] < 1e-4 and len(found["accuracy"]) == len(study.reviews()["test"])
+
+
+@extra
+@pytest.mark.parametrize("kind", study.KINDS)
+def test_reference_and_window_share_no_sentence(kind):
+    old, new = study._drawn(0, kind, 4, np.random.default_rng(0))
+    assert {len(v) for v in old.values()} == {study.REFERENCE} and len(new["guess"]) == len(new["vector"]) <= 4
+    both = np.concatenate([old["vector"], new["vector"]])
+    assert kind == study.ALL or len(np.unique(both, axis=0)) == len(both)
+
+
+@extra
+def test_the_studies_of_monitoring_are_stored(monkeypatch, tmp_path):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    study.main("alarms", "vectors", "calibration", "sizes")
+    found = study.results.load(study.CHAPTER, "alarms")
+    cells = {(r["kind"], r["window"], r["rule"]) for r in found}
+    assert len(cells) == len(study.KINDS) * len(study.WINDOW) * len(study.RULES)
+    assert [r["way"] for r in study.results.load(study.CHAPTER, "sizes")] == [study.TORCH, study.WHOLE, study.SMALL]
+
+
+@extra
+def test_the_same_model_again_is_not_promoted():
+    found = study.run_refresh(0, study.AGAIN)
+    assert not found["promoted"] and "not shown to be better" in found["why"]
+    assert all(found[f"old {name}"] == found[f"new {name}"] for name in ("SST-2", "CR"))
+
+
+def test_an_unknown_part_is_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="no study 'words'; use files, sizes"):
+        study.main("words")

@@ -167,6 +167,13 @@ WRONG = [
     ("continual", "balance", 4.0),
     ("continual", "enough", 340),
     ("continual", "balanced", lambda labels, size: list(range(size))),
+    ("deploy", "belongs", {"labels", "pickle"}),
+    ("deploy", "throughput", 33.3),
+    ("deploy", "index", 0.14),
+    ("deploy", "weekly", 5.04),
+    ("deploy", "groups", lambda lengths, size: [[i] for i in range(len(lengths))]),
+    ("deploy", "groups", lambda lengths, size: [list(range(len(lengths)))]),
+    ("deploy", "groups", lambda lengths, size: [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]),
 ]
 
 
