@@ -162,73 +162,6 @@ class _Session:
         return [torch.from_numpy(v) for v in self.run(None, given)]
 
 # %% ../nbs/26_deploy.ipynb #26a00005
-_FILES = {  # what a folder may hold; none of it is ever executed
-    "model.json",
-    "model.onnx",
-    "tokenizer.json",
-    "README.md",
-    "example.json",
-    "reference.safetensors",
-}
-_NEEDED = {"model.json", "model.onnx", "README.md", "example.json"}
-_MANIFEST = "manifest.json"
-
-
-class _Content(NamedTuple):
-    """The files of a folder that are what its manifest says."""
-
-    files: dict[str, bytes]
-    digest: str  # SHA-256 of the manifest: the name of this very model
-
-
-def _contents(folder: str | Path) -> _Content:
-    """Read every file once; what was checked is what is used."""
-    folder = Path(folder)
-    if not (folder / _MANIFEST).is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {_MANIFEST}; give a folder that "
-            "ftbook.deploy.pack wrote"
-        )
-    manifest = (folder / _MANIFEST).read_bytes()
-    try:
-        told = json.loads(manifest)["files"]
-        listed = {
-            n: (int(f["bytes"]), str(f["sha256"])) for n, f in told.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / _MANIFEST} is no manifest ({error!r}); pack the model "
-            "again"
-        ) from None
-    there = {p.name for p in folder.iterdir()} - {_MANIFEST}
-    foreign = sorted((there | set(listed)) - _FILES)
-    if foreign:
-        raise ValueError(
-            f"{folder} holds {', '.join(foreign[:3])}; allowed are "
-            f"{', '.join(sorted(_FILES))}, and none of them is a program"
-        )
-    absent = sorted((_NEEDED | set(listed)) - there)
-    if absent or there - set(listed):
-        odd = absent or sorted(there - set(listed))
-        raise ValueError(
-            f"{', '.join(odd)} {'is missing' if absent else 'is not listed'} "
-            f"in {folder}: the folder was not copied whole, or was changed"
-        )
-    files = {}
-    for name, (size, digest) in listed.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise ValueError(f"{path} is no regular file; copy the file itself")
-        content = path.read_bytes() if path.stat().st_size == size else b""
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(
-                f"{path} is not the file that was packed (its SHA-256 differs "
-                "from the manifest's); copy the folder again"
-            )
-        files[name] = content
-    return _Content(files, hashlib.sha256(manifest).hexdigest())
-
-
 def verify(folder: str | Path) -> dict[str, Any]:
     """Check a packed folder file by file.
 
@@ -328,17 +261,6 @@ class Model:
                     f"versions it was packed with: {self.about['versions']}"
                 )
 
-
-def _alike(a: Any, b: Any) -> bool:
-    """Whether two answers are the same up to rounding."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return set(a) == set(b) and all(_alike(a[k], b[k]) for k in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_alike, a, b))
-    if isinstance(a, float) and isinstance(b, int | float):
-        return math.isclose(a, b, abs_tol=0.02)
-    return a == b
-
 # %% ../nbs/26_deploy.ipynb #26a00010
 def pack(
     model: Any,
@@ -377,7 +299,7 @@ def pack(
     max_length : int
         Pieces of a text that a classifier reads.
     temperature : float
-        Divides the logits, equation (2.21).
+        Divides the logits, so that confidence fits accuracy (Guo et al., 2017).
     examples : inputs
         Up to eight; their answers are stored, and the service compares its own
         with them when it starts.
@@ -571,15 +493,6 @@ class Limits:
         check_value("seconds", self.seconds, "positive")
         check_value("window", self.window, "at least 0")
 
-
-class _Refusal(Exception):
-    """A request that is not answered, and why."""
-
-    def __init__(self, status: int, code: str, message: str, **more: Any):
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
-        self.more = more
-
 # %% ../nbs/26_deploy.ipynb #26a00017
 def create_app(
     folder: str | Path,
@@ -665,23 +578,6 @@ def create_app(
 
     return app
 
-
-def _page(model: Model) -> tuple[str, int, dict[str, str]]:
-    """The page, and headers that let it run its own script and no other."""
-    key = secrets.token_urlsafe(12)
-    text = (asset("deploy") / "page.html").read_text(encoding="utf-8")
-    rules = (
-        f"default-src 'none'; connect-src 'self'; script-src 'nonce-{key}'; "
-        f"style-src 'nonce-{key}'; img-src blob: data:; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {
-        "Content-Security-Policy": rules,
-        "X-Content-Type-Options": "nosniff",
-    }
-    text = text.replace("NONCE", key).replace("KIND", model.kind)
-    return text, 200, headers
-
 # %% ../nbs/26_deploy.ipynb #26a00018
 def serve(
     folder: str | Path,
@@ -716,26 +612,6 @@ def serve(
         app, log_level="warning", access_log=False, timeout_keep_alive=30
     )
     uvicorn.Server(config).run(sockets=[place])
-
-
-def _main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m ftbook.deploy FOLDER``: every limit is an option."""
-    import argparse
-
-    line = argparse.ArgumentParser(prog="python -m ftbook.deploy")
-    line.add_argument("folder")
-    line.add_argument("--host", default="127.0.0.1")
-    line.add_argument("--port", type=int, default=8000)
-    line.add_argument("--threads", type=int, default=1)
-    line.add_argument("--monitor", type=int, default=0, metavar="INPUTS")
-    for f in fields(Limits):
-        kind: Any = type(f.default)
-        line.add_argument(f"--{f.name}", type=kind, default=f.default)
-    given = vars(line.parse_args(arguments))
-    limits = Limits(**{f.name: given[f.name] for f in fields(Limits)})
-    where = given["folder"], given["host"], given["port"], limits
-    torch.set_num_threads(given["threads"])
-    serve(*where, threads=given["threads"], window=given["monitor"])
 
 # %% ../nbs/26_deploy.ipynb #26a00019
 class _Load(NamedTuple):
@@ -1276,6 +1152,130 @@ def _network(model: Any, size: int | None) -> tuple:
         mask[0, length // 2 :] = 0
         made.append({"input_ids": ids, "attention_mask": mask})
     return _Text(body, head, kind == "tagger"), *made
+
+# %% ../nbs/26_deploy.ipynb #26a00028
+_FILES = {  # what a folder may hold; none of it is ever executed
+    "model.json",
+    "model.onnx",
+    "tokenizer.json",
+    "README.md",
+    "example.json",
+    "reference.safetensors",
+}
+_NEEDED = {"model.json", "model.onnx", "README.md", "example.json"}
+_MANIFEST = "manifest.json"
+
+
+class _Content(NamedTuple):
+    """The files of a folder that are what its manifest says."""
+
+    files: dict[str, bytes]
+    digest: str  # SHA-256 of the manifest: the name of this very model
+
+
+def _contents(folder: str | Path) -> _Content:
+    """Read every file once; what was checked is what is used."""
+    folder = Path(folder)
+    if not (folder / _MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {_MANIFEST}; give a folder that "
+            "ftbook.deploy.pack wrote"
+        )
+    manifest = (folder / _MANIFEST).read_bytes()
+    try:
+        told = json.loads(manifest)["files"]
+        listed = {
+            n: (int(f["bytes"]), str(f["sha256"])) for n, f in told.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / _MANIFEST} is no manifest ({error!r}); pack the model "
+            "again"
+        ) from None
+    there = {p.name for p in folder.iterdir()} - {_MANIFEST}
+    foreign = sorted((there | set(listed)) - _FILES)
+    if foreign:
+        raise ValueError(
+            f"{folder} holds {', '.join(foreign[:3])}; allowed are "
+            f"{', '.join(sorted(_FILES))}, and none of them is a program"
+        )
+    absent = sorted((_NEEDED | set(listed)) - there)
+    if absent or there - set(listed):
+        odd = absent or sorted(there - set(listed))
+        raise ValueError(
+            f"{', '.join(odd)} {'is missing' if absent else 'is not listed'} "
+            f"in {folder}: the folder was not copied whole, or was changed"
+        )
+    files = {}
+    for name, (size, digest) in listed.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{path} is no regular file; copy the file itself")
+        content = path.read_bytes() if path.stat().st_size == size else b""
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(
+                f"{path} is not the file that was packed (its SHA-256 differs "
+                "from the manifest's); copy the folder again"
+            )
+        files[name] = content
+    return _Content(files, hashlib.sha256(manifest).hexdigest())
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two answers are the same up to rounding."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return set(a) == set(b) and all(_alike(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, float) and isinstance(b, int | float):
+        return math.isclose(a, b, abs_tol=0.02)
+    return a == b
+
+# %% ../nbs/26_deploy.ipynb #26a00029
+class _Refusal(Exception):
+    """A request that is not answered, and why."""
+
+    def __init__(self, status: int, code: str, message: str, **more: Any):
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+        self.more = more
+
+
+def _page(model: Model) -> tuple[str, int, dict[str, str]]:
+    """The page, and headers that let it run its own script and no other."""
+    key = secrets.token_urlsafe(12)
+    text = (asset("deploy") / "page.html").read_text(encoding="utf-8")
+    rules = (
+        f"default-src 'none'; connect-src 'self'; script-src 'nonce-{key}'; "
+        f"style-src 'nonce-{key}'; img-src blob: data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": rules,
+        "X-Content-Type-Options": "nosniff",
+    }
+    text = text.replace("NONCE", key).replace("KIND", model.kind)
+    return text, 200, headers
+
+
+def _main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m ftbook.deploy FOLDER``: every limit is an option."""
+    import argparse
+
+    line = argparse.ArgumentParser(prog="python -m ftbook.deploy")
+    line.add_argument("folder")
+    line.add_argument("--host", default="127.0.0.1")
+    line.add_argument("--port", type=int, default=8000)
+    line.add_argument("--threads", type=int, default=1)
+    line.add_argument("--monitor", type=int, default=0, metavar="INPUTS")
+    for f in fields(Limits):
+        kind: Any = type(f.default)
+        line.add_argument(f"--{f.name}", type=kind, default=f.default)
+    given = vars(line.parse_args(arguments))
+    limits = Limits(**{f.name: given[f.name] for f in fields(Limits)})
+    where = given["folder"], given["host"], given["port"], limits
+    torch.set_num_threads(given["threads"])
+    serve(*where, threads=given["threads"], window=given["monitor"])
 
 # %% ../nbs/26_deploy.ipynb #26a00007
 class _Classified:
