@@ -173,7 +173,11 @@ WRONG = [
     ("deploy", "weekly", 5.04),
     ("deploy", "groups", lambda lengths, size: [[i] for i in range(len(lengths))]),
     ("deploy", "groups", lambda lengths, size: [list(range(len(lengths)))]),
-    ("deploy", "groups", lambda lengths, size: [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]),
+    (
+        "deploy",
+        "groups",
+        lambda lengths, size: [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)],
+    ),
 ]
 
 
