@@ -725,7 +725,7 @@ def psi(reference: Any, current: Any, bins: int = 10) -> float:
     Examples
     --------
     >>> round(psi([0] * 50 + [1] * 50, [0] * 80 + [1] * 20), 2)
-    0.4
+    0.41
     """
     a, b = np.asarray(reference), np.asarray(current)
     if a.ndim != 1 or b.ndim != 1 or not len(a) or not len(b):
