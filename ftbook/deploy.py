@@ -776,6 +776,7 @@ def drift_test(
         units of each direction's standard deviation. Names that both have
         count.
     rounds, seed : int
+        With K statistics, p is hardly ever below K / (rounds + 1).
 
     Returns
     -------
