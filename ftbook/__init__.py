@@ -49,6 +49,7 @@ PUBLIC = {
     "explain": "swap_gaps SwapPairs integrated_gradients deletion",
     "continual": "learn Pull Replay transfer gate",
     "tasks": "RECIPES Segmenter Detector log_mel SpecAugment PairEncoder",
+    "deploy": "pack verify serve load_test psi drift_test Monitor refresh",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *PUBLIC]  # what help() prints; `dir` and completion know the names too

@@ -172,6 +172,17 @@ WRONG = [
     ("tasks", "frames", 118),
     ("tasks", "area", 0.5),
     ("tasks", "reciprocal", lambda scores: 1.0),
+    ("deploy", "belongs", {"labels", "pickle"}),
+    ("deploy", "throughput", 33.3),
+    ("deploy", "index", 0.14),
+    ("deploy", "weekly", 5.04),
+    ("deploy", "groups", lambda lengths, size: [[i] for i in range(len(lengths))]),
+    ("deploy", "groups", lambda lengths, size: [list(range(len(lengths)))]),
+    (
+        "deploy",
+        "groups",
+        lambda lengths, size: [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)],
+    ),
 ]
 
 

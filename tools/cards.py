@@ -38,6 +38,7 @@ DRAWN = {
     "22": "M4 30C20 30 22 8 38 8S56 6 60 4M12 8h10v10H12zM38 18h10v10H38zM17 13h.1M43 23h.1",  # a boundary, balls
     "23": "M4 8h12v12H4zM24 8h12v12H24zM44 8h12v12H44zM16 14h8M36 14h8M10 20c0 12 40 12 40 2",  # one after the other, and back
     "27": "M4 4h56v28H4zM10 10h16v14H10zM34 8h.1M34 28V16M40 28V12M46 28V20M52 28V10",  # a box, a spectrum
+    "26": "M4 18h14M14 14l4 4-4 4M24 4h16v28H24zM28 10h8M28 18h8M28 26h8M46 12h14M46 18h14M46 24h14",  # in, a service, out
 }
 
 

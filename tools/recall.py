@@ -34,6 +34,7 @@ KEYS = {
     "22_adversarial": "project typos attention_rollout",
     "23_continual": "transfer class_numbers gate",
     "27_tasks": "iou pseudo_values recall_at",
+    "26_deploy": "psi drift_test field_calibration",
 }
 NOTE = "> [!NOTE]\n> Recall edition: the bodies of {names} are yours to write. The cell below each says whether its examples hold."
 
