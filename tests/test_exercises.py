@@ -167,6 +167,11 @@ WRONG = [
     ("continual", "balance", 4.0),
     ("continual", "enough", 340),
     ("continual", "balanced", lambda labels, size: list(range(size))),
+    ("distributed", "cut", {"weights", "optimizer"}),
+    ("distributed", "gigabytes", 24.0),
+    ("distributed", "ring", 0.75),
+    ("distributed", "micro", 62),
+    ("distributed", "scattered", lambda parts, rank: parts[rank]),
 ]
 
 
