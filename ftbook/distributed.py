@@ -32,6 +32,7 @@ __all__ = [
 
 # %% ../nbs/25_distributed.ipynb #25a00002
 import contextlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -141,8 +142,7 @@ def _attempt(
     job: bytes, ranks: int, attempt: int, timeout: float
 ) -> tuple[list | None, str]:
     """What all ranks returned; None and the reason where one has died."""
-    from ftbook import distributed as library  # also within a notebook
-
+    library = importlib.import_module("ftbook.distributed")  # not a notebook
     posix = os.name == "posix"
     context: Any = multiprocessing.get_context(
         "forkserver" if posix else "spawn"
@@ -251,12 +251,15 @@ def _proxy(
 ) -> list[threading.Thread]:
     """Pass bytes on, each `delay` seconds late and at most `rate` a second."""
     under_way: queue.SimpleQueue = queue.SimpleQueue()
+    source.settimeout(None)
 
     def read() -> None:
         free, data = 0.0, b"."  # when the line is free again
         while data:
-            with contextlib.suppress(OSError):
+            try:
                 data = source.recv(1 << 14)
+            except OSError:  # closed
+                data = b""
             free = max(time.perf_counter(), free) + len(data) / rate
             under_way.put((free + delay, data))
 
@@ -264,7 +267,8 @@ def _proxy(
         due, data = under_way.get()
         while data:
             time.sleep(max(0.0, due - time.perf_counter()))
-            sink.sendall(data)
+            with contextlib.suppress(OSError):  # nobody listens any more
+                sink.sendall(data)
             due, data = under_way.get()
         sink.close()
 
@@ -282,10 +286,13 @@ class _Links:
         self._lock, self._made = threading.Lock(), {}
         self.barrier = threading.Barrier(ranks)
         self._open: list[socket.socket] = []
+        self._closed = False
 
     def ends(self, a: int, b: int) -> tuple[socket.socket, socket.socket]:
         """Where a sends to b, and where b receives it."""
         with self._lock:
+            if self._closed:
+                raise ConnectionError("a rank has failed, the links are gone")
             if (a, b) not in self._made:
                 (out, source), (sink, into) = _joined(), _joined()
                 _proxy(source, sink, self.delay, self.rate)
@@ -294,6 +301,8 @@ class _Links:
             return self._made[a, b]
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
         for end in self._open:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -636,6 +645,9 @@ def _wrapped(model: nn.Module, parallel: str, lr: float) -> tuple[Any, Any]:
         for block in [block for blocks in lists for block in blocks]:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        for part in model.modules():  # gloo adds up and takes no means
+            if hasattr(part, "set_force_sum_reduction_for_comms"):
+                part.set_force_sum_reduction_for_comms(True)
         return model, adam(model.parameters(), lr=lr)
     net = nn.parallel.DistributedDataParallel(model)
     if parallel == "ddp":
@@ -765,7 +777,7 @@ def train_parallel(
     factor = 1 if parallel == "hand" else ranks  # the others take the mean
     for step in range(start, steps):
         batch = _batch(data, batch_size, step, seed)
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=torch.float64)
         for k in range(accumulate):
             part, of = k * ranks + rank, accumulate * ranks
             with (
@@ -1104,7 +1116,8 @@ def cost(
     0.03
     """
     check_value("latency", latency, "at least 0")
-    check_value("rate", rate, "positive")
+    if not rate > 0:
+        raise ValueError(f"rate={rate}: give bytes a second, more than 0")
     messages, moved = _counts(how, size, ranks)
     return messages * latency + moved / rate
 

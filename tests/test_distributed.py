@@ -236,8 +236,8 @@ def test_links_hold_back_as_long_as_they_say():
             link.receive(x, 0)
         return time.perf_counter() - begun
 
-    assert over_links(timed, 2, delay=0.05)[1] == pytest.approx(0.05, abs=0.04)
-    assert over_links(timed, 2, rate=5e5)[1] == pytest.approx(0.1, abs=0.05)
+    assert 0.05 <= over_links(timed, 2, delay=0.05)[1] < 1
+    assert 0.09 <= over_links(timed, 2, rate=5e5)[1] < 1, "50,000 bytes take a tenth of a second"
 
 
 def test_an_error_on_a_link_frees_those_who_wait():
@@ -554,8 +554,9 @@ def test_what_slow_links_take_is_what_the_model_says():
         link.wait()
         return time.perf_counter() - begun
 
-    seconds = min(max(over_links(timed, 3, 0.02, 1e6)) for _ in range(2))
-    assert seconds == pytest.approx(cost("ring", 80_000, 3, 0.02, 1e6), rel=0.35)
+    told = cost("ring", 80_000, 3, 0.02, 1e6)
+    seconds = min(max(over_links(timed, 3, 0.02, 1e6)) for _ in range(3))
+    assert 0.95 * told <= seconds < 2 * told, "a busy machine is late, never early"
 
 
 # ---------------------------------------------------------------- rows from disk

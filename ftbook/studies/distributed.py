@@ -13,7 +13,6 @@ results/25_distributed.json lacks.
 
 # %% ../../nbs/25_distributed.ipynb #25b00001
 import json
-import math
 import multiprocessing
 import os
 import random
