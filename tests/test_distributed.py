@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import multiprocessing
 import os
 import signal
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+from ftbook import results
 from ftbook.distributed import (
     ShardedRows,
     SplitLinear,
@@ -32,6 +35,7 @@ from ftbook.distributed import (
     train_parallel,
     zero_bytes,
 )
+from ftbook.studies import distributed as study
 from ftbook.train import Settings, fit
 
 
@@ -635,3 +639,47 @@ def test_files_that_do_not_fit_are_refused(tmp_path, files):
         ShardedRows(files, 2, 0, 3)
     with pytest.raises(ValueError, match="1 rows for 2 ranks"):
         ShardedRows(files[1], 2, 0, 2)
+
+
+# ---------------------------------------------------------------- sweeps and the study
+
+
+def test_a_pool_of_processes_finds_what_one_process_finds():
+    tasks = [(0, 16), (1, 16)]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        found = [job.result() for job in [pool.submit(study.sweep_task, *task) for task in tasks]]
+    assert found == [study.sweep_task(*task) for task in tasks]
+
+
+def test_a_sweep_runs_on_dask(tmp_path, monkeypatch):
+    Client = pytest.importorskip("distributed").Client
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    how = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with Client(**how) as client:
+        options = {"chapter": "99_toy", "name": "sizes", "seeds": [0, 1], "executor": client.get_executor()}
+        results.sweep(study.sweep_task, {"width": [4, 8]}, **options)
+    assert len(results.load_sweep("99_toy", "sizes").rows) == 2
+
+
+def test_the_rate_of_many_devices_follows_the_rule():
+    assert [study.factor_of(rule, 16) for rule in ("searched", "kept", "square root", "linear")] == [1, 1, 4, 16]
+
+
+def test_the_study_measures_links_and_rows(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    study.main("links", "reading")
+    links, reading = (results.load(study.CHAPTER, name) for name in ("links", "reading"))
+    assert {r["ranks"] for r in links} == set(study.RANKS) and all(r["predicted"] > 0 for r in links)
+    assert [r["whole"] for r in reading] == [False, True] * len(study.ROWS)
+
+
+def test_the_study_loses_ranks_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(study, "SEEDS", (0,))
+    study.main("killed")
+    assert all(r["same"] for r in results.load(study.CHAPTER, "killed"))
+
+
+def test_an_unknown_part_is_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="no study 'speed'; use ways, batches"):
+        study.main("speed")
