@@ -1192,6 +1192,26 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
     return made
 
 
+def _same_names(paths: list[Path], parts: list[dict]) -> list[str]:
+    """The names of the tensors, which must be the same in all files."""
+    if not parts:
+        raise ValueError("no file was given")
+    names = list(parts[0])
+    for path, part in zip(paths, parts, strict=True):
+        if set(part) != set(names) or not names:
+            raise ValueError(
+                f"{path.name} has the tensors {sorted(part)}, {paths[0].name} "
+                f"has {sorted(names)}; give all files the same, at least one"
+            )
+        lengths = {len(t) for t in part.values()}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"{path.name} has tensors of {sorted(lengths)} rows; give all "
+                "the same number"
+            )
+    return names
+
+# %% ../nbs/25_distributed.ipynb #25a00019
 class ShardedRows:
     """Batches of rows from safetensors files that need not fit into memory.
 
@@ -1306,23 +1326,3 @@ class ShardedRows:
                 todo -= 1
                 yield self.read(own[self.rank :: self.ranks])
         yield self.read(left[self.rank :: self.ranks])
-
-
-def _same_names(paths: list[Path], parts: list[dict]) -> list[str]:
-    """The names of the tensors, which must be the same in all files."""
-    if not parts:
-        raise ValueError("no file was given")
-    names = list(parts[0])
-    for path, part in zip(paths, parts, strict=True):
-        if set(part) != set(names) or not names:
-            raise ValueError(
-                f"{path.name} has the tensors {sorted(part)}, {paths[0].name} "
-                f"has {sorted(names)}; give all files the same, at least one"
-            )
-        lengths = {len(t) for t in part.values()}
-        if len(lengths) > 1:
-            raise ValueError(
-                f"{path.name} has tensors of {sorted(lengths)} rows; give all "
-                "the same number"
-            )
-    return names

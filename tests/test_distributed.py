@@ -35,7 +35,6 @@ from ftbook.distributed import (
     train_parallel,
     zero_bytes,
 )
-from ftbook.studies import distributed as study
 from ftbook.train import Settings, fit
 
 
@@ -644,14 +643,22 @@ def test_files_that_do_not_fit_are_refused(tmp_path, files):
 # ---------------------------------------------------------------- sweeps and the study
 
 
-def test_a_pool_of_processes_finds_what_one_process_finds():
+@pytest.fixture
+def study():
+    """Not imported above: the processes of this file need not know it."""
+    from ftbook.studies import distributed
+
+    return distributed
+
+
+def test_a_pool_of_processes_finds_what_one_process_finds(study):
     tasks = [(0, 16), (1, 16)]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
         found = [job.result() for job in [pool.submit(study.sweep_task, *task) for task in tasks]]
     assert found == [study.sweep_task(*task) for task in tasks]
 
 
-def test_a_sweep_runs_on_dask(tmp_path, monkeypatch):
+def test_a_sweep_runs_on_dask(study, tmp_path, monkeypatch):
     Client = pytest.importorskip("distributed").Client
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     how = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
@@ -661,11 +668,11 @@ def test_a_sweep_runs_on_dask(tmp_path, monkeypatch):
     assert len(results.load_sweep("99_toy", "sizes").rows) == 2
 
 
-def test_the_rate_of_many_devices_follows_the_rule():
+def test_the_rate_of_many_devices_follows_the_rule(study):
     assert [study.factor_of(rule, 16) for rule in ("searched", "kept", "square root", "linear")] == [1, 1, 4, 16]
 
 
-def test_the_study_measures_links_and_rows(tmp_path, monkeypatch):
+def test_the_study_measures_links_and_rows(study, tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     study.main("links", "reading")
     links, reading = (results.load(study.CHAPTER, name) for name in ("links", "reading"))
@@ -673,13 +680,13 @@ def test_the_study_measures_links_and_rows(tmp_path, monkeypatch):
     assert [r["whole"] for r in reading] == [False, True] * len(study.ROWS)
 
 
-def test_the_study_loses_ranks_and_goes_on(tmp_path, monkeypatch):
+def test_the_study_loses_ranks_and_goes_on(study, tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     monkeypatch.setattr(study, "SEEDS", (0,))
     study.main("killed")
     assert all(r["same"] for r in results.load(study.CHAPTER, "killed"))
 
 
-def test_an_unknown_part_is_refused_before_anything_runs():
+def test_an_unknown_part_is_refused_before_anything_runs(study):
     with pytest.raises(ValueError, match="no study 'speed'; use ways, batches"):
         study.main("speed")
