@@ -50,6 +50,7 @@ PUBLIC = {
     "continual": "learn Pull Replay transfer gate",
     "tasks": "RECIPES Segmenter Detector log_mel SpecAugment PairEncoder",
     "deploy": "pack verify serve load_test psi drift_test Monitor refresh",
+    "distributed": "launch all_reduce train_parallel SplitLinear ShardedRows",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *PUBLIC]  # what help() prints; `dir` and completion know the names too

@@ -183,6 +183,11 @@ WRONG = [
         "groups",
         lambda lengths, size: [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)],
     ),
+    ("distributed", "cut", {"weights", "optimizer"}),
+    ("distributed", "gigabytes", 24.0),
+    ("distributed", "ring", 0.75),
+    ("distributed", "micro", 62),
+    ("distributed", "scattered", lambda parts, rank: parts[rank]),
 ]
 
 

@@ -41,7 +41,7 @@ FLOORS = [
     ["train"],
     ["finetune"],
     ["autoencoder", "contrastive", "mlm", "causal", "vision", "ner", "peft", "regularize", "augment", "search"],
-    ["prompt", "sft", "preference", "together", "distill", "compress", "adapt", "adversarial", "explain", "tasks"],
+    ["prompt", "sft", "preference", "together", "distill", "compress", "adapt", "adversarial", "explain", "tasks", "distributed"],
     ["continual"],
     ["deploy"],
     ["studies"],

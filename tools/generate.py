@@ -47,6 +47,7 @@ NEEDS = {
     "27_tasks": "camvid fsdd wiki_excerpt hymenoptera minilm efficientnet_lite0",
     "A1_data": "fashion_mnist cifar10 hymenoptera wnut17 sst2 cr subj trec wikitext2 wiki_excerpt camvid fsdd",
     "26_deploy": "sst2 cr minilm",
+    "25_distributed": "sst2 minilm",
     "A1_data": "fashion_mnist cifar10 hymenoptera wnut17 sst2 cr subj trec wikitext2 wiki_excerpt",
     "A2_models": "minilm smollm2 efficientnet_lite0 sst2 hymenoptera",
     "A8_debug": "cifar10 sst2 wnut17 minilm",

@@ -35,6 +35,7 @@ KEYS = {
     "23_continual": "transfer class_numbers gate",
     "27_tasks": "iou pseudo_values recall_at",
     "26_deploy": "psi drift_test field_calibration",
+    "25_distributed": "zero_bytes bubble cost",
 }
 NOTE = "> [!NOTE]\n> Recall edition: the bodies of {names} are yours to write. The cell below each says whether its examples hold."
 
