@@ -204,9 +204,11 @@ def overlap(
     """
     if n < 1:
         raise ValueError(f"n={n}: give 1 word or more")
-    known = {g for text in corpus for g in _grams(text, n)}
-    found = [_grams(text, n) for text in texts]
-    judged = [g for g in found if g]
+    judged = [g for text in texts if (g := _grams(text, n))]
+    wanted = set().union(*judged)
+    known: set[tuple[str, ...]] = set()
+    for text in corpus:  # of a large corpus only what can match is kept
+        known |= wanted & _grams(text, n)
     share = float(np.mean([not known.isdisjoint(g) for g in judged] or [0.0]))
     return _Overlap(share, len(judged))
 
@@ -627,6 +629,7 @@ class _Fit(NamedTuple):
     seconds: float
     minutes: float
     fits: bool | None
+    measured: Any = None
 
 
 _METHODS = ("full", "head", "lora", "qlora")
@@ -705,6 +708,7 @@ def fits(
     examples: int = 1000,
     epochs: int = 3,
     limit_mb: float | None = None,
+    measure: Callable[[nn.Module, dict], Any] | None = None,
 ) -> _Fit:
     """Memory and minutes of fine-tuning with AdamW, before it is done.
 
@@ -725,6 +729,8 @@ def fits(
         For the minutes.
     limit_mb : float, optional
         The memory that there is.
+    measure : callable (model, inputs) -> anything, optional
+        Called last with the copy that would be trained and a whole batch.
 
     Returns
     -------
@@ -735,6 +741,8 @@ def fits(
         Of a batch, and of all.
     fits : bool or None
         Whether the peak is below the limit.
+    measured
+        What `measure` returned.
 
     Examples
     --------
@@ -769,9 +777,12 @@ def fits(
     )
     minutes = seconds * math.ceil(examples / batch) * epochs / 60
     enough = None if limit_mb is None else peak <= limit_mb
-    return _Fit(
-        weights, gradients, moments, activations, peak, seconds, minutes, enough
-    )
+    measured = None
+    if measure:
+        with torch.random.fork_rng():
+            measured = measure(net, make(batch, length))
+    memory = weights, gradients, moments, activations, peak
+    return _Fit(*memory, seconds, minutes, enough, measured)
 
 
 def _step_seconds(

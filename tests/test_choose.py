@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ftbook import data, models, peft
+from ftbook import data, models, peft, results
 from ftbook.choose import (
     agreement,
     ask,
@@ -27,6 +27,7 @@ from ftbook.choose import (
     probe_score,
     suspects,
 )
+from ftbook.studies import choose as study
 from ftbook.texts import TextClassifier
 
 
@@ -238,37 +239,11 @@ def test_images_are_compared_too():
 # ------------------------------------------------------------------ memory
 
 
-def peak_of_a_step(net, given):
-    """Megabytes of tensors at the peak of the second training step, as the allocator tells."""
-    from torch.profiler import ProfilerActivity, profile
-
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-
-    def step():
-        net(**given).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    events = [(e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    above = np.cumsum([n for _, n in sorted(events)]).max()
-    held = sum(t.nbytes for t in [*net.parameters(), *net.buffers()])
-    return (held + 2 * sum(p.nbytes for p in trained) + above) / 1e6
-
-
-@pytest.mark.parametrize("method", ["full", "head", "lora"])
+@pytest.mark.parametrize("method", ["full", "head", "lora", "qlora"])
 @pytest.mark.parametrize("batch, length", [(4, 16), (32, 64)])
 def test_predicted_memory_is_within_15_percent_of_the_measured_peak(bert, method, batch, length):
-    from ftbook import choose
-
-    net = classifier(bert)
-    told = fits(net, method, batch, length)
-    trained = choose._prepared(net, method)
-    given = choose._token_inputs(net)(batch, length)
-    assert told.peak == pytest.approx(peak_of_a_step(trained, given), rel=0.15)
+    told = fits(classifier(bert), method, batch, length, measure=study.peak_of)
+    assert told.peak == pytest.approx(told.measured[0], rel=0.15)
 
 
 def test_4_bit_layers_take_less_memory_for_weights_and_the_same_for_the_adapter(bert):
@@ -350,3 +325,56 @@ def test_flipped_labels_are_among_the_suspects_and_right_ones_hardly():
     noisy[wrong] = 1 - noisy[wrong]
     found = suspects(p, noisy)
     assert set(found[:20]) == set(wrong)
+
+
+# ------------------------------------------------------------- the studies
+
+
+def test_all_candidates_have_as_many_rates_and_take_them_from_the_first_task():
+    for made, rates in ((study.rows(), study.RATES), (study.photo_rows(), study.PHOTO_RATES)):
+        first = made[0]["task"]
+        own = [r for r in made if r["task"] == first and "lr" in r]
+        assert all(r["lr"] == rates for r in own)
+        later = [r for r in made if r["task"] != first and "lr" in r]
+        assert later and all(isinstance(r["lr"], results.ChosenFor) for r in later)
+
+
+def test_untrained_candidates_are_as_large_and_draws_of_the_caller_stay():
+    state = torch.get_rng_state()
+    net, _ = study.network("CNN, clothes")
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(torch.equal(a, b) for a, b in zip(net.parameters(), study.network("CNN")[0].parameters(), strict=True) if a.ndim > 1)
+
+
+@pytest.mark.parametrize("candidate", [*study.ENCODERS, study.MAJORITY])
+def test_a_candidate_is_tuned_and_scored(candidate):
+    lr = 1e-3 if candidate in study.ENCODERS else None
+    found = study.run(0, "test", study.TASKS[0], candidate, lr=lr)
+    assert set(found["accuracy"]) <= {0.0, 1.0} and len(found["accuracy"]) == len(study.sentences(study.TASKS[0], "test"))
+
+
+def test_a_photo_model_is_tuned_and_pixels_are_a_baseline():
+    name = next(iter(study.PHOTO_TASKS))
+    for about in ({"candidate": "CNN", "lr": 1e-3}, {"candidate": study.PIXELS, "C": 1.0}):
+        found = study.run_photo(0, "valid", name, **about)
+        assert len(found["accuracy"]) == len(study.photos(name, "valid"))
+
+
+def test_scores_of_a_headed_candidate_include_leep():
+    f, y = cloud(30, 4)
+    assert set(study.scores(f, y, torch.randn(30, 7))) == set(study.scores(f, y)) | {"NCE", "LEEP"}
+
+
+def test_asking_starts_with_two_classes_and_labels_as_many_as_it_may():
+    found = study.run_ask(0, "test", study.LABEL_TASKS[0], "margin")
+    assert len(found["accuracy"]) == len(found["half"])
+
+
+def test_flipped_labels_are_found_better_than_by_chance_or_not_at_all():
+    found = study.run_wrong(0, "test", study.LABEL_TASKS[0], study.WAYS[1])
+    assert 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
+
+
+def test_an_unknown_part_is_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="no study 'scale'"):
+        study.main("criteria", "scale")

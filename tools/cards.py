@@ -37,6 +37,7 @@ DRAWN = {
     "21": "M4 18a12 10 0 1 0 24 0a12 10 0 1 0-24 0M36 18a12 10 0 1 0 24 0a12 10 0 1 0-24 0M29 18h5M31 15l3 3-3 3",  # two domains
     "22": "M4 30C20 30 22 8 38 8S56 6 60 4M12 8h10v10H12zM38 18h10v10H38zM17 13h.1M43 23h.1",  # a boundary, balls
     "23": "M4 8h12v12H4zM24 8h12v12H24zM44 8h12v12H44zM16 14h8M36 14h8M10 20c0 12 40 12 40 2",  # one after the other, and back
+    "24": "M4 26h10v6H4zM19 18h10v14H19zM34 10h10v22H34zM49 20h10v12H49zM35 5l3 3 5-6",  # bars, one of them ticked
 }
 
 
