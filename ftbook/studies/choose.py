@@ -38,7 +38,7 @@ from ftbook.choose import (
 )
 from ..distill import cut
 from ..finetune import replace_head, tune
-from ..images import ImageSet, as_images, resized
+from ..images import ImageSet, resized
 from . import bag_of_words, run_named
 from .finetune import ByLength, outputs
 from .mlm import articles
@@ -65,7 +65,7 @@ __all__ = [
 CHAPTER = "24_choose"
 QUICK = runtime.profile() == "quick"  # there substitutes stand in for the data
 SEEDS = runtime.pick(quick=(0, 1), cpu=(0, 1, 2))
-LABELED = runtime.pick(quick=12, cpu=200)
+LABELED = runtime.pick(quick=20, cpu=200)
 SIZES = runtime.pick(
     quick={"train": 24, "valid": 16, "test": 16},
     cpu={"train": 1500, "valid": 300, "test": 400},
@@ -244,7 +244,7 @@ def photos(name: str, split: str) -> ImageSet:
     else:
         mixed = mixed[: SIZES["test"]]
     some = resized(whole[mixed], SIDE)
-    some.x = (255 * as_images(some.x, 3)).round().to(torch.uint8)
+    some.x = some.x.expand(-1, 3, -1, -1).contiguous()  # gray ones, too
     return some
 
 
