@@ -62,7 +62,9 @@ class _Cost(NamedTuple):
     megabytes: float
 
 
-def cost(model: nn.Module, batch: Mapping[str, Tensor], repeats: int = 3):
+def cost(
+    model: nn.Module, batch: Mapping[str, Tensor], repeats: int = 3
+) -> _Cost:
     """Parameters, operations, time and memory of a model that is asked.
 
     Parameters
@@ -880,7 +882,9 @@ def learning_curve(sizes: Sequence[int], errors: Sequence[float]) -> _Curve:
 _ASKED = ("margin", "entropy", "confidence", "random")
 
 
-def ask(probabilities: Any, n: int, how: str = "margin", seed: int = 0):
+def ask(
+    probabilities: Any, n: int, how: str = "margin", seed: int = 0
+) -> np.ndarray:
     """Which unlabeled examples to have labeled next.
 
     Parameters

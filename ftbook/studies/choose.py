@@ -149,7 +149,7 @@ def encoder(candidate: str) -> tuple[Any, Any]:
             module.p = 0.0
     return body.eval(), tokenizer
 
-
+# %% ../../nbs/24_choose.ipynb #24b00010
 def _tuned(seed: int, name: str, candidate: str, lr: float, split: str):
     """Logits on a split of a candidate that was tuned on the labels."""
     body, tokenizer = encoder(candidate)
@@ -366,7 +366,7 @@ def _study(run: Any, made: list[dict], name: str, executor: Any) -> None:
     about |= {"budget": BUDGET, "executor": executor}
     results.study(run, made, chapter=CHAPTER, name=name, **about)
 
-
+# %% ../../nbs/24_choose.ipynb #24b00011
 def scores(features: Any, y: Any, logits: Any = None) -> dict[str, float]:
     """What is known of a candidate before it is tuned; with the logits of its
     own classes also NCE and LEEP.
