@@ -564,6 +564,7 @@ def compare(
         raise ValueError("no candidates; give a dict name -> (model, reader)")
     few = task.per_class(labels // len(task.classes), seed=seed)
     y = few.y.numpy()
+    rarest = int(np.bincount(y).min())
     n, rows, out = len(y), [], {}
     for name, (model, reader) in models.items():
         x, batch = _vectors_of(model, reader, few)
@@ -579,7 +580,7 @@ def compare(
         rows.append(
             {
                 "candidate": name,
-                "probe": probe_score(x, y, folds=min(5, n // 4)),
+                "probe": probe_score(x, y, folds=min(5, rarest)),
             }
             | {"kNN": knn_score(x, y), "LogME": logme(x, y)}
             | {"M parameters": spent.parameters / 1e6}
