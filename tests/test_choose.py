@@ -136,7 +136,11 @@ def test_logme_is_the_evidence_of_the_normal_distribution_at_its_maximum(n, widt
             return -multivariate_normal.logpdf(hot, np.zeros(n), spread) / n
 
         starts = [[a, b] for a in (0.0, 3.0) for b in (1.0, 3.0)]
-        total.append(-min(minimize(evidence, s, method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-10}).fun for s in starts))
+        total.append(
+            -min(
+                minimize(evidence, s, method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-10}).fun for s in starts
+            )
+        )
     assert logme(f, y) == pytest.approx(np.mean(total), abs=1e-4)
 
 
@@ -224,7 +228,9 @@ def test_a_score_that_is_constant_chooses_at_random():
 
 def test_a_table_has_the_majority_and_a_recommendation_within_the_limits(bert):
     task = data.load("sst2", "train", bundled=True)
-    found = compare({"bert_mini_en": bert, "mine": bert}, task, labels=20, licenses=[models.card("bert_mini_en").license])
+    found = compare(
+        {"bert_mini_en": bert, "mine": bert}, task, labels=20, licenses=[models.card("bert_mini_en").license]
+    )
     assert found.choice == "bert_mini_en" and "mine (license unknown)" in found.reasons[0]
     assert found.rows[-1]["candidate"] == "majority" and found.rows[-1]["probe"] == 0.5
     assert compare({"mine": bert}, task, labels=20, max_mb=1.0).choice == ""
@@ -256,7 +262,13 @@ def test_a_method_of_peft_and_inputs_of_ones_own_are_taken():
     ask_for = lambda batch, size: {"x": torch.rand(batch, 3, size, size)}  # noqa: E731
     found = fits(net, "head", 8, 32, inputs=ask_for, examples=80, epochs=2, limit_mb=1e-3)
     assert found.fits is False and found.minutes == pytest.approx(found.seconds * 20 / 60)
-    found = fits(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 2)), peft.LoRA(target="0", r=2), 2, 9, inputs=lambda b, n: {"input": torch.rand(b, n)})
+    found = fits(
+        nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 2)),
+        peft.LoRA(target="0", r=2),
+        2,
+        9,
+        inputs=lambda b, n: {"input": torch.rand(b, n)},
+    )
     assert found.gradients > 0 and found.fits is None
 
 
@@ -274,7 +286,10 @@ def test_predicting_changes_neither_the_model_nor_the_draws(bert):
 @pytest.mark.parametrize(
     "call, told",
     [
-        (lambda: fits(nn.Linear(1, 1), "all", 2, 2, inputs=lambda b, n: {}), "allowed are 'full', 'head', 'lora', 'qlora'"),
+        (
+            lambda: fits(nn.Linear(1, 1), "all", 2, 2, inputs=lambda b, n: {}),
+            "allowed are 'full', 'head', 'lora', 'qlora'",
+        ),
         (lambda: fits(nn.Linear(1, 1), "full", 0), "1 or more"),
         (lambda: fits(nn.Linear(1, 1), "full"), "give inputs"),
     ],
@@ -343,14 +358,20 @@ def test_untrained_candidates_are_as_large_and_draws_of_the_caller_stay():
     state = torch.get_rng_state()
     net, _ = study.network("CNN, clothes")
     assert torch.equal(state, torch.get_rng_state())
-    assert not any(torch.equal(a, b) for a, b in zip(net.parameters(), study.network("CNN")[0].parameters(), strict=True) if a.ndim > 1)
+    assert not any(
+        torch.equal(a, b)
+        for a, b in zip(net.parameters(), study.network("CNN")[0].parameters(), strict=True)
+        if a.ndim > 1
+    )
 
 
 @pytest.mark.parametrize("candidate", [*study.ENCODERS, study.MAJORITY])
 def test_a_candidate_is_tuned_and_scored(candidate):
     lr = 1e-3 if candidate in study.ENCODERS else None
     found = study.run(0, "test", study.TASKS[0], candidate, lr=lr)
-    assert set(found["accuracy"]) <= {0.0, 1.0} and len(found["accuracy"]) == len(study.sentences(study.TASKS[0], "test"))
+    assert set(found["accuracy"]) <= {0.0, 1.0} and len(found["accuracy"]) == len(
+        study.sentences(study.TASKS[0], "test")
+    )
 
 
 def test_a_photo_model_is_tuned_and_pixels_are_a_baseline():
