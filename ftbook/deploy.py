@@ -333,6 +333,7 @@ def pack(
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         about["gap"] = to_onnx(model, part / "model.onnx", bits=bits, size=size)
+        about["opset"] = _opset(part / "model.onnx")
         _write(part, about, card, tokenizer)
         _check_labels(part, names)
         _remember(part, examples[:8])
@@ -688,11 +689,14 @@ def load_test(
     wall = time.perf_counter() - begun
     times = [t for t, status, _ in found.values() if status == 200] or [np.nan]
     good = [found[i][2].get("outputs", [None])[0] for i in range(len(inputs))]
+    p50, p95, p99 = map(float, np.percentile(times, [50, 95, 99]))
     return _Load(
         len(inputs),
         dict(Counter(status for _, status, _ in found.values() if status)),
         sum(not status for _, status, _ in found.values()),
-        *(float(v) for v in np.percentile(times, [50, 95, 99])),
+        p50,
+        p95,
+        p99,
         sum(v is not None for v in good) / wall,
         good,
     )
@@ -1137,8 +1141,9 @@ def _network(model: Any, size: int | None) -> tuple:
     draws = torch.Generator().manual_seed(0)
     if kind == "image":
         check_value("size", size, "count")
+        side = int(size or 0)
         made = [
-            {"pixels": torch.rand(n, 3, size, size, generator=draws)}
+            {"pixels": torch.rand(n, 3, side, side, generator=draws)}
             for n in (2, 3)
         ]
         return _Image(net), *made
@@ -1524,7 +1529,7 @@ def _refer(folder: Path, inputs: Sequence[str | bytes]) -> None:
     for start in range(0, len(inputs), 32):
         some = [model.prepare(v) for v in inputs[start : start + 32]]
         found += model.answer(some)
-    kept = {
+    kept: dict[str, np.ndarray] = {
         "confidence": np.array([a.confidence for a in found], np.float32),
         "guess": np.array([a.guess for a in found], np.int64),
     }
@@ -1533,6 +1538,14 @@ def _refer(folder: Path, inputs: Sequence[str | bytes]) -> None:
     save_file(kept, folder / "reference.safetensors")
 
 # %% ../nbs/26_deploy.ipynb #26a00011
+def _opset(path: Path) -> int:
+    """Version of the operations that the file is written in."""
+    import onnx
+
+    sets = onnx.load(path).opset_import
+    return next(s.version for s in sets if s.domain in ("", "ai.onnx"))
+
+
 def _classes(model: Any) -> Any:
     """Class names that an image network carries."""
     return getattr(model, "classes", None) or ()

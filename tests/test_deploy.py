@@ -182,6 +182,7 @@ def test_a_folder_explains_itself(folders):
     about = verify(folders["image"])
     assert about["kind"] == "image" and about["version"] == "2.1" and about["labels"][0] == "airplane"
     assert about["preprocessing"]["size"] == 32 and about["gap"] < 1e-3 and len(about["digest"]) == 64
+    assert about["opset"] >= 18
     text = (folders["text"] / "README.md").read_text()
     assert "Says yes or no." in text and "| labels | no, yes |" in text
     names = {p.name for p in folders["text"].iterdir()}
@@ -889,17 +890,41 @@ def test_reference_and_window_share_no_sentence(kind):
 def test_the_studies_of_monitoring_are_stored(monkeypatch, tmp_path):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     study.main("alarms", "vectors", "calibration", "sizes")
-    found = study.results.load(study.CHAPTER, "alarms")
+    found = study.results.load_study(study.CHAPTER, "alarms").rows("alarms")
     cells = {(r["kind"], r["window"], r["rule"]) for r in found}
-    assert len(cells) == len(study.KINDS) * len(study.WINDOW) * len(study.RULES)
+    assert len(cells) == len(found) == len(study.KINDS) * len(study.WINDOW) * len(study.RULES)
+    assert len(study.results.load_study(study.CHAPTER, "vectors").rows("alarms")) == 4
+    over = study.results.load_study(study.CHAPTER, "calibration")
+    for r in over.rows("over"):
+        where = {k: r[k] for k in ("way", "field")}
+        gap = over.row("confidence", **where).mean - over.row("accuracy", **where).mean
+        assert r.mean == pytest.approx(100 * gap, abs=0.1)
     assert [r["way"] for r in study.results.load(study.CHAPTER, "sizes")] == [study.TORCH, study.WHOLE, study.SMALL]
 
 
 @extra
-def test_the_same_model_again_is_not_promoted():
-    found = study.run_refresh(0, study.AGAIN)
-    assert not found["promoted"] and "not shown to be better" in found["why"]
-    assert all(found[f"old {name}"] == found[f"new {name}"] for name in ("SST-2", "CR"))
+def test_the_same_model_again_is_not_promoted_and_answers_as_before():
+    old, new = (study.run_refresh(0, "test", way) for way in (study.IN_USE, study.AGAIN))
+    assert new["promoted"] == 0 and new["fresh"] == new["guard"] == 0
+    assert all(np.array_equal(old[name], new[name]) for name in ("films", "products"))
+
+
+@extra
+def test_a_load_counts_batches_and_an_overload_refusals(folders):
+    with study.serving(folders["text"], requests=2, batch=2) as url:
+        found = study.measure(url, 2, 12)
+        assert found["statuses"] == {200: 12} and found["lost"] == 0 and 1 <= found["batch"] <= 2
+        crowd = study.measure(url, 8, 60)
+        assert sum(crowd["statuses"].values()) == 60 and crowd["lost"] == 0
+
+
+@extra
+def test_what_judges_and_chooses_is_none_of_the_final_sentences():
+    parts = study._products(0)
+    fresh, valid = ({text for text, _ in parts[name]} for name in ("fresh", "valid"))
+    assert len(fresh) == study.FRESH and not fresh & valid
+    if not study.QUICK:
+        assert not (fresh | valid) & {*study._field("CR").texts}
 
 
 def test_an_unknown_part_is_refused_before_anything_runs():

@@ -1,9 +1,10 @@
 """Chapter 26's experiments: what a packed model costs, bears, and notices.
 
 `run` scores chapter 20's film reviewer as a file, `measure` loads a service
-with clients, `alarms` counts how often rules for drift are right and wrong,
-`run_refresh` lets candidates apply for the place of the model; `main` fills in
-what results/26_deploy.json lacks.
+with clients, `alarms` tells in which windows rules for drift raise an alarm,
+`run_calibration` compares stated probabilities with what was so, `run_refresh`
+lets candidates apply for the place of the model; `main` fills in what
+results/26_deploy.json lacks.
 
 >>> rows()[2]["way"]
 'PyTorch'
@@ -21,10 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -45,6 +48,7 @@ from . import bag_of_words, run_named
 from .compress import tuned
 from .finetune import ByLength, Upper, outputs, reviews
 from .prompt import encoder
+from .regularize import temperature
 from ..texts import encode_texts
 from ..train import Settings, fit
 
@@ -57,6 +61,8 @@ __all__ = [
     "measure",
     "answers",
     "alarms",
+    "run_vectors",
+    "run_calibration",
     "run_refresh",
     "main",
 ]
@@ -162,37 +168,36 @@ def _files(executor: Any) -> None:
 def _sizes(executor: Any) -> None:
     """Megabytes, and milliseconds of the processor for 1 and 16 sentences."""
     torch.set_num_threads(1)
-    texts = reviews()["test"].texts[: runtime.pick(quick=16, cpu=160)]
-    found = []
-    for way in (TORCH, WHOLE, SMALL):
-        net = tuned(SEEDS[0]) if way == TORCH else None
-        if net is not None:
-            size = sum(v.nbytes for v in net.state_dict().values())
-        else:
-            size = (packed(SEEDS[0], way) / "model.onnx").stat().st_size
-        model = None if net is not None else Model(packed(SEEDS[0], way))
-        row: dict[str, Any] = {"way": way, "MB": size / 1e6}
-        for many in (1, 16):
-            took = []
-            for start in range(0, len(texts), many):
-                some = texts[start : start + many]
+    texts = reviews()["test"].texts[: runtime.pick(quick=16, cpu=480)]
+    net = tuned(SEEDS[0])
+    files = {way: packed(SEEDS[0], way) for way in BITS}
+    large = {TORCH: sum(v.nbytes for v in net.state_dict().values())}
+    large |= {w: (f / "model.onnx").stat().st_size for w, f in files.items()}
+    forms: dict[str, Callable] = {
+        TORCH: lambda some: outputs(net, encode_texts(some, encoder()[1]))
+    }
+    forms |= {way: Model(folder) for way, folder in files.items()}
+    found = [{"way": way, "MB": large[way] / 1e6} for way in forms]
+    for many in (1, 16):
+        took: dict[str, list[float]] = {way: [] for way in forms}
+        for start in range(0, len(texts), many):
+            for way, answer in forms.items():  # in turns
                 begun = time.process_time()
-                if model is None:
-                    outputs(tuned(SEEDS[0]), encode_texts(some, encoder()[1]))
-                else:
-                    model(some)
-                took.append(1000 * (time.process_time() - begun))
-            row[f"ms of {many}"] = float(np.median(took[1:] or took))
-        found.append(row)
+                answer(texts[start : start + many])
+                took[way].append(1000 * (time.process_time() - begun))
+        for row in found:
+            times = took[row["way"]]
+            row[f"ms of {many}"] = float(np.median(times[1:] or times))
     results.record(CHAPTER, "sizes", found)
 
 # %% ../../nbs/26_deploy.ipynb #26b00003
 WINDOWS = runtime.pick(quick=(0.0, 0.01), cpu=(0.0, 0.002, 0.005, 0.01, 0.02))
 CLIENTS = runtime.pick(quick=(1, 4), cpu=(1, 4, 16, 32))
-SENT = runtime.pick(quick=8, cpu=200)  # requests of a measurement
-REPEATS = runtime.pick(quick=(0, 1), cpu=(0, 1, 2))
+SENT = runtime.pick(quick=8, cpu=200)  # requests of a load
+REPEATS = runtime.pick(quick=(0, 1), cpu=(0, 1, 2, 3, 4))
 CROWD = runtime.pick(quick=8, cpu=64)  # clients of the overload
 ROOM = runtime.pick(quick=2, cpu=16)  # requests that the service then takes
+RUSH = runtime.pick(quick=16, cpu=1000)  # requests of an overload
 
 # %% ../../nbs/26_deploy.ipynb #26b00007
 @contextmanager
@@ -214,67 +219,85 @@ def serving(folder: Path, **limits: Any) -> Iterator[str]:
         run.wait(60)
 
 
-def measure(way: str, clients: int, **limits: Any) -> list[dict[str, Any]]:
-    """Load a fresh service, as often as `REPEATS` says."""
-    texts = (reviews()["test"].texts * SENT)[:SENT]
-    made = []
-    with serving(packed(SEEDS[0], way), **limits) as url:
-        load_test(url, texts[:16], clients)  # warm
-        for repeat in REPEATS:
-            found = load_test(url, texts, clients)
-            made.append(found._asdict() | {"repeat": repeat})
-    for row in made:
-        row.pop("outputs")
-        row["statuses"] = {str(k): v for k, v in row["statuses"].items()}
-    return made
+def measure(url: str, clients: int, many: int) -> dict[str, Any]:
+    """One load: latencies, answers a second, statuses, mean size of a batch."""
+    texts = list(islice(cycle(reviews()["test"].texts), many))
+    before = _counted(url)
+    found = load_test(url, texts, clients)
+    inputs, batches = (
+        b - a for a, b in zip(before, _counted(url), strict=True)
+    )
+    return found._asdict() | {"batch": inputs / batches}
+
+
+def _counted(url: str) -> list[float]:
+    """Inputs that the model has seen, and batches."""
+    with urlopen(f"{url}/metrics") as answer:
+        told = answer.read().decode()
+    names = "batch_inputs", "batches"
+    return [
+        float(re.findall(rf"ftbook_{n}_total (\S+)", told)[0]) for n in names
+    ]
 
 # %% ../../nbs/26_deploy.ipynb #26b00008
 def _load(executor: Any) -> None:
+    """All settings in turns, each in a service of its own."""
+    hows = [(WHOLE, w) for w in WINDOWS] + [(SMALL, WINDOWS[1])]
+    made: dict[tuple, list[dict]] = {}
+    with ExitStack() as running:
+        urls = {
+            (way, window): running.enter_context(
+                serving(packed(SEEDS[0], way), window=window)
+            )
+            for way, window in hows
+        }
+        for url in urls.values():
+            measure(url, CLIENTS[-1], SENT)  # warm
+        for _ in REPEATS:
+            for clients in CLIENTS:
+                for how, url in urls.items():
+                    loads = made.setdefault((*how, clients), [])
+                    loads.append(measure(url, clients, SENT))
     found = []
-    cells = [(WHOLE, w, c) for w in WINDOWS for c in CLIENTS]
-    cells += [(SMALL, WINDOWS[1], c) for c in CLIENTS]
-    for way, window, clients in cells:
-        made = measure(way, clients, window=window)
+    for (way, window, clients), loads in made.items():
         about = {"way": way, "window": 1000 * window, "clients": clients}
-        for name in ("p50", "p95", "p99", "per_second"):
-            scale = 1 if name == "per_second" else 1000
-            values = [scale * m[name] for m in made]
+        if any(m["lost"] or set(m["statuses"]) != {200} for m in loads):
+            raise RuntimeError(f"requests were lost or refused: {about}")
+        for name in ("p50", "p95", "p99", "per_second", "batch"):
+            scale = 1000 if name[1:].isdecimal() else 1
+            values = [scale * m[name] for m in loads]
             found.append(
                 results.row(name, values, seeds=REPEATS, n=SENT, **about)
             )
-        lost = sum(m["lost"] for m in made)
-        refused = sum(
-            n for m in made for k, n in m["statuses"].items() if k != "200"
-        )
-        if lost or refused:
-            raise RuntimeError(f"{lost} lost, {refused} refused: {about}")
     results.record(CHAPTER, "load", found)
 
 
 def _overload(executor: Any) -> None:
-    """More clients than the service takes, and as many as it takes."""
+    """As many clients as the service takes, and more."""
     found = []
-    for clients in (ROOM, CROWD):
-        made = measure(WHOLE, clients, requests=ROOM, window=WINDOWS[1])
-        found.append(
-            {
-                "clients": clients,
-                "taken": ROOM,
-                "sent": sum(m["sent"] for m in made),
-                "answered": sum(m["statuses"].get("200", 0) for m in made),
-                "refused": sum(m["statuses"].get("429", 0) for m in made),
-                "lost": sum(m["lost"] for m in made),
-                "p50": 1000 * float(np.median([m["p50"] for m in made])),
-                "p99": 1000 * float(np.median([m["p99"] for m in made])),
-            }
-        )
+    about: dict[str, Any] = {"requests": ROOM, "window": WINDOWS[1]}
+    with serving(packed(SEEDS[0], WHOLE), **about) as url:
+        measure(url, ROOM, SENT)  # warm
+        for clients in (ROOM, CROWD):
+            made = [measure(url, clients, RUSH) for _ in REPEATS]
+            row: dict[str, Any] = {"clients": clients, "taken": ROOM}
+            row["sent"] = sum(m["sent"] for m in made)
+            for told, status in (("answered", 200), ("refused", 429)):
+                row[told] = sum(m["statuses"].get(status, 0) for m in made)
+            row["lost"] = sum(m["lost"] for m in made)
+            for name in ("p50", "p95", "p99"):
+                row[name] = 1000 * float(np.median([m[name] for m in made]))
+            row["per_second"] = float(
+                np.median([m["per_second"] for m in made])
+            )
+            found.append(row)
     results.record(CHAPTER, "overload", found)
 
 # %% ../../nbs/26_deploy.ipynb #26b00004
 TRIALS = runtime.pick(quick=4, cpu=400)
 REFERENCE = runtime.pick(quick=12, cpu=500)
 WINDOW = runtime.pick(quick=(4, 8), cpu=(50, 100, 200, 400))
-SHUFFLES = runtime.pick(quick=19, cpu=199)
+SHUFFLES = runtime.pick(quick=39, cpu=199)
 LEVEL = 0.05
 CALM, FEW, ALL, TILT = (
     "no drift",
@@ -291,10 +314,9 @@ RULES = FOLK, NAIVE, OURS
 @functools.cache
 def _field(name: str) -> Any:
     """Sentences that no model of this chapter has seen."""
-    if name == "SST-2":
-        return reviews()["test"]
-    whole: Any = data.load("cr", "test", bundled=QUICK)
-    many = runtime.pick(quick=20, cpu=1000)
+    sets = {"SST-2": "sst2", "CR": "cr"}
+    whole: Any = data.load(sets[name], "test", bundled=QUICK)
+    many = runtime.pick(quick=40, cpu=len(whole))
     draws = torch.Generator().manual_seed(0)
     picked = torch.randperm(len(whole), generator=draws)[:many]
     texts = [whole.texts[i] for i in picked.tolist()]
@@ -350,90 +372,139 @@ def _alarmed(old: dict, new: dict, seed: int) -> dict[str, bool]:
     }
 
 # %% ../../nbs/26_deploy.ipynb #26b00009
-def alarms(seed: int, kind: str, n: int) -> dict[str, float]:
-    """Share of the trials in which each rule raises an alarm."""
-    draws = np.random.default_rng((seed, KINDS.index(kind), n))
+@functools.cache
+def _verdicts(seed: int, kind: str, n: int) -> dict[str, np.ndarray]:
+    """In which windows each rule raises an alarm; the same for every seed."""
+    torch.set_num_threads(1)
+    draws = np.random.default_rng((KINDS.index(kind), n))
     found = [
         _alarmed(*_drawn(seed, kind, n, draws), trial)
         for trial in range(TRIALS)
     ]
-    return {rule: float(np.mean([f[rule] for f in found])) for rule in RULES}
+    return {rule: np.array([f[rule] for f in found]) for rule in RULES}
+
+
+def alarms(
+    seed: int, split: str, kind: str, window: int, rule: str
+) -> dict[str, Any]:
+    """The windows in which a rule raises an alarm."""
+    return {"alarms": _verdicts(seed, kind, window)[rule].astype(float)}
+
+
+def run_vectors(seed: int, split: str, kind: str, test: str) -> dict[str, Any]:
+    """The windows in which a test of the vectors raises an alarm."""
+    torch.set_num_threads(1)
+    draws, found = np.random.default_rng(0), []
+    for trial in range(runtime.pick(quick=2, cpu=100)):
+        old, new = _drawn(seed, kind, WINDOW[1], draws)
+        how: dict[str, Any] = {"rounds": SHUFFLES, "seed": trial}
+        if test == KERNEL:
+            p = mmd_test(old["vector"], new["vector"], **how).p
+        else:
+            pair = ({"vector": v["vector"]} for v in (old, new))
+            p = drift_test(*pair, **how).p
+        found.append(float(p <= LEVEL))
+    return {"alarms": np.array(found)}
 
 
 def _alarms(executor: Any) -> None:
-    torch.set_num_threads(1)
-    made = []
-    for kind in KINDS:
-        for n in WINDOW:
-            each = [alarms(seed, kind, n) for seed in SEEDS]
-            made += [
-                results.row(
-                    "alarms",
-                    [e[rule] for e in each],
-                    seeds=SEEDS,
-                    n=TRIALS,
-                    kind=kind,
-                    window=n,
-                    rule=rule,
-                )
-                for rule in RULES
-            ]
-    results.record(CHAPTER, "alarms", made)
+    results.study(
+        alarms,
+        [
+            {"kind": kind, "window": n, "rule": rule}
+            for kind in KINDS
+            for n in WINDOW
+            for rule in RULES
+        ],
+        chapter=CHAPTER,
+        name="alarms",
+        choose="alarms",
+        budget=f"{REFERENCE} inputs of reference, {SHUFFLES} shuffles",
+        seeds=SEEDS,
+        n={"test": TRIALS},
+        executor=executor,
+    )
 
 
 def _vectors(executor: Any) -> None:
-    """The distance of means against chapter 21's kernel test, 20 % products."""
-    n, some = WINDOW[0], runtime.pick(quick=2, cpu=100)
-    draws, found = np.random.default_rng(0), []
-    for kind in (CALM, FEW):
-        hits = {LINEAR: 0, KERNEL: 0}
-        for trial in range(some):
-            old, new = (
-                {"vector": v["vector"]}
-                for v in _drawn(SEEDS[0], kind, n, draws)
-            )
-            how: dict[str, Any] = {"rounds": SHUFFLES, "seed": trial}
-            hits[LINEAR] += drift_test(old, new, **how).p <= LEVEL
-            hits[KERNEL] += (
-                mmd_test(*(v["vector"] for v in (old, new)), **how).p <= LEVEL
-            )
-        found += [
-            {"kind": kind, "test": t, "alarms": h / some, "n": some}
-            for t, h in hits.items()
-        ]
-    results.record(CHAPTER, "vectors", found)
+    """The distance of means against chapter 21's kernel test."""
+    results.study(
+        run_vectors,
+        [
+            {"kind": kind, "test": test}
+            for kind in (CALM, FEW)
+            for test in (LINEAR, KERNEL)
+        ],
+        chapter=CHAPTER,
+        name="vectors",
+        choose="alarms",
+        budget=f"windows of {WINDOW[1]}, {SHUFFLES} shuffles",
+        seeds=SEEDS,
+        n={"test": runtime.pick(quick=2, cpu=100)},
+        executor=executor,
+    )
 
 # %% ../../nbs/26_deploy.ipynb #26b00010
+PLAIN, TEMPERED = "as tuned", "with a temperature"
+FEW_LABELS = runtime.pick(quick=8, cpu=100)
+MANY_LABELS = runtime.pick(quick=40, cpu=1000)
+
+
+@functools.cache
+def _temperature(seed: int) -> float:
+    """What the probabilities of validation sentences ask for."""
+    part = reviews()["valid"]
+    p = _probabilities(seed, WHOLE, part.texts)
+    return temperature(torch.from_numpy(p).log(), part.y)
+
+
+def run_calibration(
+    seed: int, split: str, way: str, field: str, labels: int
+) -> dict[str, Any]:
+    """Stated probabilities against what was so, with so many labels.
+
+    "over" is by how many points each answer is surer than it is right.
+    """
+    y = _field(field).y.numpy()
+    some = np.random.default_rng(0).permutation(len(y))[:labels]
+    p, y = answers(seed, field)["probabilities"][some], y[some]
+    if way == TEMPERED:
+        p = p ** (1 / _temperature(seed))
+        p = p / p.sum(1, keepdims=True)
+    found = field_calibration(p, y)
+    right = p.argmax(1) == y
+    over = np.round(100 * (p.max(1) - right), 1)
+    numbers = {
+        k: getattr(found, k) for k in ("confidence", "error", "null", "p")
+    }
+    return {"accuracy": right.astype(float), "over": over} | numbers
+
+
 def _calibration(executor: Any) -> None:
-    """Stated probabilities at home and in the field, many labels and few."""
-    few, made = runtime.pick(quick=8, cpu=100), []
-    for name in ("SST-2", "CR"):
-        y = _field(name).y.numpy()
-        for n in (few, len(y)):
-            order = np.random.default_rng(0).permutation(len(y))[:n]
-            each = [
-                field_calibration(
-                    answers(s, name)["probabilities"][order], y[order]
-                )
-                for s in SEEDS
-            ]
-            made += [
-                results.row(
-                    key,
-                    [getattr(e, key) for e in each],
-                    seeds=SEEDS,
-                    n=n,
-                    field=name,
-                    labels=n,
-                )
-                for key in ("accuracy", "confidence", "error", "null", "p")
-            ]
-    results.record(CHAPTER, "calibration", made)
+    for name, n in (("few", FEW_LABELS), ("calibration", MANY_LABELS)):
+        results.study(
+            run_calibration,
+            [
+                {"way": way, "field": field, "labels": n}
+                for field in ("SST-2", "CR")
+                for way in (PLAIN, TEMPERED)
+            ],
+            chapter=CHAPTER,
+            name=name,
+            choose="error",
+            budget="chapter 20's model, temperature of validation sentences",
+            seeds=SEEDS,
+            mode="min",
+            n={"test": n},
+            executor=executor,
+        )
 
 # %% ../../nbs/26_deploy.ipynb #26b00005
-FRESH = runtime.pick(quick=16, cpu=400)  # labeled sentences from the field
-GUARD = runtime.pick(quick=12, cpu=400)
+FRESH = runtime.pick(quick=16, cpu=800)  # labeled sentences from the field
+GUARD = runtime.pick(quick=12, cpu=872)
 STEPS = runtime.pick(quick=2, cpu=60)
+RATES = runtime.pick(quick=[1e-4, 1e-3], cpu=[1e-5, 1e-4, 3e-4, 1e-3, 3e-3])
+IN_USE, MIXED = "in use", "bag of words, old and fresh"
 AGAIN, BOTH, ONLY, WRONG = (
     "the same again",
     "old and fresh",
@@ -441,32 +512,49 @@ AGAIN, BOTH, ONLY, WRONG = (
     "fresh, half the labels wrong",
 )
 CANDIDATES = AGAIN, BOTH, ONLY, WRONG
-POLICIES = "gate", "always promote", "never promote"
 
 
 @functools.cache
-def _fresh() -> tuple[list[str], list[str]]:
-    """Labeled sentences about products, apart from the field's test set."""
+def _products(seed: int) -> dict[str, list[tuple]]:
+    """Labeled sentences about products, apart from the field's test set: fresh
+    ones, and others that choose a rate.
+    """
     whole: Any = data.load("cr", "train", bundled=QUICK)
-    draws = torch.Generator().manual_seed(1)
-    picked = torch.randperm(len(whole), generator=draws)[:FRESH].tolist()
-    texts = [whole.texts[i] for i in picked]
-    return texts, [LABELS[int(whole.y[i])] for i in picked]
+    known = {*_field("CR").texts}
+    pairs = [
+        (text, LABELS[k])
+        for text, k in dict(
+            zip(whole.texts, whole.y.tolist(), strict=True)
+        ).items()
+        if QUICK or text not in known
+    ]
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    picked = [pairs[i] for i in order]
+    return {"fresh": picked[:FRESH], "valid": picked[FRESH : 2 * FRESH]}
 
 
-def _rate() -> float:
-    """The rate that chapter 8 chose for the top layers."""
-    found = results.load_study("08_finetune", "text")
-    return found.row("accuracy", method="top layers")["lr"]
+@functools.cache
+def _guard() -> list[tuple]:
+    """Film reviews for validation."""
+    whole: Any = data.load("sst2", "valid", bundled=QUICK)
+    names = [LABELS[k] for k in whole.y.tolist()]
+    return list(zip(whole.texts, names, strict=True))[:GUARD]
 
 
-def _retrained(seed: int, way: str, examples: list[tuple]) -> nn.Module:
+def _split(examples: list[tuple]) -> tuple[list[str], Tensor]:
+    """Texts and numbers of their classes."""
+    texts, names = zip(*examples, strict=True)
+    return list(texts), torch.tensor([LABELS.index(n) for n in names])
+
+
+def _retrained(
+    seed: int, way: str, examples: list[tuple], lr: float | None
+) -> nn.Module:
     """The model in use, its top layers tuned on."""
-    net = copy.deepcopy(tuned(seed))
-    if way == AGAIN:
+    net: Any = copy.deepcopy(tuned(seed))
+    if lr is None:
         return net
-    texts = [t for t, _ in examples]
-    y = torch.tensor([LABELS.index(label) for _, label in examples])
+    texts, y = _split(examples)
     draws = torch.Generator().manual_seed(seed)
     if way == WRONG:
         flip = torch.rand(len(y), generator=draws) < 0.5
@@ -481,7 +569,7 @@ def _retrained(seed: int, way: str, examples: list[tuple]) -> nn.Module:
     epochs = max(1, round(STEPS / len(batches)))
     plan = Settings(schedule="linear", warmup=0.1, progress=False)
     about: dict[str, Any] = {"epochs": epochs, "seed": seed, "settings": plan}
-    fit(Upper(net), batches, lr=_rate(), **about)
+    fit(Upper(net), batches, lr=lr, **about)
     return net.eval()
 
 
@@ -504,52 +592,95 @@ def _below(net: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"hidden": torch.cat(made), "attention_mask": mask}
 
 # %% ../../nbs/26_deploy.ipynb #26b00011
-def run_refresh(seed: int, way: str) -> dict[str, Any]:
-    """Let one candidate apply; what the gate says, and how good both are on
-    sentences that neither training nor gate has seen.
-    """
-    torch.set_num_threads(1)
+def _applied(seed: int, way: str, lr: float | None) -> tuple[Any, Path]:
+    """What became of a candidate, and its folder."""
     place = _workplace() / f"shop-{seed}-{CANDIDATES.index(way)}"
     shutil.copytree(packed(seed, WHOLE), place / "0001", dirs_exist_ok=True)
     (place / "current").write_text("0001\n", encoding="utf-8")
-    part = reviews()["valid"]
-    names = [LABELS[k] for k in part.y.tolist()]
-    guard = list(zip(part.texts, names, strict=True))[:GUARD]
 
     def retrain(examples: list[tuple], folder: Path) -> None:
-        net = _retrained(seed, way, examples)
+        net = _retrained(seed, way, examples, lr)
         pack(net, folder, labels=LABELS, tokenizer=encoder()[1])
 
-    done = refresh(place, retrain, list(zip(*_fresh(), strict=True)), guard)
-    found: dict[str, Any] = {"promoted": done.promoted, "why": done.why}
-    for name in ("SST-2", "CR"):
-        field = _field(name)
-        for told, folder in (("old", place / "0001"), ("new", done.candidate)):
-            model, said = Model(folder), []
-            for start in range(0, len(field.texts), 32):
-                said += model(field.texts[start : start + 32])
-            right = [
-                a["label"] == LABELS[k]
-                for a, k in zip(said, field.y.tolist(), strict=True)
-            ]
-            found[f"{told} {name}"] = float(np.mean(right))
-    return found
+    done = refresh(place, retrain, _products(seed)["fresh"], _guard())
+    return done, done.candidate
+
+
+def _said(folder: Path, texts: list[str]) -> list[int]:
+    """Numbers of the classes that a packed model names."""
+    model, found = Model(folder), []
+    for start in range(0, len(texts), 32):
+        found += model(texts[start : start + 32])
+    return [LABELS.index(a["label"]) for a in found]
+
+
+def run_refresh(
+    seed: int,
+    split: str,
+    way: str,
+    C: float | None = None,
+    lr: float | None = None,
+) -> dict[str, Any]:
+    """Let one candidate apply. On test data: what the gate says, and how good
+    it is on sentences that neither training nor gate has seen.
+    """
+    torch.set_num_threads(1)
+    parts = _products(seed)
+    half = parts["fresh"][: FRESH // 2]
+    if split == "valid":
+        texts, y = _split(parts["valid"])
+        net = _retrained(seed, way, half, lr)
+        said = outputs(net, encode_texts(texts, encoder()[1])).argmax(1)
+        return {"products": (said == y).double().numpy()}
+    fields = {"films": _field("SST-2"), "products": _field("CR")}
+    gate: dict[str, float] = {}
+    if way == MAJORITY:
+        most = int(_split(half)[1].double().mean() > 0.5)
+        answered = {k: [most] * len(f.texts) for k, f in fields.items()}
+    elif C is not None:
+        films = reviews()["train"]
+        more, y = _split(half) if way == MIXED else ([], films.y[:0])
+        words = bag_of_words(C).fit(
+            films.texts + more, torch.cat([films.y, y]).numpy()
+        )
+        answered = {k: words.predict(f.texts) for k, f in fields.items()}
+    else:
+        folder = packed(seed, WHOLE)
+        if way != IN_USE:
+            done, folder = _applied(seed, way, lr)
+            gate = {"promoted": float(done.promoted)}
+            gate["guard"] = done.sets["guard"][2]
+            gate["fresh"] = done.sets["fresh"][2]
+        answered = {k: _said(folder, f.texts) for k, f in fields.items()}
+    right = {
+        k: (np.array(answered[k]) == f.y.numpy()).astype(float)
+        for k, f in fields.items()
+    }
+    return right | gate
 
 
 def _refresh(executor: Any) -> None:
-    made: list[dict] = []
-    for way in CANDIDATES:
-        for seed in SEEDS:
-            made.append({"way": way, "seed": seed} | run_refresh(seed, way))
-    results.record(CHAPTER, "refresh", made)
-    words, told = _bag(1.0), []
-    for name in ("SST-2", "CR"):
-        field = _field(name)
-        y = field.y.numpy()
-        share = float(max(y.mean(), 1 - y.mean()))
-        right = float((words.predict(field.texts) == y).mean())
-        told.append({"field": name, MAJORITY: share, BAG: right, "n": len(y)})
-    results.record(CHAPTER, "baselines", told)
+    C = results.load_study(CHAPTER, "files").row("accuracy", way=BAG)["C"]
+    results.study(
+        run_refresh,
+        [
+            results.Baseline(way=MAJORITY),
+            results.Baseline(way=BAG, C=C),
+            results.Baseline(SEEDS, way=MIXED, C=C),
+            results.Baseline(SEEDS, way=IN_USE),
+            {"way": AGAIN},
+            {"way": BOTH, "lr": RATES},
+            {"way": ONLY, "lr": RATES},
+            {"way": WRONG, "lr": results.ChosenFor(way=ONLY)},
+        ],
+        chapter=CHAPTER,
+        name="refresh",
+        choose="products",
+        budget=f"{STEPS} steps of 32 sentences",
+        seeds=SEEDS,
+        n={"valid": FRESH, "test": len(_field("CR"))},
+        executor=executor,
+    )
 
 # %% ../../nbs/26_deploy.ipynb #26b00012
 def main(*names: str, executor: Any = None) -> None:
