@@ -193,7 +193,7 @@ def _sizes(executor: Any) -> None:
 # %% ../../nbs/26_deploy.ipynb #26b00003
 WINDOWS = runtime.pick(quick=(0.0, 0.01), cpu=(0.0, 0.002, 0.005, 0.01, 0.02))
 CLIENTS = runtime.pick(quick=(1, 4), cpu=(1, 4, 16, 32))
-SENT = runtime.pick(quick=8, cpu=200)  # requests of a load
+SENT = runtime.pick(quick=8, cpu=150)  # requests of a load
 REPEATS = runtime.pick(quick=(0, 1), cpu=(0, 1, 2, 3, 4))
 CROWD = runtime.pick(quick=8, cpu=64)  # clients of the overload
 ROOM = runtime.pick(quick=2, cpu=16)  # requests that the service then takes
@@ -294,7 +294,7 @@ def _overload(executor: Any) -> None:
     results.record(CHAPTER, "overload", found)
 
 # %% ../../nbs/26_deploy.ipynb #26b00004
-TRIALS = runtime.pick(quick=4, cpu=400)
+TRIALS = runtime.pick(quick=4, cpu=300)
 REFERENCE = runtime.pick(quick=12, cpu=500)
 WINDOW = runtime.pick(quick=(4, 8), cpu=(50, 100, 200, 400))
 SHUFFLES = runtime.pick(quick=39, cpu=199)
@@ -632,7 +632,7 @@ def run_refresh(
         net = _retrained(seed, way, half, lr)
         said = outputs(net, encode_texts(texts, encoder()[1])).argmax(1)
         return {"products": (said == y).double().numpy()}
-    fields = {"films": _field("SST-2"), "products": _field("CR")}
+    fields = {"films": reviews()["test"], "products": _field("CR")}
     gate: dict[str, float] = {}
     if way == MAJORITY:
         most = int(_split(half)[1].double().mean() > 0.5)
