@@ -501,6 +501,7 @@ def _calibration(executor: Any) -> None:
 
 # %% ../../nbs/26_deploy.ipynb #26b00005
 FRESH = runtime.pick(quick=16, cpu=800)  # labeled sentences from the field
+CHOOSING = runtime.pick(quick=16, cpu=400)  # more, to choose a rate
 GUARD = runtime.pick(quick=12, cpu=872)
 STEPS = runtime.pick(quick=2, cpu=60)
 RATES = runtime.pick(quick=[1e-4, 1e-3], cpu=[1e-5, 1e-4, 3e-4, 1e-3, 3e-3])
@@ -530,7 +531,7 @@ def _products(seed: int) -> dict[str, list[tuple]]:
     ]
     order = np.random.default_rng(seed).permutation(len(pairs))
     picked = [pairs[i] for i in order]
-    return {"fresh": picked[:FRESH], "valid": picked[FRESH : 2 * FRESH]}
+    return {"fresh": picked[:FRESH], "valid": picked[FRESH : FRESH + CHOOSING]}
 
 
 @functools.cache
@@ -678,7 +679,7 @@ def _refresh(executor: Any) -> None:
         choose="products",
         budget=f"{STEPS} steps of 32 sentences",
         seeds=SEEDS,
-        n={"valid": FRESH, "test": len(_field("CR"))},
+        n={"valid": CHOOSING, "test": len(_field("CR"))},
         executor=executor,
     )
 
