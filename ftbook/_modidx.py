@@ -2519,6 +2519,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ftbook.studies.deploy._field': ('deploy.html#_field', 'ftbook/studies/deploy.py'),
                                        'ftbook.studies.deploy._files': ('deploy.html#_files', 'ftbook/studies/deploy.py'),
                                        'ftbook.studies.deploy._guard': ('deploy.html#_guard', 'ftbook/studies/deploy.py'),
+                                       'ftbook.studies.deploy._inputs': ('deploy.html#_inputs', 'ftbook/studies/deploy.py'),
                                        'ftbook.studies.deploy._load': ('deploy.html#_load', 'ftbook/studies/deploy.py'),
                                        'ftbook.studies.deploy._overload': ('deploy.html#_overload', 'ftbook/studies/deploy.py'),
                                        'ftbook.studies.deploy._probabilities': ('deploy.html#_probabilities', 'ftbook/studies/deploy.py'),

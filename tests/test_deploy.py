@@ -868,7 +868,8 @@ def test_what_a_tagger_gets_right_is_a_whole_text():
 
 
 def test_baselines_score_and_forms_are_named():
-    assert [r["way"] for r in study.rows()] == [study.MAJORITY, study.BAG, study.TORCH, study.WHOLE, study.SMALL]
+    ways = [study.MAJORITY, study.BAG, study.TORCH, study.WHOLE, study.SMALL, study.CUT]
+    assert [r["way"] for r in study.rows()] == ways
     for about in ({"way": study.MAJORITY}, {"way": study.BAG, "C": 1.0}):
         assert set(study.run(0, "test", **about)["accuracy"]) <= {0.0, 1.0}
 

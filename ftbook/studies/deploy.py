@@ -73,7 +73,9 @@ SEEDS = runtime.pick(quick=(0, 1), cpu=(0, 1, 2))
 LABELS = ["negative", "positive"]
 MAJORITY, BAG = "majority", "bag of words"
 TORCH, WHOLE, SMALL = "PyTorch", "ONNX, 32 bits", "ONNX, 8 bits"
+CUT = "ONNX, 32 bits, cut at 48 pieces"
 BITS = {WHOLE: 32, SMALL: 8}
+LENGTH, TRAINED = 128, 48  # pieces of a text in use, and in training
 DECAYS = runtime.pick(quick=[1.0, 10.0], cpu=[0.1, 1.0, 10.0, 100.0, 1e3, 1e4])
 
 
@@ -100,7 +102,12 @@ def packed(seed: int, way: str) -> Path:
     folder = _workplace() / f"{way}-{seed}".replace(", ", "-").replace(" ", "")
     net = tuned(seed)
     about: dict[str, Any] = {"labels": LABELS, "tokenizer": encoder()[1]}
-    return pack(net, folder, bits=BITS[way], version=f"{seed}", **about)
+    about["max_length"] = TRAINED if way == CUT else LENGTH
+    return pack(net, folder, bits=BITS.get(way, 32), version=f"{seed}", **about)
+
+
+def _inputs(texts: list[str], length: int = LENGTH) -> dict[str, Tensor]:
+    return encode_texts(texts, encoder()[1], length)
 
 
 @functools.cache
@@ -112,8 +119,7 @@ def _bag(C: float) -> Any:
 def _probabilities(seed: int, way: str, texts: list[str]) -> np.ndarray:
     """(N, 2) of a model that was tuned with the seed."""
     if way == TORCH:
-        inputs = encode_texts(texts, encoder()[1])
-        return outputs(tuned(seed), inputs).softmax(1).numpy()
+        return outputs(tuned(seed), _inputs(texts)).softmax(1).numpy()
     model, found = Model(packed(seed, way)), []
     for start in range(0, len(texts), 32):
         found += model(texts[start : start + 32])
@@ -147,7 +153,7 @@ def rows() -> list[dict]:
     return [
         results.Baseline(way=MAJORITY),
         results.Baseline(SEEDS[:1], way=BAG, C=DECAYS),
-        *({"way": way} for way in (TORCH, WHOLE, SMALL)),
+        *({"way": way} for way in (TORCH, WHOLE, SMALL, CUT)),
     ]
 
 # %% ../../nbs/26_deploy.ipynb #26b00006
@@ -174,7 +180,7 @@ def _sizes(executor: Any) -> None:
     large = {TORCH: sum(v.nbytes for v in net.state_dict().values())}
     large |= {w: (f / "model.onnx").stat().st_size for w, f in files.items()}
     forms: dict[str, Callable] = {
-        TORCH: lambda some: outputs(net, encode_texts(some, encoder()[1]))
+        TORCH: lambda some: outputs(net, _inputs(some))
     }
     forms |= {way: Model(folder) for way, folder in files.items()}
     found = [{"way": way, "MB": large[way] / 1e6} for way in forms]
@@ -565,7 +571,7 @@ def _retrained(
         old = torch.randperm(len(part.y), generator=draws)[: len(y)]
         texts = texts + [part.texts[i] for i in old.tolist()]
         y = torch.cat([y, part.y[old]])
-    inputs = _below(net, encode_texts(texts, encoder()[1])) | {"labels": y}
+    inputs = _below(net, _inputs(texts, TRAINED)) | {"labels": y}
     batches = ByLength(inputs, 32, seed)
     epochs = max(1, round(STEPS / len(batches)))
     plan = Settings(schedule="linear", warmup=0.1, progress=False)
@@ -601,7 +607,8 @@ def _applied(seed: int, way: str, lr: float | None) -> tuple[Any, Path]:
 
     def retrain(examples: list[tuple], folder: Path) -> None:
         net = _retrained(seed, way, examples, lr)
-        pack(net, folder, labels=LABELS, tokenizer=encoder()[1])
+        about: dict[str, Any] = {"labels": LABELS, "tokenizer": encoder()[1]}
+        pack(net, folder, max_length=LENGTH, **about)
 
     done = refresh(place, retrain, _products(seed)["fresh"], _guard())
     return done, done.candidate
@@ -631,7 +638,7 @@ def run_refresh(
     if split == "valid":
         texts, y = _split(parts["valid"])
         net = _retrained(seed, way, half, lr)
-        said = outputs(net, encode_texts(texts, encoder()[1])).argmax(1)
+        said = outputs(net, _inputs(texts)).argmax(1)
         return {"products": (said == y).double().numpy()}
     fields = {"films": reviews()["test"], "products": _field("CR")}
     gate: dict[str, float] = {}
