@@ -486,7 +486,7 @@ class Limits:
     texts: int = 32
     characters: int = 5_000
     batch: int = 16
-    window: float = 0.005
+    window: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("requests", "body", "texts", "characters", "batch"):
