@@ -12,7 +12,7 @@ cfg = ConfigParser(delimiters=["="], interpolation=None)
 cfg.read(HERE / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
 url, branch = cfg["repository"], cfg["branch"]
-EXTRAS = "notebook", "book", "dev", "bench"
+EXTRAS = "notebook", "book", "deploy", "dev", "bench"
 
 
 def requirements(key: str) -> list:

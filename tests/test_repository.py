@@ -41,8 +41,21 @@ FLOORS = [
     ["train"],
     ["finetune"],
     ["autoencoder", "contrastive", "mlm", "causal", "vision", "ner", "peft", "regularize", "augment", "search"],
-    ["prompt", "sft", "preference", "together", "distill", "compress", "adapt", "adversarial", "explain"],
+    [
+        "prompt",
+        "sft",
+        "preference",
+        "together",
+        "distill",
+        "compress",
+        "adapt",
+        "adversarial",
+        "explain",
+        "tasks",
+        "distributed",
+    ],
     ["continual"],
+    ["choose", "deploy"],
     ["studies"],
 ]
 STUDIES = [f.stem.split("_", 1)[1] for f in chapters()]  # in the order of the book

@@ -8,7 +8,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, RESULTS = ROOT / "nbs", ROOT / "results"
-EXTRAS = "notebook", "book", "dev", "bench"
+EXTRAS = "notebook", "book", "deploy", "dev", "bench"
 
 # glibc keeps what a training step frees, instead of asking the system for the same pages at every step (half the time
 # of a convolutional network); other systems do not read these
