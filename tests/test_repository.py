@@ -51,11 +51,9 @@ FLOORS = [
         "adapt",
         "adversarial",
         "explain",
-        "tasks",
-        "distributed",
     ],
     ["continual"],
-    ["choose", "deploy"],
+    ["deploy"],
     ["studies"],
 ]
 STUDIES = [f.stem.split("_", 1)[1] for f in chapters()]  # in the order of the book
