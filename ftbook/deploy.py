@@ -216,7 +216,7 @@ class Model:
         self.kind: str = self.about["kind"]
         self.labels: list[str] = self.about["labels"]
         self._session = _Session(files["model.onnx"], threads)
-        self._make = _READERS[self.kind](self, files)
+        self._reader = _READERS[self.kind](self, files)
         self.reference: dict[str, np.ndarray] = {}
         if "reference.safetensors" in files:
             from safetensors.numpy import load
@@ -232,11 +232,11 @@ class Model:
         TypeError, ValueError
             That say what is wrong with it.
         """
-        return self._make.prepare(given)
+        return self._reader.prepare(given)
 
     def answer(self, prepared: Sequence[Any]) -> list[_Answer]:
         """Answers for inputs that `prepare` made ready, as one batch."""
-        return self._make.answer(prepared) if prepared else []
+        return self._reader.answer(prepared) if prepared else []
 
     def __call__(self, inputs: Sequence[str | bytes]) -> list[dict[str, Any]]:
         return [a.body for a in self.answer([*map(self.prepare, inputs)])]
