@@ -906,7 +906,7 @@ def test_the_studies_of_monitoring_are_stored(monkeypatch, tmp_path):
 @extra
 def test_the_same_model_again_is_not_promoted_and_answers_as_before():
     old, new = (study.run_refresh(0, "test", way) for way in (study.IN_USE, study.AGAIN))
-    assert new["promoted"] == 0 and new["fresh"] == new["guard"] == 0
+    assert new["promoted"] == 0 and new["fresh"] < 0 and new["guard"] < 0  # equal answers show no gain
     assert all(np.array_equal(old[name], new[name]) for name in ("films", "products"))
 
 

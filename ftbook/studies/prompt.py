@@ -603,7 +603,7 @@ def _unasked(number: int = 500) -> list[tuple[str, str, int]]:
     drawn = items(1000, 6 * number)
     return [p for p in drawn if _numbers(p[0]) not in asked][:number]
 
-
+# %% ../../nbs/12_prompt.ipynb #ace3aceb
 def run_thought(
     seed: int, split: str, way: str, C: float = 1.0
 ) -> dict[str, np.ndarray]:
