@@ -238,8 +238,16 @@ class Model:
         """Answers for inputs that `prepare` made ready, as one batch."""
         return self._reader.answer(prepared) if prepared else []
 
+    def ask(self, inputs: Sequence[str | bytes]) -> list[_Answer]:
+        """Answers for any number of inputs, 32 at a time."""
+        found = []
+        for start in range(0, len(inputs), 32):
+            some = inputs[start : start + 32]
+            found += self.answer([self.prepare(given) for given in some])
+        return found
+
     def __call__(self, inputs: Sequence[str | bytes]) -> list[dict[str, Any]]:
-        return [a.body for a in self.answer([*map(self.prepare, inputs)])]
+        return [a.body for a in self.ask(inputs)]
 
     def try_examples(self) -> None:
         """Compare the answers to those stored when the model was packed.
@@ -316,7 +324,8 @@ def pack(
     if folder.exists():
         raise FileExistsError(f"{folder} exists; give the name of a new folder")
     check_value("temperature", temperature, "positive")
-    names = list(labels or getattr(model, "labels", ()) or _classes(model))
+    own = getattr(model, "labels", ()) or getattr(model, "classes", None)
+    names = list(labels or own or ())
     if kind == "tagger":
         tokenizer = model.tokenizer
     about = {
@@ -336,10 +345,11 @@ def pack(
         about["opset"] = _opset(part / "model.onnx")
         _write(part, about, card, tokenizer)
         _check_labels(part, names)
-        _remember(part, examples[:8])
+        written = Model(part)
+        _remember(part, written, examples[:8])
         if reference:
-            _refer(part, reference)
-            _seal(part)
+            _refer(part, written, reference)
+        _seal(part)
         part.chmod(0o755)
         part.rename(folder)
     finally:
@@ -1046,26 +1056,23 @@ def refresh(
         {name: _right(m, rows) for name, rows in sets.items()}
         for m in (old, new)
     )
-    kept = _only(gate, before, after, "guard", margin, level)
-    won = _only(gate, before, after, "fresh", 0.0, level)
-    numbers_ = {**kept.sets, **won.sets}
-    better = won.accepted and won.sets["fresh"][2] > 0
+    kept, won = (
+        gate({name: before[name]}, {name: after[name]}, loss, level)
+        for name, loss in (("guard", margin), ("fresh", 0.0))
+    )
+    compared = {**kept.sets, **won.sets}
+    better = won.sets["fresh"][2] > 0
     why = "better on fresh inputs, and the guard set holds"
     if not kept.accepted:
         why = f"more than {margin:.0%} may be lost on the guard set"
     elif not better:
         why = "not shown to be better on fresh inputs"
     promoted = kept.accepted and better
-    _log(place, old, new, numbers_, promoted, why)
+    _log(place, old, new, compared, promoted, why)
     if promoted:
         with atomic_write(place / "current") as temporary:
             temporary.write_text(candidate.name + "\n", encoding="utf-8")
-    return _Refreshed(promoted, candidate, numbers_, why)
-
-
-def _only(judge: Callable, before: Any, after: Any, name: str, *how: float):
-    """The gate on one set."""
-    return judge({name: before[name]}, {name: after[name]}, *how)
+    return _Refreshed(promoted, candidate, compared, why)
 
 
 def _log(place: Path, old: Model, new: Model, sets, promoted, why) -> None:
@@ -1520,15 +1527,11 @@ def _seal(folder: Path) -> None:
     (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def _refer(folder: Path, inputs: Sequence[str | bytes]) -> None:
+def _refer(folder: Path, model: Model, inputs: Sequence[str | bytes]) -> None:
     """Store what the packed model says of inputs from before deployment."""
     from safetensors.numpy import save_file
 
-    model = Model(folder)
-    found = []
-    for start in range(0, len(inputs), 32):
-        some = [model.prepare(v) for v in inputs[start : start + 32]]
-        found += model.answer(some)
+    found = model.ask(inputs)
     kept: dict[str, np.ndarray] = {
         "confidence": np.array([a.confidence for a in found], np.float32),
         "guess": np.array([a.guess for a in found], np.int64),
@@ -1544,11 +1547,6 @@ def _opset(path: Path) -> int:
 
     sets = onnx.load(path).opset_import
     return next(s.version for s in sets if s.domain in ("", "ai.onnx"))
-
-
-def _classes(model: Any) -> Any:
-    """Class names that an image network carries."""
-    return getattr(model, "classes", None) or ()
 
 
 def _write(part: Path, about: dict, card: str, tokenizer: Any) -> None:
@@ -1575,9 +1573,10 @@ def _check_labels(part: Path, names: Sequence[str]) -> None:
         )
 
 
-def _remember(part: Path, examples: Sequence[str | bytes]) -> None:
+def _remember(
+    part: Path, model: Model, examples: Sequence[str | bytes]
+) -> None:
     """Store a few inputs with the answers that this machine gives."""
-    model = Model(part)
     made = []
     for given in examples:
         kept = (
@@ -1588,7 +1587,6 @@ def _remember(part: Path, examples: Sequence[str | bytes]) -> None:
         made.append({"input": kept, "answer": model([given])[0]})
     text = json.dumps(made, indent=1, ensure_ascii=False)
     (part / "example.json").write_text(text + "\n", encoding="utf-8")
-    _seal(part)
 
 # %% ../nbs/26_deploy.ipynb #26a00014
 _TIMES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -1857,18 +1855,14 @@ def _judges(example: tuple) -> bool:
 
 def _right(model: Model, examples: Sequence[tuple]) -> np.ndarray:
     """Which examples a model gets right; a tagger, all entities of a text."""
-    right = []
-    for start in range(0, len(examples), 32):
-        some = examples[start : start + 32]
-        for answer, (_, label) in zip(
-            model([given for given, _ in some]), some, strict=True
-        ):
-            said = answer.get("label")
-            if "entities" in answer:
-                keys = ("start", "end", "type")
-                said = {tuple(e[k] for k in keys) for e in answer["entities"]}
-                label = {*map(tuple, label)}
-            right.append(said == label)
+    answers, right = model([given for given, _ in examples]), []
+    for answer, (_, label) in zip(answers, examples, strict=True):
+        said = answer.get("label")
+        if "entities" in answer:
+            keys = ("start", "end", "type")
+            said = {tuple(e[k] for k in keys) for e in answer["entities"]}
+            label = {*map(tuple, label)}
+        right.append(said == label)
     return np.array(right)
 
 # %% ../nbs/26_deploy.ipynb #26a00027

@@ -44,6 +44,7 @@ from ftbook.deploy import (
     psi,
     refresh,
 )
+from ..distill import cut
 from . import bag_of_words, run_named
 from .compress import tuned
 from .finetune import ByLength, Upper, outputs, reviews
@@ -120,9 +121,7 @@ def _probabilities(seed: int, way: str, texts: list[str]) -> np.ndarray:
     """(N, 2) of a model that was tuned with the seed."""
     if way == TORCH:
         return outputs(tuned(seed), _inputs(texts)).softmax(1).numpy()
-    model, found = Model(packed(seed, way)), []
-    for start in range(0, len(texts), 32):
-        found += model(texts[start : start + 32])
+    found = Model(packed(seed, way))(texts)
     return np.array([list(a["probabilities"].values()) for a in found])
 
 
@@ -334,11 +333,7 @@ def _field(name: str) -> Any:
 @functools.cache
 def answers(seed: int, name: str) -> dict[str, np.ndarray]:
     """What the model in its file says of the field's sentences."""
-    model, found = Model(packed(seed, WHOLE)), []
-    texts = _field(name).texts
-    for start in range(0, len(texts), 32):
-        some = [model.prepare(t) for t in texts[start : start + 32]]
-        found += model.answer(some)
+    found = Model(packed(seed, WHOLE)).ask(_field(name).texts)
     rows = [list(a.body["probabilities"].values()) for a in found]
     return {
         "confidence": np.array([a.confidence for a in found]),
@@ -581,21 +576,12 @@ def _retrained(
 
 
 @torch.no_grad()
-def _below(net: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _below(net: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What all layers of the model in use but the top ones make of texts."""
-    whole: Any = copy.deepcopy(net)
-    top = len(Upper(whole).layers)
-    layers = whole.body.encoder.layer
-    whole.body.encoder.layer = layers[: len(layers) - top]
-    made = []
-    for ids, mask in zip(
-        inputs["input_ids"].split(32),
-        inputs["attention_mask"].split(32),
-        strict=True,
-    ):
-        h = whole.body(input_ids=ids, attention_mask=mask)
-        made.append(h.last_hidden_state)
-    mask = inputs["attention_mask"]
+    depth = len(net.body.encoder.layer) - len(Upper(net).layers)
+    body, mask = cut(net.body, range(depth)), inputs["attention_mask"]
+    parts = zip(inputs["input_ids"].split(32), mask.split(32), strict=True)
+    made = [body(input_ids=i, attention_mask=m)[0] for i, m in parts]
     return {"hidden": torch.cat(made), "attention_mask": mask}
 
 # %% ../../nbs/26_deploy.ipynb #26b00011
@@ -616,10 +602,7 @@ def _applied(seed: int, way: str, lr: float | None) -> tuple[Any, Path]:
 
 def _said(folder: Path, texts: list[str]) -> list[int]:
     """Numbers of the classes that a packed model names."""
-    model, found = Model(folder), []
-    for start in range(0, len(texts), 32):
-        found += model(texts[start : start + 32])
-    return [LABELS.index(a["label"]) for a in found]
+    return [LABELS.index(a["label"]) for a in Model(folder)(texts)]
 
 
 def run_refresh(
