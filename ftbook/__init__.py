@@ -48,7 +48,10 @@ PUBLIC = {
     "adversarial": "fgsm pgd withstands Attacked Agree NearTexts edit_attack",
     "explain": "swap_gaps SwapPairs integrated_gradients deletion",
     "continual": "learn Pull Replay transfer gate",
+    "choose": "compare fits logme learning_curve suspects",
+    "distributed": "launch all_reduce train_parallel SplitLinear ShardedRows",
     "deploy": "pack verify serve load_test psi drift_test Monitor refresh",
+    "tasks": "RECIPES Segmenter Detector log_mel SpecAugment PairEncoder",
 }
 _WHERE = {name: module for module, names in PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *PUBLIC]  # what help() prints; `dir` and completion know the names too

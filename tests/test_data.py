@@ -65,6 +65,8 @@ def test_every_card_is_complete():
         "subj",
         "trec",
         "wikitext2",
+        "camvid",
+        "fsdd",
     }
     assert wanted <= set(data.names())
     for name in data.names():
@@ -550,6 +552,63 @@ def test_trec_keeps_its_test_part_and_sets_validation_questions_aside(fake):
     fake("trec", "coarse", {"train_5500.label": lines[0] + b"WHAT:kind Who is it ?\n"})
     with pytest.raises(ValueError, match="line 2 is not 'CLASS:fine question' with a class of ABBR, DESC"):
         data.load("trec")
+
+
+def zipped(files: dict) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+def picture(pixels, form: str) -> bytes:
+    from PIL import Image
+
+    packed = io.BytesIO()
+    Image.fromarray(pixels).save(packed, form)
+    return packed.getvalue()
+
+
+def test_scenes_have_a_class_for_every_pixel_and_what_has_none_is_ignored(fake):
+    marks = np.array([[0, 10, 11], [3, 3, 255]], np.uint8)
+    photo = np.full((2, 3, 3), 77, np.uint8)
+    files = {"CamVid/val/b.jpg": picture(photo, "JPEG"), "CamVid/valannot/b.png": picture(marks, "PNG")}
+    fake("camvid", "half", {"camvid_240x180.zip": zipped(files)})
+    found = data.load("camvid", "valid")
+    assert found.x.shape == (1, 3, 2, 3) and found.y.tolist() == [[[0, 10, -100], [3, 3, -100]]]
+    assert len(found[:1]) == 1 and found.classes[3] == "road" and found.name == "camvid"
+    with pytest.raises(ValueError, match=r"give \(N, 3, H, W\) and \(N, H, W\)"):
+        data._SceneSet(found.x, found.y[:, :1], found.classes)
+
+
+def wav(samples, channels: int = 1) -> bytes:
+    import wave
+
+    packed = io.BytesIO()
+    with wave.open(packed, "wb") as sound:
+        sound.setnchannels(channels)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(np.array(samples, "<i2").tobytes())
+    return packed.getvalue()
+
+
+def test_recordings_know_digit_speaker_and_part(fake):
+    files = {
+        f"recordings/{d}_{who}_{n}.wav": wav([0, 16384, -32768])
+        for d in (0, 7)
+        for who in ("ada", "bob")
+        for n in (4, 5)
+    }
+    fake("fsdd", "recordings", {"free-spoken-digit-dataset.zip": zipped(files)})
+    train, test = data.load("fsdd", "train"), data.load("fsdd", "test")
+    for part in (train, test):
+        assert part.y.tolist() == [0, 0, 7, 7] and part.speakers == ["ada", "bob"] * 2 and part.rate == 8000
+        assert part.waves[0].tolist() == [0.0, 0.5, -1.0]
+    assert test[[1, 2]].speakers == ["bob", "ada"] and test.counts()["7"] == 2
+    with pytest.raises(ValueError, match="2 channels of 16 bits; one channel of 16 bits can be read"):
+        data._read_wave(wav([0, 0], channels=2), "x.wav")
 
 
 def test_wikitext_is_read_from_files_and_archives(fake):

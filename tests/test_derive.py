@@ -197,3 +197,35 @@ def test_a_card_says_of_what_a_file_is_made():
     text = data.card("wiki_excerpt")._repr_markdown_()
     assert "made from [raw.githubusercontent.com](https://raw.githubusercontent.com/" in text
     assert str(data.card("wiki_excerpt").variants["excerpt"][0].recipe).endswith("wiki_00 and 63 more")
+
+
+def png(pixels) -> bytes:
+    packed = io.BytesIO()
+    Image.fromarray(pixels).save(packed, "PNG")
+    return packed.getvalue()
+
+
+def test_scenes_are_halved_and_their_labels_stay_labels(tmp_path):
+    labels = np.repeat(np.repeat(np.array([[0, 3], [11, 3]], np.uint8), 4, 0), 4, 1)
+    photo = np.full((8, 8, 3), 200, np.uint8)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("root/CamVid/train/a.png", png(photo))
+        archive.writestr("root/CamVid/trainannot/a.png", png(labels))
+        archive.writestr("root/CamVid/train.txt", "no photo")
+        archive.writestr("root/other/train/b.png", png(photo))
+    derive.half_scenes([tmp_path / "all.zip"], tmp_path / "half.zip")
+    with zipfile.ZipFile(tmp_path / "half.zip") as made:
+        assert sorted(made.namelist()) == ["CamVid/train/a.jpg", "CamVid/trainannot/a.png"]
+        half = np.asarray(Image.open(io.BytesIO(made.read("CamVid/trainannot/a.png"))))
+        assert half.tolist() == labels[::2, ::2].tolist()
+        assert Image.open(io.BytesIO(made.read("CamVid/train/a.jpg"))).size == (4, 4)
+
+
+def test_recordings_are_taken_as_they_are(tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("root/recordings/0_ada_1.wav", b"sound")
+        archive.writestr("root/recordings/notes.txt", b"text")
+        archive.writestr("root/acquire_data/1_ada_1.wav", b"other")
+    derive.recordings([tmp_path / "all.zip"], tmp_path / "made.zip")
+    with zipfile.ZipFile(tmp_path / "made.zip") as made:
+        assert made.namelist() == ["recordings/0_ada_1.wav"] and made.read(made.namelist()[0]) == b"sound"

@@ -51,9 +51,11 @@ FLOORS = [
         "adapt",
         "adversarial",
         "explain",
+        "tasks",
+        "distributed",
     ],
     ["continual"],
-    ["deploy"],
+    ["choose", "deploy"],
     ["studies"],
 ]
 STUDIES = [f.stem.split("_", 1)[1] for f in chapters()]  # in the order of the book

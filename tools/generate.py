@@ -44,8 +44,11 @@ NEEDS = {
     "21_adapt": "sst2 cr cifar10 minilm",
     "22_adversarial": "fashion_mnist sst2 cr minilm",
     "23_continual": "sst2 cr subj trec cifar10 minilm efficientnet_lite0",
+    "24_choose": "sst2 cr subj trec wnut17 hymenoptera fashion_mnist cifar10 minilm efficientnet_lite0",
+    "25_distributed": "sst2 minilm",
     "26_deploy": "sst2 cr minilm",
-    "A1_data": "fashion_mnist cifar10 hymenoptera wnut17 sst2 cr subj trec wikitext2 wiki_excerpt",
+    "27_tasks": "camvid fsdd wiki_excerpt hymenoptera minilm efficientnet_lite0",
+    "A1_data": "fashion_mnist cifar10 hymenoptera wnut17 sst2 cr subj trec wikitext2 wiki_excerpt camvid fsdd",
     "A2_models": "minilm smollm2 efficientnet_lite0 sst2 hymenoptera",
     "A8_debug": "cifar10 sst2 wnut17 minilm",
 }

@@ -33,7 +33,10 @@ KEYS = {
     "21_adapt": "coral pseudo_labels reweigh",
     "22_adversarial": "project typos attention_rollout",
     "23_continual": "transfer class_numbers gate",
+    "24_choose": "overlap knn_score ask",
+    "25_distributed": "zero_bytes bubble cost",
     "26_deploy": "psi drift_test field_calibration",
+    "27_tasks": "iou pseudo_values recall_at",
 }
 NOTE = "> [!NOTE]\n> Recall edition: the bodies of {names} are yours to write. The cell below each says whether its examples hold."
 
