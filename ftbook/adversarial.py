@@ -36,13 +36,13 @@ __all__ = [
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .augment import eda
+from .compute import resting
 from .losses import cross_entropy
 from .texts import sentence_vectors
 
@@ -392,19 +392,6 @@ def withstands(
     return torch.cat(parts)
 
 # %% ../nbs/22_adversarial.ipynb #22a00008
-@contextmanager
-def _resting(model: Any) -> Iterator[None]:
-    """Eval mode inside, the modes of all parts as they were afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 class Attacked:
     """Transform for `fit`: trains on every batch as an attack leaves it.
 
@@ -451,7 +438,7 @@ class Attacked:
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """A batch (B, ...), (B,) -> as many rows, or twice as many."""
         how = dict(self.how)
-        with _resting(self.model):
+        with resting(self.model):
             if self.agree:
                 with torch.no_grad():
                     own = self.model(x)
@@ -772,7 +759,7 @@ class NearTexts:
         mask = mask[:, : int(mask.sum(1).max())]
         ids = batch["input_ids"][:, : mask.shape[1]]
         vectors = self.model.get_input_embeddings()(ids)
-        with _resting(self.model):
+        with resting(self.model):
             way = self._way(vectors.detach(), mask, y)
         if self.kind == "freelb":
             copies, told = [vectors + d for d in way], [y] * len(way)

@@ -17,6 +17,7 @@ __all__ = [
     "rng_state",
     "set_rng_state",
     "seeded",
+    "resting",
     "evaluating",
     "device_of",
     "PRECISIONS",
@@ -136,6 +137,22 @@ def seeded(seed: int | None, device, generators=()):
 
 # %% ../nbs/04_train.ipynb #e887b8c4
 @contextlib.contextmanager
+def resting(model: Any):
+    """Eval mode and gradients inside; modes as before outside. What is no
+    Module has no mode.
+    """
+    known = isinstance(model, nn.Module)
+    modes = [(m, m.training) for m in model.modules()] if known else []
+    try:
+        if known:
+            model.eval()
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module):
     """Eval mode and no gradients inside; modes and streams as before outside.
 
@@ -147,14 +164,8 @@ def evaluating(model: nn.Module):
     >>> [m.training for m in model]
     [True, False]
     """
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with seeded(None, device_of(model)), torch.no_grad():
-            yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with resting(model), seeded(None, device_of(model)), torch.no_grad():
+        yield model
 
 
 def device_of(model, device=None):

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 
 from .batches import as_batches
 from .checkpoint import Checkpoint, plain_values
+from .compute import resting
 from .distill import teacher_logits
 from .losses import cross_entropy, distillation_kl
 from .regularize import Penalized
@@ -387,18 +388,13 @@ def fisher(
             "requires_grad of those whose importance is asked"
         )
     total = {k: torch.zeros_like(p) for k, p in weights.items()}
-    modes = [(m, m.training) for m in net.modules()]
-    net.eval()
-    try:
+    with resting(net):
         for at in torch.arange(n).split(max(group, at_once)):
             batch = {k: v[at] for k, v in rows.items()}
             given = data["labels"][at] if labels == "true" else None
             for share, y in _targets(net, batch, labels, given, (seed, at)):
                 for k, g in _squares(net, weights, batch, share, y, group):
                     total[k] += g / n
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return total
 
 

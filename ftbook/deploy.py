@@ -66,7 +66,7 @@ from .compute import evaluating
 from .continual import gate
 from .data import asset
 from .finetune import find_head
-from .images import decode_image
+from .images import TooManyPixels, decode_image
 from .losses import calibration_error
 from .ner import NERTagger
 from .runtime import atomic_write, check_value, versions
@@ -1355,8 +1355,8 @@ class _Pictures(_Classified):
                 f"the input is {type(given).__name__}; give the bytes of a "
                 "picture file"
             )
-        _check_pixels(given, self.how["max_pixels"])
-        return decode_image(given, size=self.how["size"]).float() / 255
+        size, most = self.how["size"], self.how["max_pixels"]
+        return decode_image(given, size=size, max_pixels=most).float() / 255
 
     def answer(self, prepared: Sequence[Any]) -> list[_Answer]:
         """Classify."""
@@ -1372,26 +1372,6 @@ def _a_text(given: Any) -> str:
             f"the input is {told}; give a text"
         )
     return encodable(given)
-
-
-def _check_pixels(content: bytes, allowed: int) -> None:
-    """Look at the size that a picture claims before its pixels are decoded."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            width, height = picture.size
-    except Exception:  # the decoder says what is wrong
-        return
-    if width * height > allowed:
-        raise _TooLarge(
-            f"the picture has {width:,} x {height:,} pixels; allowed are "
-            f"{allowed:,} in all"
-        )
-
-
-class _TooLarge(ValueError):
-    """More than a limit allows."""
 
 # %% ../nbs/26_deploy.ipynb #26a00008
 class _Tags:
@@ -1777,7 +1757,7 @@ class _House:
         for i, one in enumerate(given):
             try:
                 ready.append(self.model.prepare(one))
-            except _TooLarge as error:
+            except TooManyPixels as error:
                 raise _Refusal(413, "too_large", str(error)) from None
             except (TypeError, ValueError) as error:
                 told = f"input {i}: {error}"

@@ -51,6 +51,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .compute import resting
 from .losses import cross_entropy, distillation_kl
 from .runtime import atomic_write, device
 from .texts import masked_mean
@@ -903,22 +904,8 @@ def distill(
         teacher.to(torch.device(chosen) if chosen else device())
         net = Matched(student, teacher, match)
     made: Any = batches(told) if batches else told
-    with _resting(teacher):
+    with resting(teacher):
         return fit(net, made, loss=loss, **fitting)
-
-
-@contextmanager
-def _resting(teacher: Any) -> Iterator[None]:
-    """The teacher in eval mode, whose modules go back to theirs afterwards."""
-    parts = teacher.modules() if isinstance(teacher, nn.Module) else ()
-    modes = [(m, m.training) for m in parts]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 # %% ../nbs/19_distill.ipynb #19a00016
 def changed_copies(

@@ -19,7 +19,7 @@ __all__ = [
     "Normalize",
     "channel_stats",
     "fit_square",
-    "MAX_PIXELS",
+    "TooManyPixels",
     "decode_image",
     "load_images",
     "read_folder",
@@ -347,11 +347,20 @@ _SUFFIXES = (
     ".webp",
 )  # torchvision's list
 MAX_PIXELS = 128_000_000
+
+
+class TooManyPixels(ValueError):
+    """A picture is larger than allowed."""
+
+
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 
 
 def decode_image(
-    source: bytes | str | Path, name: str = "", size: int = 224
+    source: bytes | str | Path,
+    name: str = "",
+    size: int = 224,
+    max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
     """One picture file as uint8 (3, size, size), upright, in color.
 
@@ -367,13 +376,14 @@ def decode_image(
         What errors call it; default: the path.
     size : int
         Side in pixels.
+    max_pixels : int
+        A file that says it has more is refused before they are decoded.
 
     Raises
     ------
     ValueError
         If there is no such picture, it is broken or cut off, has more than
-        `MAX_PIXELS` pixels (128 million), or 32 bits per value, which have no
-        fixed scale.
+        `max_pixels` pixels, or 32 bits per value, which have no fixed scale.
     """
     if not name:
         name = "the picture" if isinstance(source, bytes) else str(source)
@@ -381,10 +391,13 @@ def decode_image(
         pixels = _pixels(
             io.BytesIO(source)
             if isinstance(source, bytes)
-            else _regular(source)
+            else _regular(source),
+            max_pixels,
         )
     except Exception as error:  # of many kinds where a file is broken
-        raise ValueError(f"{name} cannot be decoded ({error})") from error
+        large = isinstance(error, TooManyPixels)
+        told = f"{name} cannot be decoded ({error})"
+        raise (TooManyPixels if large else ValueError)(told) from error
     return fit_square(torch.from_numpy(pixels).permute(2, 0, 1), size)
 
 
@@ -406,7 +419,7 @@ def _regular(path: str | Path) -> Path:
     return path
 
 
-def _pixels(source: io.BytesIO | Path) -> np.ndarray:
+def _pixels(source: io.BytesIO | Path, most: int = MAX_PIXELS) -> np.ndarray:
     """Decode to uint8 (H, W, 3)."""
     from PIL import Image, UnidentifiedImageError
 
@@ -417,10 +430,10 @@ def _pixels(source: io.BytesIO | Path) -> np.ndarray:
             f"its content is none of {', '.join(_FORMATS)}"
         ) from None
     with picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(
+        if picture.width * picture.height > most:
+            raise TooManyPixels(
                 f"{picture.width:,} x {picture.height:,} pixels, "
-                f"more than the {MAX_PIXELS:,} allowed"
+                f"more than the {most:,} allowed"
             )
         picture.load()
         turn = _turn(picture)

@@ -144,7 +144,8 @@ class Row(dict):
 
     `format(row, ".1%")` gives "87.2 % [86.1, 88.3]", `format(row, ".3f")`
     gives "0.872 [0.861, 0.883]"; a Row of a mean and an interval is enough for
-    that. `row.source` says where in results/ it is
+    that. A difference of shares is in points: "1.2 points [0.3, 2.1]".
+    `row.source` says where in results/ it is
     stored (None before it is recorded).
     """
 
@@ -197,9 +198,12 @@ class Row(dict):
 
     def __format__(self, spec: str) -> str:
         runs = len(self.get("values", ()))
-        return _format_interval(self["mean"], self.low, self.high, runs, spec)
+        text = _format_interval(self["mean"], self.low, self.high, runs, spec)
+        apart = str(self.get("metric", "")).startswith(_DIFFERENCE)
+        return text.replace(" %", " points") if apart else text
 
 
+_DIFFERENCE = "difference in "
 _ROW_KEYS = ("metric", "values", "mean", "interval", "n", "budget", "seeds")
 _STUDY_KEYS = ("tried", "edge", "minutes", "over", "mode")
 _TEST_KEYS = ("p", "p_holm", "better", "verdict")
@@ -339,7 +343,7 @@ def difference(a: Any, b: Any, **varied: Any) -> Row:
             "needs the same seeds on both sides"
         )
     values = [_number(x) - _number(y) for x, y in zip(xs, ys, strict=True)]
-    metric = "difference in " + str(first.get("metric", "values"))
+    metric = _DIFFERENCE + str(first.get("metric", "values"))
     about: dict[str, Any] = {k: first.get(k) for k in ("n", "budget")}
     return row(metric, values, seeds=seeds, **about, **varied)
 
@@ -450,7 +454,7 @@ def _gap(a: Row, b: Row, first: np.ndarray, second: np.ndarray) -> Row:
     about = {k: a.get(k) for k in ("n", "budget")}
     if len(longer.get("seeds", ())) == len(z):
         about["seeds"] = longer["seeds"]
-    name = f"difference in {a['metric']}"
+    name = _DIFFERENCE + a["metric"]
     made = row(name, z.mean(1), **about, **a.varied)
     made["interval"] = list(_limits(z))
     made |= _over(z)
@@ -1246,7 +1250,8 @@ def _render_table(
 
     texts = [[line.get(k, "–") for k in titles] for line in lines]
     numeric = [
-        all(re.match(r"[-\d–]", t) for t in c) for c in zip(*texts, strict=True)
+        all(re.match(r"[-+\d–]", t) for t in column)
+        for column in zip(*texts, strict=True)
     ]
     out = [written(map(_cell_text, titles.values()))]
     out.append(written("---:" if n else ":---" for n in numeric))

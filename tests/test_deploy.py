@@ -278,7 +278,7 @@ def test_what_is_no_text_is_refused(folders, value):
 def test_pictures_are_refused_by_what_they_claim_before_they_are_decoded(folders):
     model = Model(folders["image"])
     model.about["preprocessing"]["max_pixels"] = 100
-    with pytest.raises(ValueError, match=r"30 pixels; allowed are 100 in all"):
+    with pytest.raises(ValueError, match=r"30 pixels, more than the 100 allowed"):
         model.prepare(picture(size=(30, 40)))
     with pytest.raises(ValueError, match="cannot be decoded"):
         model.prepare(b"no picture")

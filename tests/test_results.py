@@ -1293,3 +1293,11 @@ def test_a_baseline_has_its_own_grid_and_seeds():
     ASKED.clear()
     compare(rows)
     assert ASKED == []
+
+
+def test_differences_of_shares_are_in_points():
+    gap = results.difference([0.90, 0.92, 0.91], [0.88, 0.89, 0.88])
+    assert f"{gap:.1%}" == "2.7 points [1.2, 4.1]" and f"{gap:+.1%}".startswith("+2.7 points [+1.2")
+    assert f"{gap:.3f}" == "0.027 [0.012, 0.041]"
+    signed = results.table([{"way": "a", "gap": "+1"}, {"way": "b", "gap": "-1"}])
+    assert "| :--- | ---: |" in str(signed)
