@@ -250,11 +250,14 @@ HEAD = runtime.pick(
     cpu=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
     gpu=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
 )
+# the small BERT: a head on short vectors, half of its layers
+SMALL = runtime.pick(quick=HEAD, cpu=[1e-2, 3e-2, 0.1, 0.3, 1.0], gpu=HEAD)
+TOP = runtime.pick(quick=FULL, cpu=[5e-4, 1.2e-3, 3e-3, 6e-3, 1.2e-2], gpu=FULL)
 ROWS = [
     {"init": "random", "trained": "full", "target": "right", "lr": FULL},
     {"init": "pretrained", "trained": "full", "target": "right", "lr": FULL},
-    {"init": "pretrained", "trained": "head", "target": "right", "lr": HEAD},
-    {"init": "pretrained", "trained": "top", "target": "right", "lr": FULL},
+    {"init": "pretrained", "trained": "head", "target": "right", "lr": SMALL},
+    {"init": "pretrained", "trained": "top", "target": "right", "lr": TOP},
 ]
 ROWS += [
     {"init": "pretrained", "trained": "full", "target": wrong, "lr": FULL}
