@@ -75,6 +75,11 @@ def check_classes(source: Any, target: Any) -> list[str]:
     ['no', 'yes']
     """
     here, there = (list(getattr(d, "classes", d)) for d in (source, target))
+    if not here and not there:
+        raise ValueError(
+            "source and target have no classes; give data sets with classes, "
+            "or the names of the classes"
+        )
     if set(here) != set(there):
         alone = [
             f"the {name} alone has {sorted(map(str, own))}"
@@ -385,8 +390,11 @@ def density_weights(
     """
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-    if not 0 <= power:
-        raise ValueError(f"power={power}: give 0 or more, 1 for plain weights")
+    if not 0 <= power < math.inf:
+        raise ValueError(
+            f"power={power}: give 0 or more and a finite number, 1 for plain "
+            "weights"
+        )
     a, b = _vectors(source, target, least=10)
     domain = np.repeat((0, 1), (len(a), len(b)))
     x = np.concatenate((a, b))
@@ -407,9 +415,11 @@ def effective_size(weights: Any) -> float:
     (4.0, 1.0)
     """
     w = np.asarray(weights, dtype=np.float64)
-    if w.ndim != 1 or not len(w) or not (w >= 0).all() or not w.sum() > 0:
+    whole = w.ndim == 1 and len(w) and np.isfinite(w).all()
+    if not whole or not (w >= 0).all() or not w.sum() > 0:
         raise ValueError(
-            "weights must be one list of numbers of at least 0, not all 0"
+            "weights must be one list of finite numbers of at least 0, not "
+            "all 0"
         )
     return float(w.sum() ** 2 / (w * w).sum())
 
@@ -463,6 +473,11 @@ def reverse_gradient(x: Tensor, weight: float = 1.0) -> Tensor:
     >>> x.grad
     tensor([-3.])
     """
+    if not math.isfinite(weight):
+        raise ValueError(
+            f"weight={weight}: give a finite number, as every gradient behind "
+            "is multiplied by it"
+        )
     return _Reverse.apply(x, float(weight))
 
 # %% ../nbs/21_adapt.ipynb #21a00015
@@ -547,9 +562,10 @@ class Aligned(nn.Module):
                 f"how is {how!r}; allowed are None, "
                 + ", ".join(repr(w) for w in _WAYS[1:])
             )
-        if not weight >= 0 or steps < 0:
+        if not 0 <= weight < math.inf or steps < 0:
             raise ValueError(
-                f"weight={weight}, steps={steps}: give 0 or more of both"
+                f"weight={weight}, steps={steps}: give 0 or more of both, and "
+                "a finite weight"
             )
         self.model, self.how = model, how
         self.weight, self.steps = float(weight), int(steps)
@@ -634,8 +650,18 @@ def pseudo_labels(logits: Tensor, threshold: float = 0.9) -> Tensor:
             f"logits have the shape {tuple(logits.shape)}, threshold is "
             f"{threshold}; give logits (N, C) and a threshold from 0 to 1"
         )
+    _check_finite("logits", logits)
     sure, label = logits.float().softmax(1).max(1)
     return torch.where(sure >= threshold, label, -100)
+
+
+def _check_finite(name: str, logits: Tensor) -> None:
+    bad = int((~logits.isfinite()).any(1).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of the {len(logits)} rows of {name} hold NaN or infinity; "
+            "leave these examples out, or look for what made them"
+        )
 
 
 def self_train(
@@ -780,11 +806,7 @@ def _check_answers(here: Tensor, labels: Tensor, there: Tensor) -> int:
             "of both, (N, C) and (M, C), and the same classes to both"
         )
     for name, logits in (("source", here), ("target", there)):
-        if bool(logits.isnan().any()):
-            raise ValueError(
-                f"{int(logits.isnan().any(1).sum())} of the {len(logits)} rows "
-                f"of {name} logits hold NaN; leave these examples out"
-            )
+        _check_finite(f"{name} logits", logits)
     if labels.is_floating_point() or bool((labels < 0).any()):
         raise ValueError(
             f"labels are {labels.dtype}, the least is {labels.min().item()}; "
@@ -816,10 +838,12 @@ def reweigh(logits: Tensor, weights: Any) -> Tensor:
     tensor([[0.2500, 0.7500]])
     """
     w = torch.as_tensor(np.asarray(weights, dtype=np.float64))
-    if w.shape != logits.shape[-1:] or bool((w < 0).any()) or not w.sum() > 0:
+    whole = w.shape == logits.shape[-1:] and bool(w.isfinite().all())
+    if not whole or bool((w < 0).any()) or not w.sum() > 0:
         raise ValueError(
             f"weights are {w.tolist()}, logits have {logits.shape[-1]} "
-            "classes; give each class one number of at least 0, not all 0"
+            "classes; give each class one number of at least 0, finite and "
+            "not all 0"
         )
     return logits + w.clamp(min=1e-9).log().to(logits)
 
@@ -874,7 +898,13 @@ def target_statistics(
             )
         for layer, own in zip(layers, before, strict=True):
             for name in ("running_mean", "running_var"):
-                getattr(layer, name).lerp_(own[name], keep)
+                new = getattr(layer, name)
+                if not bool(new.isfinite().all()):
+                    raise ValueError(
+                        f"the target gives a {name} that is NaN or infinite; "
+                        "leave out examples that hold such values"
+                    )
+                new.lerp_(own[name], keep)
         yield model
     finally:
         for layer, own in zip(layers, before, strict=True):

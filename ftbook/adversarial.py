@@ -91,12 +91,19 @@ def _uphill(slope: Tensor, norm: str) -> Tensor:
     return slope / _length(slope).clamp(min=1e-12)
 
 
-def _check_labels(x: Tensor, y: Tensor) -> None:
+def _check_labels(x: Tensor, y: Tensor, known: bool = True) -> None:
     """A class for every example."""
     if len(y) != len(x):
         raise ValueError(
             f"x has {len(x)} examples, y {len(y)}; give the right class of "
             "each example"
+        )
+    missing = int((y < 0).sum()) if known else 0
+    if missing:
+        raise ValueError(
+            f"{missing} of {y.numel()} labels are below 0, the least is "
+            f"{y.min().item()}; leave out examples without a label (-100): "
+            "nothing leads away from a class that is not known"
         )
 
 # %% ../nbs/22_adversarial.ipynb #22a00005
@@ -291,11 +298,12 @@ def pgd(
     True
     """
     check_attack(model, x, eps, norm, bounds)
-    _check_labels(x, y)
-    if steps < 1 or restarts < 1 or (step is not None and step <= 0):
+    _check_labels(x, y, known=loss is None)
+    fits = step is None or 0 < step < math.inf
+    if steps < 1 or restarts < 1 or not fits:
         raise ValueError(
             f"steps={steps}, step={step}, restarts={restarts}: give 1 or more "
-            "steps and restarts, and a length above 0"
+            "steps and restarts, and a finite length above 0"
         )
     rise, length = loss or _cross_entropies, step or 2.5 * eps / steps
     draws = None if seed is None else torch.Generator().manual_seed(seed)
@@ -372,7 +380,7 @@ def withstands(
     """
     about = how.get("norm", "linf"), how.get("bounds", (0.0, 1.0))
     check_attack(model, x, eps, *about)
-    _check_labels(x, y)
+    _check_labels(x, y, known=False)
     if y.ndim != 1 or y.is_floating_point() or bool((y < 0).any()):
         raise ValueError(
             f"y has the shape {tuple(y.shape)}, {y.dtype}"
@@ -486,7 +494,8 @@ class Agree:
         kind: str = "trades",
         loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     ):
-        if not weight >= 0 or kind not in ("trades", "vat", "smart"):
+        kinds = "trades", "vat", "smart"
+        if not 0 <= weight < math.inf or kind not in kinds:
             raise ValueError(
                 f"weight={weight}, kind={kind!r}: give a weight of 0 or more "
                 'and one of "trades", "vat", "smart"'
@@ -510,8 +519,7 @@ class FreeTraining:
 
     Every batch is used several times; the pass that moves the weights also
     says where the perturbation goes next, so that an attack costs nothing.
-    Train on what `batches` returns. With a `Checkpoint` give it to `callbacks`
-    as well, so that the file keeps the perturbation.
+    Train on what `batches` returns. A `Checkpoint` keeps the perturbation.
 
     Parameters
     ----------
@@ -551,7 +559,7 @@ class FreeTraining:
             _check_range(eps, bounds)
         if replays < 1:
             raise ValueError(f"replays={replays}: use a batch once or more")
-        if step is not None and not step > 0:
+        if step is not None and not 0 < step < math.inf:
             raise ValueError(
                 f"step={step}: give a length above 0, or None for eps; a step "
                 "back would lead to the right answer"
@@ -675,6 +683,12 @@ def sanity_checks(
         how: dict[str, Any] = {"steps": steps, "bounds": bounds, "seed": seed}
         return pgd(surrogate, a, b, radius, **how)
 
+    if bounds is None or not 0 <= slack < 1:
+        raise ValueError(
+            f"bounds={bounds}, slack={slack}: give (low, high), for one check "
+            "opens the ball to the whole range, and a share of the examples "
+            "from 0 up to, not including, 1: one point is 0.01"
+        )
     draws = torch.Generator().manual_seed(seed)
     whole, plan = bounds[1] - bounds[0], {"steps": steps, "seed": seed}
     white = left(eps, **plan)

@@ -35,6 +35,7 @@ __all__ = [
 # %% ../nbs/23_continual.ipynb #23a00002
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,7 +53,7 @@ from .compute import resting
 from .distill import teacher_logits
 from .losses import cross_entropy, distillation_kl
 from .regularize import Penalized
-from .runtime import atomic_write
+from .runtime import atomic_write, check_value
 from .train import Settings, fit
 
 # %% ../nbs/23_continual.ipynb #23a00003
@@ -562,11 +563,15 @@ class Pull(Method):
         damping: float = 1e-3,
     ):
         super().__init__()
-        if importance not in ("equal", "fisher", "path") or not strength >= 0:
+        kinds = "equal", "fisher", "path"
+        if importance not in kinds or not 0 <= strength < math.inf:
             raise ValueError(
-                f"strength={strength}, importance={importance!r}: give 0 or "
-                'more, and "equal", "fisher" or "path"'
+                f"strength={strength}, importance={importance!r}: give a "
+                'finite number from 0 on, and "equal", "fisher" or "path"'
             )
+        check_value("rows", rows, "count")
+        check_value("labels", labels, ("model", "all", "true"))
+        check_value("damping", damping, "positive")
         self.strength, self.importance = strength, importance
         self.rows, self.labels, self.damping = rows, labels, damping
         self.weight: dict[str, Tensor] = {}
@@ -668,10 +673,10 @@ class Remember(Method):
 
     def __init__(self, strength: float, temperature: float = 2.0):
         super().__init__()
-        if not strength >= 0 or not temperature > 0:
+        if not 0 <= strength < math.inf or not 0 < temperature < math.inf:
             raise ValueError(
-                f"strength={strength}, temperature={temperature}: give 0 or "
-                "more, and a temperature greater than 0"
+                f"strength={strength}, temperature={temperature}: give finite "
+                "numbers, 0 or more, and a temperature greater than 0"
             )
         self.strength, self.temperature = strength, temperature
 
@@ -744,8 +749,7 @@ class Reservoir:
     """
 
     def __init__(self, size: int, seed: int = 0):
-        if size < 1:
-            raise ValueError(f"size is {size}; give at least 1")
+        check_value("size", size, "count")
         self.size, self.offered = int(size), 0
         self.rows: list[tuple[str, dict[str, Tensor]]] = []
         self._draws = torch.Generator().manual_seed(seed)
@@ -755,12 +759,18 @@ class Reservoir:
 
     def add(self, examples: Mapping[str, Tensor], head: str = "") -> None:
         """Offer N examples, in their order."""
+        many = {k: len(v) for k, v in examples.items()}
+        if len(set(many.values())) != 1:
+            raise ValueError(
+                f"the examples have the rows {many}; give as many of each, of "
+                "one name at least"
+            )
         for i in range(len(next(iter(examples.values())))):
             self.offered += 1
             place = len(self.rows)
             if place == self.size:
-                many = (self.offered,)
-                place = int(torch.randint(*many, (1,), generator=self._draws))
+                drawn = torch.randint(self.offered, (1,), generator=self._draws)
+                place = int(drawn)
             if place < self.size:
                 one = {k: v[i].detach().cpu() for k, v in examples.items()}
                 kept = head, {k: v.clone() for k, v in one.items()}
@@ -843,11 +853,9 @@ class Replay(Method):
         seed: int = 0,
     ):
         super().__init__()
-        if not strength >= 0 or not logits >= 0 or rows < 1:
-            raise ValueError(
-                f"strength={strength}, logits={logits}, rows={rows}: give 0 or "
-                "more for both, and at least one row"
-            )
+        check_value("strength", strength, "at least 0")
+        check_value("logits", logits, "at least 0")
+        check_value("rows", rows, "count")
         self.memory = Reservoir(size, seed)
         self.strength, self.logits = strength, logits
         self.rows, self.seed = rows, seed
@@ -1042,10 +1050,17 @@ class Router:
                 f"the router knows {task!r} already; give each task a name of "
                 "its own"
             )
-        self._check_width(features)
+        self._check(features)
         self.means[task] = features.mean(0)
 
-    def _check_width(self, features: Tensor) -> None:
+    def _check(self, features: Tensor) -> None:
+        bad = int((~features.isfinite()).any(-1).sum())
+        if bad:
+            raise ValueError(
+                f"{bad} of the {len(features)} rows of features hold NaN or "
+                "infinity, to which no mean is near; leave them out, or look "
+                "for what made them"
+            )
         for first in self.means.values():
             if features.ndim != 2 or features.shape[1] != len(first):
                 raise ValueError(
@@ -1058,7 +1073,7 @@ class Router:
         """The task of each row of (N, D)."""
         if not self.means:
             raise ValueError("the router knows no task; call add first")
-        self._check_width(features)
+        self._check(features)
         names = list(self.means)
         away = torch.cdist(features, torch.stack(list(self.means.values())))
         return [names[i] for i in away.argmin(1).tolist()]
@@ -1124,10 +1139,10 @@ def gate(
             f"before has the sets {', '.join(before) or 'none'}, after "
             f"{', '.join(after) or 'none'}; give the same, at least one"
         )
-    if not margin >= 0 or not 0.5 <= level < 1:
+    if not 0 <= margin <= 1 or not 0.5 <= level < 1:
         raise ValueError(
-            f"margin={margin}, level={level}: give a margin of at least 0 and "
-            "a level from 0.5 up to, not including, 1"
+            f"margin={margin}, level={level}: give a margin from 0 to 1, 3 "
+            "points are 0.03, and a level from 0.5 up to, not including, 1"
         )
     z, found = NormalDist().inv_cdf(level), {}
     for name in before:
@@ -1136,6 +1151,13 @@ def gate(
             raise ValueError(
                 f"set {name!r}: {a.shape} and {b.shape}; give the same two or "
                 "more examples of both models"
+            )
+        both = np.concatenate((a, b))
+        odd = both[(both != 0) & (both != 1)]
+        if len(odd):
+            raise ValueError(
+                f"set {name!r} holds {odd[0]:g}; give True or False, 1 or 0, "
+                "for each example: whether the model is right"
             )
         d = b - a
         unseen = 1 - (1 - level) ** (1 / len(d))  # a loss that n may not show

@@ -112,6 +112,11 @@ def swap_gaps(
     >>> swap_gaps(answer, ["she is here."], ["he is here."]).difference
     tensor([1.])
     """
+    if len(first) != len(second):
+        raise ValueError(
+            f"{len(first)} and {len(second)} texts; give pairs, as many of "
+            "one group as of the other"
+        )
     with torch.no_grad():
         a, b = answer(first).float(), answer(second).float()
     odds = []
@@ -154,7 +159,8 @@ class SwapPairs:
         per_batch: int = 8,
     ):
         sizes = [len(part["input_ids"]) for part in (first, second)]
-        if not weight >= 0 or per_batch < 1 or sizes[0] != sizes[1]:
+        fits = 0 <= weight < math.inf and sizes[0] == sizes[1]
+        if not fits or per_batch < 1:
             raise ValueError(
                 f"weight={weight}, per_batch={per_batch}, {sizes[0]} and "
                 f"{sizes[1]} texts: give a weight of 0 or more, 1 or more "

@@ -305,6 +305,7 @@ class Settings:
         Default: `ftbook.runtime.device()`.
     transform : callable, optional
         Applied to the input of training batches only; see `prepare_batch`.
+        One with `state_dict` is a callback, too: checkpoints keep its state.
     max_steps : int, optional
         Ends the run early.
     progress : bool
@@ -1066,6 +1067,10 @@ def _sort_callbacks(run: Run) -> None:
             f"callbacks holds {len(files)} Checkpoints; a run writes one file"
         )
     others = [c for c in run.callbacks if not isinstance(c, Checkpoint)]
+    transform = run.settings.transform
+    listed = any(c is transform for c in others)
+    if hasattr(transform, "state_dict") and not listed:
+        others.append(transform)
     run.callbacks = sorted(others, key=lambda c: isinstance(c, EarlyStopping))
     stoppers = [c for c in others if isinstance(c, EarlyStopping)]
     rest = run.callbacks[: len(others) - len(stoppers)]

@@ -60,6 +60,8 @@ def test_domains_with_the_same_classes_in_the_same_order_pass():
         (["no", "yes"], ["no", "maybe"], r"source alone has \['yes'\]; the target alone has \['maybe'\]"),
         (["a", "b"], ["a", "b", "c"], r"different labels: the target alone has \['c'\]"),
         (["no", "yes"], ["yes", "no"], "the same number means another class"),
+        ([], [], "source and target have no classes; give"),
+        ([], ["a"], "the target alone has"),
     ],
 )
 def test_domains_with_different_labels_are_refused(source, target, told):
@@ -362,6 +364,10 @@ def test_self_training_ends_where_nothing_is_sure():
     [
         (lambda: pseudo_labels(torch.zeros(3)), r"give logits \(N, C\)"),
         (lambda: pseudo_labels(torch.zeros(3, 2), 1.5), "a threshold from 0 to 1"),
+        (lambda: pseudo_labels(torch.tensor([[0.0, math.nan], [0.0, 1.0]])), "1 of the 2 rows of logits hold NaN"),
+        (lambda: pseudo_labels(torch.tensor([[0.0, math.inf]]), 0.0), "1 of the 1 rows of logits hold NaN or infinity"),
+        (lambda: reverse_gradient(torch.ones(2), math.nan), "weight=nan: give a finite number"),
+        (lambda: Aligned(Net(), "coral", math.inf), "a finite weight"),
         (lambda: self_train(means, {"x": torch.zeros(2, 1)}, {"x": torch.zeros(2, 1)}), '"labels" to the source'),
         (lambda: self_train(means, pair()[0], {"z": torch.zeros(2, 1)}), "the same names to both"),
         (lambda: self_train(means, *pair(), rounds=-1), "give 0 or more"),
@@ -435,6 +441,14 @@ def test_reweighing_is_bayes_rule():
             lambda: label_shift(torch.eye(2), torch.arange(2), torch.tensor([[math.nan, 0.0]]), "likelihood"),
             "1 of the 1 rows of target logits hold NaN",
         ),
+        (lambda: label_shift(torch.eye(2) * math.inf, torch.arange(2), torch.eye(2)), "2 of the 2 rows of source"),
+        (
+            lambda: label_shift(torch.eye(2), torch.arange(2), torch.tensor([[math.inf, 0.0], [1.0, 0.0]])),
+            "1 of the 2 rows of target logits hold NaN or infinity",
+        ),
+        (lambda: reweigh(torch.zeros(1, 2), [math.inf, 1.0]), "finite and not all 0"),
+        (lambda: reweigh(torch.zeros(1, 2), [math.nan, 1.0]), "finite and not all 0"),
+        (lambda: effective_size([1.0, math.inf]), "finite numbers of at least 0"),
         (lambda: reweigh(torch.zeros(1, 2), [1.0]), "one number of at least 0"),
         (lambda: reweigh(torch.zeros(1, 2), [-1.0, 1.0]), "one number of at least 0"),
     ],
@@ -484,6 +498,12 @@ def test_models_without_statistics_are_refused():
         target_statistics(Net(), torch.zeros(4, 3)).__enter__()
     with pytest.raises(ValueError, match="give a share from 0 to 1"):
         target_statistics(normed(), torch.zeros(4, 3, 5, 5), 2.0).__enter__()
+    net, x = normed(), torch.zeros(4, 3, 5, 5)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    x[1, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="a running_mean that is NaN or infinite; leave out"):
+        target_statistics(net, x).__enter__()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     held = normed()
     freeze(held)
     with pytest.raises(ValueError, match="held by freeze"):

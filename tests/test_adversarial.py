@@ -148,6 +148,16 @@ def test_random_starts_fill_the_ball_and_come_again_with_the_seed():
         (lambda n, x, y: pgd(n, 3 * x, y, 0.1), "its range is 0 to 1: attack what the camera saw"),
         (lambda n, x, y: pgd(n, x, y, 0.1, norm="l1"), 'allowed are "linf" and "l2"'),
         (lambda n, x, y: pgd(n, x, y, 0.1, steps=0), "1 or more steps"),
+        (lambda n, x, y: pgd(n, x, y, 0.1, step=math.nan), "step=nan.*a finite length above 0"),
+        (lambda n, x, y: pgd(n, x, y, 0.1, step=math.inf), "step=inf.*a finite length above 0"),
+        (lambda n, x, y: withstands(n, x, n(x).argmax(1), 0.1, step=math.nan), "step=nan"),
+        (lambda n, x, y: pgd(n, x, y.where(y > 0, -100), 0.1), "labels are below 0, the least is -100; leave out"),
+        (lambda n, x, y: fgsm(n, x, y - 3, 0.1), "12 of 12 labels are below 0, the least is -3"),
+        (lambda n, x, y: sanity_checks(n, x, y, 0.1, n, slack=2), "slack=2: .*a share of the examples"),
+        (lambda n, x, y: sanity_checks(n, x, y, 0.1, n, slack=math.nan), "slack=nan"),
+        (lambda n, x, y: sanity_checks(n, x, y, 0.1, n, bounds=None), r"bounds=None, .*: give \(low, high\)"),
+        (lambda n, x, y: Agree(math.inf), "weight=inf"),
+        (lambda n, x, y: FreeTraining(0.1, step=math.nan), "step=nan: give a length above 0"),
         (lambda n, x, y: pgd(lambda v: n(v).detach(), x, y, 0.1), "no gradient reaches the input"),
         (lambda n, x, y: Agree(-1.0), "a weight of 0 or more"),
         (lambda n, x, y: Agree(1.0, "both"), "trades"),
@@ -365,7 +375,8 @@ def test_free_training_uses_each_batch_as_often_as_it_says():
     assert history["steps"] == [6, 12]
 
 
-def test_free_training_goes_on_bit_for_bit_after_a_stop(tmp_path):
+@pytest.mark.parametrize("told", ["as transform", "as callback, too"])
+def test_free_training_goes_on_bit_for_bit_after_a_stop(tmp_path, told):
     draws = torch.Generator().manual_seed(0)
     batches = [(torch.rand(8, 3, generator=draws), torch.arange(8) % 2) for _ in range(2)]
 
@@ -373,7 +384,8 @@ def test_free_training_goes_on_bit_for_bit_after_a_stop(tmp_path):
         torch.manual_seed(0)
         net, free = nn.Linear(3, 2), FreeTraining(0.1, replays=3, step=0.03)
         plan = Settings(precision="fp32", progress=False, transform=free)
-        files = [free, Checkpoint(tmp_path / name, every=1), Interrupt(at)]
+        files = [Checkpoint(tmp_path / name, every=1), Interrupt(at)]
+        files += [free] if told == "as callback, too" else []
         fit(net, free.batches(batches), epochs=3, lr=0.1, callbacks=files, settings=plan)
         return net.state_dict() | {"delta": free.state_dict()["delta"]}
 
@@ -564,6 +576,8 @@ def test_a_gap_is_the_difference_in_log_odds():
     p = [torch.tensor(table[k]).softmax(0)[1] for k in "ab"]
     wanted = (p[0] / (1 - p[0])).log() - (p[1] / (1 - p[1])).log()
     assert torch.isclose(gaps.difference, wanted).all() and gaps.flipped.tolist() == [True]
+    with pytest.raises(ValueError, match="1 and 2 texts; give pairs"):
+        swap_gaps(answer, ["a"], ["b", "a"])
 
 
 def test_pairs_that_should_be_alike_become_so(bert):

@@ -150,17 +150,36 @@ def known(width: int) -> Router:
         (lambda: fisher(model(), rows(4), group=2, at_once=2), "one of group and at_once as 1"),
         (lambda: Pull(-1.0), "strength=-1"),
         (lambda: Pull(1.0, "weights"), "importance='weights'"),
+        (lambda: Pull(np.inf), "strength=inf"),
+        (lambda: Pull(1.0, labels="foo"), "labels must be one of 'model', 'all', 'true', got 'foo'"),
+        (lambda: Pull(1.0, rows=0), "rows must be an integer >= 1"),
+        (lambda: Pull(1.0, damping=np.nan), "damping must be positive and finite"),
+        (lambda: Remember(np.nan), "strength=nan"),
+        (lambda: Remember(1.0, np.inf), "temperature=inf"),
         (lambda: Remember(1.0, 0.0), "temperature greater than 0"),
-        (lambda: Reservoir(0), "size is 0"),
-        (lambda: Replay(5, rows=0), "rows=0"),
+        (lambda: Reservoir(0), "size must be an integer >= 1, got 0"),
+        (lambda: Reservoir(2.5), "size must be an integer >= 1, got 2.5"),
+        (lambda: Reservoir(2).add(rows(4) | {"labels": torch.zeros(3)}), "rows {'x': 4, 'labels': 3}; give as many"),
+        (lambda: Reservoir(2).add({}), "rows {}; give as many of each, of one name at least"),
+        (lambda: Replay(2.5), "size must be an integer >= 1"),
+        (lambda: Replay(5, rows=0), "rows must be an integer >= 1"),
+        (lambda: Replay(5, np.inf), "strength must be at least 0 and finite"),
+        (lambda: Replay(5, logits=-1.0), "logits must be at least 0"),
         (lambda: Router()(torch.zeros(1, 2)), "knows no task"),
         (lambda: Router().add("a", torch.zeros(2)), "shape \\(2,\\)"),
         (lambda: known(2).add("b", torch.zeros(1, 3)), "shape \\(1, 3\\), those of the tasks so far \\(N, 2\\)"),
         (lambda: known(2)(torch.zeros(4, 3)), "shape \\(4, 3\\).*features of one model"),
         (lambda: known(2)(torch.zeros(2)), "shape \\(2,\\)"),
+        (lambda: Router().add("a", torch.tensor([[0.0, np.nan], [0.0, 1.0]])), "1 of the 2 rows of features hold NaN"),
+        (lambda: known(2)(torch.full((3, 2), np.inf)), "3 of the 3 rows of features hold NaN or infinity"),
         (lambda: gate({"a": [True, True]}, {"b": [True, True]}), "give the same"),
         (lambda: gate({"a": [True] * 3}, {"a": [True] * 2}), "same two or more"),
-        (lambda: gate({"a": [True] * 3}, {"a": [True] * 3}, margin=-1), "margin of at least 0"),
+        (lambda: gate({"a": [True] * 3}, {"a": [True] * 3}, margin=-1), "a margin from 0 to 1"),
+        (lambda: gate({"a": [True] * 3}, {"a": [True] * 3}, margin=3), "margin=3.*3 points are 0.03"),
+        (lambda: gate({"a": [True] * 3}, {"a": [True] * 3}, margin=np.nan), "margin=nan"),
+        (lambda: gate({"a": [0.9, 0.8]}, {"a": [1, 0]}), "set 'a' holds 0.9; give True or False"),
+        (lambda: gate({"a": [1, 0]}, {"a": [1, np.nan]}), "set 'a' holds nan"),
+        (lambda: gate({"a": [1, 0]}, {"a": [2, 1]}), "set 'a' holds 2; .*whether the model is right"),
         (lambda: learn(model(), []), "at least one"),
         (lambda: learn(model(), [*tasks(1), *tasks(1)]), "a name of its own"),
         (lambda: learn(model(), tasks(1), loss="mse"), "come from the method"),
@@ -191,7 +210,7 @@ def test_labels_that_cannot_be_in_a_later_task_stop_it_before_the_first_is_train
 def test_what_a_gate_cannot_compare_stops_it_before_training():
     net = model()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match="margin of at least 0"):
+    with pytest.raises(ValueError, match="a margin from 0 to 1"):
         learn(net, tasks(1), guards={"g": tasks(1)[0]}, margin=-1, **FITTING)
     with pytest.raises(ValueError, match="two or more"):
         learn(net, tasks(1), guards={"g": Task("g", rows(1), rows(1))}, **FITTING)

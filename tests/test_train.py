@@ -1457,6 +1457,70 @@ def test_numbers_of_numpy_do_not_make_a_checkpoint_unreadable(tmp_path):
     assert all(isinstance(v, float) for v in history["train_right"])
 
 
+class Growing:
+    """A transform that changes from batch to batch, and keeps what it is."""
+
+    def __init__(self):
+        self.last, self.begun = torch.zeros(()), 0
+
+    def __call__(self, x):
+        self.last = 0.9 * self.last + x.mean()
+        return x + self.last
+
+    def on_train_begin(self, run):
+        self.begun += 1
+        self.last = torch.zeros(())
+
+    def state_dict(self):
+        return {"last": self.last}
+
+    def load_state_dict(self, state):
+        self.last = state["last"]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_the_state_of_a_transform_goes_on_too(tmp_path, step, listed):
+    def run(model, callbacks):
+        change = Growing()
+        told = [change] if listed else []
+        options = {"epochs": 3, "batch_size": 20, "lr": 0.05, "transform": change}
+        quiet(model, toy(), callbacks=[*callbacks, *told], **options)
+        assert change.begun == 1, "as one callback, though it is named twice"
+        return change.last
+
+    file, whole, again = Checkpoint(tmp_path / "run.pt", every=1), net(), net()
+    last = run(whole, [])
+    with pytest.raises(Stop):
+        run(net(), [Bomb(step), file])
+    assert torch.equal(run(again, [Bomb(-1), file]), last) and same(whole, again)
+
+
+class Keeping(nn.Module):
+    """A transform that is a module, with weights that nothing moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        self.scale = self.scale * 1.01
+        return self.scale * x
+
+
+def test_a_transform_that_is_a_module_goes_on_too(tmp_path):
+    def run(model, callbacks):
+        options = {"epochs": 2, "batch_size": 20, "lr": 0.05, "transform": Keeping()}
+        quiet(model, toy(), callbacks=callbacks, **options)
+
+    file, whole, again = Checkpoint(tmp_path / "run.pt", every=1), net(), net()
+    run(whole, [])
+    with pytest.raises(Stop):
+        run(net(), [Bomb(3), file])
+    run(again, [Bomb(-1), file])
+    assert same(whole, again)
+
+
 def test_what_a_checkpoint_cannot_keep_is_named(tmp_path):
     class Lost:
         def __init__(self):

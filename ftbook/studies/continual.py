@@ -34,9 +34,10 @@ from ftbook.continual import (
     Task,
     class_numbers,
     learn,
+    transfer,
 )
 from ..distill import teacher_logits
-from ..finetune import find_head, tune
+from ..finetune import find_head
 from ..peft import LoRA
 from . import bag_of_words, finetune, run_named
 from .peft import part
@@ -101,8 +102,8 @@ def order_of(seed: int) -> tuple[str, ...]:
 def sequence(
     seed: int, split: str, setup: str, order: Any = None
 ) -> list[Task]:
-    """The tasks in their order, each with a head of its own ("tasks"), or with
-    all classes in one head ("classes").
+    """The tasks in their order, each with a head of its own ("tasks"), with
+    all classes in one head ("classes"), or with two for all ("opinions").
     """
     made = []
     for name in order or order_of(seed):
@@ -130,8 +131,9 @@ def fresh(seed: int, setup: str) -> MultiTask:
     body = Shared()
     runtime.seed_everything(seed)
     sizes = {t: len(n) for t, n in _numbers().items()}
-    if setup == "classes":
-        sizes = {"all": sum(sizes.values())}
+    if setup != "tasks":
+        many = sum(sizes.values()) if setup == "classes" else 2
+        sizes = {"all": many}
     width = sentences(TASKS[0], "valid")["hidden"].shape[-1]
     return MultiTask(body, sizes, width)
 
@@ -173,12 +175,14 @@ def trained(
     way: str,
     lr: float,
     strength: float = 1.0,
+    ahead: bool = False,
 ) -> tuple[MultiTask, Record]:
     """Learn the tasks in their order: the model, and what it scored."""
     torch.set_num_threads(1)
     net = fresh(seed, setup)
     how = method_of(way, strength, MEMORY, seed)
-    return net, learn(net, tasks, how, **_options(seed, lr))
+    about = _options(seed, lr)
+    return net, learn(net, tasks, how, ahead=ahead, **about)
 
 
 def _joint(seed: int, tasks: list[Task], setup: str, lr: float) -> MultiTask:
@@ -229,17 +233,39 @@ class Single(nn.Module):
         return self.head(masked_mean(h, attention_mask[:, : h.shape[1]]))
 
 
+class _Prompted(Single):
+    """A prompt of trained vectors before what the frozen layers read."""
+
+    def __init__(self, seed: int, classes: int):
+        super().__init__(seed, classes)
+        self.body.requires_grad_(False)
+        width = self.head.in_features
+        self.prompt = nn.Parameter(0.5 * torch.randn(PROMPT, width))
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        n = len(self.prompt)
+        front = self.prompt.expand(len(hidden), -1, -1)
+        seen = nn.functional.pad(attention_mask, (n, 0), value=1)
+        h = self.body(torch.cat((front, hidden), 1), seen)[:, n:]
+        return self.head(masked_mean(h, attention_mask[:, : h.shape[1]]))
+
+
+PROMPT = 8  # trained vectors
+
+
 def _right(net: Any, task: Task) -> np.ndarray:
     """Which test sentences a network for one task has right."""
     said = teacher_logits(net, task.test).argmax(1)
     return (said == task.test["labels"]).numpy()
 
 
-def _alone(seed: int, tasks: list[Task], lr: float) -> dict[str, Any]:
+def _alone(
+    seed: int, tasks: list[Task], setup: str, lr: float
+) -> dict[str, Any]:
     """A model for each task, from the same pretrained weights."""
     found, states = {}, []
     for task in tasks:
-        net = fresh(seed, "tasks")
+        net = fresh(seed, setup)
         about = _options(seed, lr)
         by = about.pop("batches")
         fit(net.only(task.head or ""), by(dict(task.train)), **about)
@@ -248,42 +274,54 @@ def _alone(seed: int, tasks: list[Task], lr: float) -> dict[str, Any]:
     return {"right": found, "nets": states}
 
 
+def _part(way: str, seed: int, task: str) -> nn.Module:
+    """A frozen body with an adapter or a prompt, and a head."""
+    many = len(_numbers()[task])
+    if way in (PROMPTS, SENT):
+        return _Prompted(seed, many)
+    net = Single(seed, many)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LoRA(r=8).apply(net)
+    return net
+
+
 def _merged(
-    seed: int, tasks: list[Task], lr: float, share: float
+    seed: int, tasks: list[Task], setup: str, lr: float, share: float
 ) -> dict[str, np.ndarray]:
     """The mean of the bodies of `_alone`, and so much of the pretrained one;
-    each task keeps its head.
+    each task keeps its head, and of one head for all the mean is taken, too.
     """
-    nets, net = _alone(seed, tasks, lr)["nets"], fresh(seed, "tasks")
+    nets, net = _alone(seed, tasks, setup, lr)["nets"], fresh(seed, setup)
     mean = soup([n.body.state_dict() for n in nets])
     net.body.load_state_dict(
         soup([net.body.state_dict(), mean], [1 - share, share])
     )
-    found = {}
-    for task, own in zip(tasks, nets, strict=True):
-        head = task.head or ""
-        net.heads[head].load_state_dict(own.heads[head].state_dict())
-        found[task.name] = _right(net.only(head), task)
-    return found
+    for head in net.heads:
+        pairs = zip(tasks, nets, strict=True)
+        own = [n.heads[head].state_dict() for t, n in pairs if t.head == head]
+        if own:
+            net.heads[head].load_state_dict(soup(own))
+    return {t.name: _right(net.only(t.head or ""), t) for t in tasks}
 
 
-def _adapters(
-    seed: int, split: str, order: Any, lr: float, routed: bool
+def _parts(
+    seed: int, tasks: list[Task], way: str, lr: float
 ) -> dict[str, np.ndarray]:
-    """An adapter and a head for each task; who is not told the task asks a
-    router on frozen features.
+    """An adapter or a prompt and a head for each task; who is not told the
+    task asks a router on frozen features.
     """
-    tasks, router = sequence(seed, split, "tasks", order), Router()
-    nets, found = {}, {}
+    router, nets, found = Router(), {}, {}
     for task in tasks:
-        net = Single(seed, len(_numbers()[task.name]))
+        net = _part(way, seed, task.name)
         about = _options(seed, lr)
         by = about.pop("batches")
-        tune(net, by(dict(task.train)), how=LoRA(r=8), **about)
+        fit(net, by(dict(task.train)), **about)
         nets[task.name] = net
-        router.add(task.name, finetune.features(dict(task.train)))
+        if way in ROUTES:
+            router.add(task.name, finetune.features(dict(task.train)))
     for task in tasks:
-        if not routed:
+        if way not in ROUTES:
             found[task.name] = _right(nets[task.name], task)
             continue
         sent = router(finetune.features(dict(task.test)))
@@ -295,6 +333,9 @@ def _adapters(
 ALONE, JOINT = "a model for each task", "all tasks at once"
 PLAINLY, MERGED = "one after the other", "merged"
 ADAPTERS, ROUTED = "an adapter for each task", "adapters and a router"
+PROMPTS, SENT = "a prompt for each task", "prompts and a router"
+ROUTES = (ROUTED, SENT)
+PARTED = (ADAPTERS, PROMPTS, *ROUTES)
 MEANS = "class means"
 
 
@@ -368,14 +409,13 @@ def run(
     torch.set_num_threads(1)
     if lr is None:
         return _found(_simple(seed, split, setup, way, C))
-    if way in (ADAPTERS, ROUTED):
-        routed = way == ROUTED
-        return _found(_adapters(seed, split, None, lr, routed))
+    if way in PARTED:
+        return _found(_parts(seed, sequence(seed, split, "tasks"), way, lr))
     tasks = sequence(seed, split, setup)
     if way == ALONE:
-        return _found(_alone(seed, tasks, lr)["right"])
+        return _found(_alone(seed, tasks, setup, lr)["right"])
     if way == MERGED:
-        return _found(_merged(seed, tasks, lr, strength))
+        return _found(_merged(seed, tasks, setup, lr, strength))
     if way == JOINT:
         net = _joint(seed, tasks, setup, lr)
         return _found(
@@ -402,9 +442,12 @@ def _moves(record: Record) -> dict[str, float]:
 
 
 SIX = runtime.pick(quick=[1e-4, 1e-3], cpu=[3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
+SLOW = runtime.pick(
+    quick=[1e-4, 1e-3], cpu=[3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3]
+)  # what forgets is slow
 ADDED = runtime.pick(
     quick=[1e-4, 1e-3], cpu=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-)  # rates of adapters
+)  # rates of adapters and prompts
 STRENGTHS: dict[str, list[float]] = {
     "L2-SP": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
     "EWC": [1e3, 1e4, 3e4, 1e5, 3e5, 1e6],
@@ -427,17 +470,18 @@ def rows(setup: str) -> list[dict]:
         made.append(base)
     free = [PLAINLY, JOINT]
     if setup == "tasks":
-        free += [ALONE, ADAPTERS, "A-GEM"]  # which has no strength
-        pulled = list(STRENGTHS)
+        free += [ALONE, ADAPTERS, PROMPTS]
     else:
         made.append(results.Baseline(SEEDS, setup=setup, way=MEANS))
-        free, pulled = [*free, ROUTED], ["EWC", "LwF", "replay", DARK]
-    for way in free:
-        rates = ADDED if way in (ADAPTERS, ROUTED) else SIX
+        free += [ROUTED, SENT]
+    for way in (*free, "A-GEM"):  # which has no strength
+        rates = ADDED if way in PARTED else SIX
+        if setup == "classes" and way in (PLAINLY, "A-GEM"):
+            rates = SLOW
         made.append({"setup": setup, "way": way, "lr": rates})
     rate = results.ChosenFor(setup=setup, way=JOINT)
-    for way in pulled:
-        about: dict[str, Any] = {"lr": rate, "strength": STRENGTHS[way]}
+    for way, few in STRENGTHS.items():
+        about: dict[str, Any] = {"lr": rate, "strength": few}
         made.append({"setup": setup, "way": way} | about)
     return made
 
@@ -756,6 +800,18 @@ def _costs(executor: Any) -> None:
     many = sum(p.nbytes for p in fresh(seed, "tasks").parameters())
     sentence = encode_texts(part(TASKS[0], "valid").texts, encoder()[1])
     ids = sentence["input_ids"].shape[1] * 2  # two bytes name a word piece
+    for way in (*PARTED, MERGED):  # bytes of a task, of heads, too
+        start = time.process_time()
+        if way == MERGED:
+            _merged(seed, given[1:], "tasks", 1e-4, 1.0)
+        else:
+            _parts(seed, given[1:], way, 1e-2)
+        took = time.process_time() - start
+        kept = many
+        if way != MERGED:
+            own = _part(way, seed, given[1].name).parameters()
+            kept = sum(p.nbytes for p in own if p.requires_grad)
+        found[way] = {"seconds": took, "bytes": kept}
     for way in (PLAINLY, *PULLS, "LwF", "replay", DARK, "A-GEM"):
         net, how = fresh(seed, "tasks"), method_of(way, 1.0, MEMORY, seed)
         learn(net, given[:1], how, **_options(seed, 1e-4))
@@ -767,6 +823,28 @@ def _costs(executor: Any) -> None:
             kept = MEMORY * (ids + 8 * (way == DARK))
         found[way] = {"seconds": took, "bytes": kept}
     results.record(CHAPTER, "costs", found | {"body": {"bytes": many}})
+
+
+def _forward(executor: Any) -> None:
+    """What plain fine-tuning does for tasks still to come: with a head for
+    each, with all classes in one, and where both kinds of reviews have the
+    same two classes; a value for each seed.
+    """
+    both = {f"{a} to {b}": (a, b) for a, b in itertools.permutations(KINDS)}
+    orders: dict[str, Any] = {"tasks": None, "classes": None} | both
+    found: dict[str, list] = {}
+    for name, order in orders.items():
+        setup = name if order is None else "opinions"
+        like = "classes" if setup == "classes" else "tasks"
+        about = _chosen(like, way=PLAINLY)
+        for seed in SEEDS:
+            given = sequence(seed, "test", setup, order)
+            _, record = trained(
+                seed, given, setup, PLAINLY, ahead=True, **about
+            )
+            got = transfer(record.matrix(), record.before())["forward"]
+            found.setdefault(name, []).append(got)
+    results.record(CHAPTER, "forward", found)
 
 
 def _samples(executor: Any) -> None:
@@ -852,11 +930,12 @@ PARTS: dict[str, Callable] = {
     "costs": _costs,
     "matrices": _matrices,
     "samples": _samples,
+    "forward": _forward,
 }
 
 
 def main(*names: str, executor: Any = None) -> None:
     """Fill in what is missing of "photos", "stream", "tasks", "classes",
-    "costs", "matrices" and "samples", in this order.
+    "costs", "matrices", "samples" and "forward", in this order.
     """
     run_named(PARTS, names, executor)
