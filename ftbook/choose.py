@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from . import models as library
 from . import peft, results
-from .compute import evaluating
+from .compute import HEADS, evaluating
 from .finetune import find_head, freeze, unfreeze
 from .scoring import one_tensor
 from .texts import encode_texts, sentence_vectors, unpadded
@@ -211,7 +211,8 @@ def overlap(
     known: set[tuple[str, ...]] = set()
     for text in corpus:  # of a large corpus only what can match is kept
         known |= wanted & _grams(text, n)
-    share = float(np.mean([not known.isdisjoint(g) for g in judged] or [0.0]))
+    seen = [not known.isdisjoint(g) for g in judged]
+    share = float(np.mean(seen)) if seen else 0.0
     return _Overlap(share, len(judged))
 
 
@@ -641,8 +642,9 @@ _METHODS = ("full", "head", "lora", "qlora")
 def _prepared(model: nn.Module, method: Any) -> nn.Module:
     """A copy of the model with what this method trains."""
     net = copy.deepcopy(model).train()
+    heads = [n for n, _ in net.named_children() if n in HEADS]
     if isinstance(method, peft.Method):
-        peft.apply(net, method)
+        peft.apply(net, method, head=heads)
     elif method == "full":
         net.requires_grad_(True)
     elif method == "head":
@@ -651,7 +653,7 @@ def _prepared(model: nn.Module, method: Any) -> nn.Module:
     elif method in ("lora", "qlora"):
         if method == "qlora":
             peft.quantize(net)
-        peft.apply(net, peft.LoRA())
+        peft.apply(net, peft.LoRA(), head=heads)
     else:
         raise ValueError(
             f"method is {method!r}; allowed are "
@@ -678,6 +680,18 @@ def _token_inputs(model: nn.Module) -> Callable[[int, int], dict]:
         }
 
     return make
+
+
+def _decoded(net: nn.Module) -> int:
+    """Bytes that pass while the largest matrix of 4-bit codes is decoded: of
+    each weight a code, an index of 4 and one of 8 bytes, and the value.
+    """
+    sizes = [
+        m.out_features * m.in_features
+        for m in net.modules()
+        if hasattr(m, "codes") and hasattr(m, "out_features")
+    ]
+    return (1 + 4 + 8 + 4) * max(sizes, default=0)
 
 
 def _widest(net: nn.Module, given: dict) -> tuple[float, float]:
@@ -774,7 +788,7 @@ def fits(
     gradients = sum(p.nbytes for p in trained) / 1e6
     largest = max(p.nbytes for p in trained) / 1e6
     weights, moments = _bytes(net) / 1e6, 2 * gradients
-    passing = batch * (2 * wide + 2 * last) / 1e6
+    passing = (batch * (2 * wide + 2 * last) + _decoded(net)) / 1e6
     peak = (
         weights + moments + max(activations + passing, gradients + 2 * largest)
     )

@@ -253,8 +253,10 @@ class _Stages(nn.Module):
 
     def __init__(self, net: Any, blocks: int, n_classes: int = 2):
         super().__init__()
-        self.stem = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6())
-        self.blocks = net._blocks[:blocks]
+        part = net.get_submodule
+        first = part("_conv_stem"), part("_bn0"), nn.ReLU6()
+        self.stem = nn.Sequential(*first)
+        self.blocks = part("_blocks")[:blocks]
         self.eval()
         with torch.no_grad():
             width = self.blocks(self.stem(torch.zeros(1, 3, 64, 64))).shape[1]
@@ -269,7 +271,8 @@ def network(candidate: str) -> tuple[nn.Module, Any]:
     """A candidate, and what turns photos (N, 3, SIDE, SIDE) into its input."""
     name, blocks, taught, steps = NETWORKS[candidate]
     net: Any
-    net, prepare = models.load(name)
+    with torch.random.fork_rng():
+        net, prepare = models.load(name)
 
     def read(x: Tensor) -> Tensor:
         if not blocks and SIDE == 64:  # made for 32 pixels
@@ -318,7 +321,8 @@ def run_photo(
     else:
         start, read = network(candidate)
         runtime.seed_everything(seed)
-        net = replace_head(copy.deepcopy(start), len(few.classes))
+        net = copy.deepcopy(start)
+        replace_head(net, len(few.classes))
         about: Any = {"lr": lr, "epochs": EPOCHS, "batch_size": 16}
         about |= {"seed": seed, "settings": PLAN}
         fit(net, (read(few.x), few.y), **about)
