@@ -61,6 +61,7 @@ from torch import Tensor, nn
 from .batches import shard, split_batch
 from .losses import cross_entropy
 from .runtime import check_value
+from .train import cut_model, join_group
 
 # %% ../nbs/25_distributed.ipynb #25a00003
 _PRELOADED = [  # what the server imports once for all processes
@@ -321,7 +322,7 @@ class _Link:
 
     def receive(self, like: Tensor, source: int) -> Tensor:
         got = torch.empty_like(like, memory_format=torch.contiguous_format)
-        rest = memoryview(got.numpy()).cast("B") if got.numel() else b""
+        rest = memoryview(got.numpy().data).cast("B") if got.numel() else b""
         end = self._links.ends(source, self.rank)[1]
         while len(rest):
             n = end.recv_into(rest)
@@ -400,12 +401,12 @@ class _Group:
     """Sending and receiving in the group of processes that one is in."""
 
     def __init__(self) -> None:
+        self.rank, self.ranks = join_group()
         if not dist.is_initialized():
             raise RuntimeError(
                 "there is no group of processes here: start with launch(fn, "
                 "ranks) or torchrun, or pass the link that over_links gives"
             )
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
 
     def send(self, x: Tensor, to: int) -> None:
         dist.send(x.contiguous(), to)
@@ -637,17 +638,7 @@ def _wrapped(model: nn.Module, parallel: str, lr: float) -> tuple[Any, Any]:
             'launch(fn, ranks) or torchrun, or use parallel="hand"'
         )
     if parallel == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-        for block in [block for blocks in lists for block in blocks]:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        for part in model.modules():  # gloo adds up and takes no means
-            if hasattr(part, "set_force_sum_reduction_for_comms"):
-                part.set_force_sum_reduction_for_comms(True)
+        cut_model(model)
         return model, adam(model.parameters(), lr=lr)
     net = nn.parallel.DistributedDataParallel(model)
     if parallel == "ddp":
@@ -739,8 +730,8 @@ def train_parallel(
 ) -> _Trained:
     """Train with AdamW on all ranks of a group, in one of four ways.
 
-    `ftbook.train.fit` does "ddp" too, with all its options; this loop is short
-    and shows the ways beside one another.
+    `ftbook.train.fit` does "ddp" and "fsdp" too, with all its options; this
+    loop is short and shows the ways beside one another.
 
     Parameters
     ----------
@@ -769,9 +760,8 @@ def train_parallel(
     check_value("parallel", parallel, _WAYS)
     for name, value in (("steps", steps), ("accumulate", accumulate)):
         check_value(name, value, "count")
+    rank, ranks = join_group()
     net, optimizer = _wrapped(model, parallel, lr)
-    many = dist.is_initialized()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
     start = load_shards(checkpoint, model, optimizer) if checkpoint else 0
     losses, held = [], held_bytes(model, optimizer)
     factor = 1 if parallel == "hand" else ranks  # the others take the mean
@@ -871,7 +861,7 @@ def load_shards(folder: str | Path, model: Any, optimizer: Any) -> int:
     if not found:
         return 0
     weights, state = get_state_dict(model, optimizer)
-    read = {"model": weights, "optimizer": state}
+    read: dict[str, Any] = {"model": weights, "optimizer": state}
     with _quiet():
         dcp.load(read, checkpoint_id=found[-1])
     set_state_dict(
@@ -1261,10 +1251,8 @@ class ShardedRows:
     ):
         single = isinstance(files, (str, os.PathLike))
         paths = [Path(f) for f in ([files] if single else files)]
-        many = dist.is_initialized()
         if rank is None or ranks is None:
-            rank = dist.get_rank() if many else 0
-            ranks = dist.get_world_size() if many else 1
+            rank, ranks = join_group()
         check_value("block", block, "count")
         check_value("batch_size", batch_size, "count")
         if not 0 <= rank < ranks <= batch_size:

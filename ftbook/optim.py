@@ -902,7 +902,9 @@ def _twin(kind: type[Foreach], params, **options) -> torch.optim.Optimizer:
     held = list(params)
     groups = [g["params"] if isinstance(g, dict) else [g] for g in held]
     fused = all(
-        p.is_floating_point() and p.device.type in ("cpu", "cuda")
+        p.is_floating_point()
+        and p.device.type in ("cpu", "cuda")
+        and not hasattr(p, "to_local")  # cut among processes
         for group in groups
         for p in ([group] if isinstance(group, Tensor) else group)
     )

@@ -427,9 +427,12 @@ def sums_over(
         target = split_batch(batch)[2]
         count = count_scored(target, rows_of(batch))
         weight = count if weight_of is None else float(weight_of(target))
-        if not weight:
+        together = hasattr(model, "set_requires_gradient_sync")  # cut by FSDP
+        if not weight and not together:
             continue
         output, value, target = forward(model, batch, loss, autocast)
+        if not weight:
+            continue
         n, total = n + count, total + weight
         sums["loss"] += value.detach() * weight
         for name, found in measure(metrics, output, target).items():

@@ -29,6 +29,8 @@ __all__ = [
     "Checkpoint",
     "build_optimizer",
     "is_main",
+    "join_group",
+    "cut_model",
 ]
 import atexit
 import contextlib
@@ -310,6 +312,10 @@ class Settings:
         Ends the run early.
     progress : bool
         Bar on runs longer than two seconds.
+    parallel : {None, "ddp", "fsdp"}
+        What several processes do. "ddp": each holds the whole model; None is
+        this too, where there are several. "fsdp": each holds its part of
+        weights, gradients and optimizer state. See `cut_model`.
 
     Examples
     --------
@@ -331,6 +337,7 @@ class Settings:
     transform: Any = None
     max_steps: int | None = None
     progress: bool = True
+    parallel: str | None = None
 
     def __post_init__(self):
         _resolve_schedule(self.schedule, self.warmup)
@@ -342,6 +349,7 @@ class Settings:
         check_value("precision", self.precision, PRECISIONS)
         check_value("channels_last", self.channels_last, (True, False, "auto"))
         check_value("progress", self.progress, (True, False))
+        check_value("parallel", self.parallel, (None, "ddp", "fsdp"))
         if self.device is not None:
             torch.device(self.device)
         if self.transform is not None and not callable(self.transform):
@@ -654,18 +662,32 @@ def _trained_weights(model: nn.Module) -> dict:
     return {k: v.detach().clone() for k, v in state if k not in frozen}
 
 # %% ../nbs/04_train.ipynb #f50eae23
-def _world() -> tuple[int, int]:
+def join_group() -> tuple[int, int]:
     """(rank, number of processes); joins the group when run by torchrun.
+
+    Notes
+    -----
+    After a restart torchrun's store still holds the addresses of the processes
+    that have died, so each attempt writes under a name of its own. The count
+    of restarts is known to be the same everywhere on one machine only; with
+    several set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, which then
+    makes a new store.
 
     Examples
     --------
-    >>> _world()
+    >>> join_group()
     (0, 1)
     """
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if many and not dist.is_initialized():
         gpu = default_device().type == "cuda"
-        dist.init_process_group("nccl" if gpu else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        if attempt and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo", store=store, rank=rank, world_size=size
+        )
         atexit.register(_leave)
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -686,7 +708,7 @@ def is_main() -> bool:
     >>> is_main()
     True
     """
-    return _world()[0] == 0
+    return join_group()[0] == 0
 
 
 def _device_for(device) -> torch.device:
@@ -697,6 +719,150 @@ def _device_for(device) -> torch.device:
         device = torch.device("cuda", int(index))
         torch.cuda.set_device(device)
     return device
+
+# %% ../nbs/04_train.ipynb #04fsdp01
+def _same_as_first(tensors) -> None:
+    """Give all processes the values of the first one."""
+    for t in tensors:
+        whole = t.detach().contiguous()
+        dist.broadcast(whole, 0)
+        t.detach().copy_(whole)
+
+
+def cut_model(model: nn.Module) -> None:
+    """Cut all weights into parts, one for each process, by FSDP2; in place.
+
+    What lies in a ModuleList, mostly a layer, is put together when it is
+    computed, and let go afterwards; the rest of the model likewise.
+
+    Parameters
+    ----------
+    model : Module
+        All processes get the values that the first one has. It stays cut: all
+        call it together, `evaluate` and `predict` too. One that is cut
+        already is left as it is.
+
+    Notes
+    -----
+    ``get_model_state_dict(model, options=StateDictOptions(full_state_dict=
+    True))`` of torch.distributed.checkpoint.state_dict, called by all, puts
+    the weights together.
+
+    References
+    ----------
+    Y. Zhao et al. (2023), PyTorch FSDP, arXiv:2304.11277.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(model, FSDPModule):
+        return
+    _same_as_first(itertools.chain(model.parameters(), model.buffers()))
+    kind = next(model.parameters()).device.type
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    for blocks in reversed(lists):  # the inner ones first
+        for block in blocks:
+            if any(True for _ in block.parameters()):
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    if dist.get_backend() == "gloo":  # which adds up and takes no means
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.set_force_sum_reduction_for_comms(True)
+
+# %% ../nbs/04_train.ipynb #04fsdp02
+def _check_parallel(run: Run) -> None:
+    """Refuse what several processes, or a single one, cannot do."""
+    how = run.settings.parallel
+    started = dist.is_initialized() or "WORLD_SIZE" in os.environ
+    if how is not None and not started:
+        raise ValueError(
+            f"parallel={how!r} needs a group of processes, and this is a "
+            "single one: start the script by torchrun --nproc-per-node 2 "
+            "script.py, or leave parallel out"
+        )
+    if how != "fsdp":
+        if hasattr(run.model, "set_requires_gradient_sync"):
+            raise ValueError(
+                f"the model is cut by FSDP, and parallel={how!r}: pass "
+                "Settings(parallel='fsdp')"
+            )
+        return
+    if run._size == 1:
+        raise ValueError(
+            "parallel='fsdp' cuts the model among the processes of a group, "
+            "and this group has 1: start 2 or more, or leave parallel out"
+        )
+    if run.settings.channels_last is True:
+        raise ValueError(
+            "parallel='fsdp' with channels_last=True: FSDP cuts weights in "
+            "the usual layout only; leave channels_last out"
+        )
+    if run._checkpoint is not None:
+        raise ValueError(
+            "parallel='fsdp' with a Checkpoint: its file is written by one "
+            "process, which has only a part of the weights. Write parts: "
+            "ftbook.distributed.save_shards in a callback's on_step_end"
+        )
+    name = run.optimizer
+    if isinstance(name, str) and name.casefold() not in _ON_PARTS:
+        raise ValueError(
+            f"parallel='fsdp' with optimizer={name!r}: by name go "
+            f"{', '.join(_ON_PARTS)}; of others pass a class that takes "
+            "DTensors, or use parallel='ddp'"
+        )
+    whole = not hasattr(run.model, "set_requires_gradient_sync")
+    if whole and isinstance(run.optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"parallel='fsdp' with a finished {type(run.optimizer).__name__}, "
+            "which holds the weights as they are before the cut: pass its "
+            "name or class, or cut_model(model) before you build it"
+        )
+
+
+# rules that move every number by itself, with a class in PyTorch
+_ON_PARTS = ("adamw", "adam", "sgd", "momentum", "nesterov", "gradient descent")
+
+
+def _cut(run: Run) -> list | None:
+    """Cut the model; the settings' parameters as they are then."""
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    cut_model(run.model)
+    parts = dict(run.model.named_parameters())
+
+    def now(p):
+        if isinstance(p, dict):
+            return {**p, "params": [now(q) for q in p["params"]]}
+        return parts[names[id(p)]] if id(p) in names else p
+
+    chosen = run.settings.params
+    return None if chosen is None else [now(p) for p in chosen]
+
+
+@contextlib.contextmanager
+def _unsent(run: Run):
+    """Gradients stay here for now: those of the last micro-batch are sent."""
+    if run.settings.parallel != "fsdp":
+        with run._net.no_sync():
+            yield
+        return
+    run._net.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        run._net.set_requires_gradient_sync(True)
+
+
+def _nothing_learned(run: Run, output):
+    """A loss of zero, by which the others get this process's gradients."""
+    if run.settings.parallel != "fsdp":
+        return sum(p.sum() for p in run._wrapped) * 0.0
+    tensors = [output]
+    if not torch.is_tensor(output):
+        tensors = list(getattr(output, "values", output.__iter__)())
+    found = [t for t in tensors if torch.is_tensor(t) and t.requires_grad]
+    return sum(t.sum() for t in found) * 0.0
 
 # %% ../nbs/04_train.ipynb #d7d68dfd
 def _shares_of(run: Run, weights: list) -> list:
@@ -1028,8 +1194,9 @@ def _prepare(run: Run) -> Run:
     _check_arguments(run)
     loss = resolve_loss(run.loss)
     run.metrics = resolve_metrics(run.metrics, run.loss)
-    run._rank, run._size = _world()
+    run._rank, run._size = join_group()
     _sort_callbacks(run)
+    _check_parallel(run)
     run.device = _device_for(run.settings.device)
     run._on_cpu = run.device.type == "cpu"
     run.model.to(run.device)
@@ -1108,9 +1275,9 @@ def _prepare_speed(run: Run) -> None:
     run._autocast = autocast_for(run.precision, device)
     scaled = run.precision == "fp16"
     run._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-    if wants_channels_last(
-        settings.channels_last, run.model, _first_batch(run)
-    ):
+    fsdp = settings.parallel == "fsdp"
+    layout = False if fsdp else settings.channels_last
+    if wants_channels_last(layout, run.model, _first_batch(run)):
         run._channels_last = True
         run.model.to(memory_format=torch.channels_last)
     plain = run._on_cpu and run.precision == "bf16"
@@ -1120,7 +1287,7 @@ def _prepare_speed(run: Run) -> None:
         run.model,
         float(run.lr),
         float(settings.weight_decay),
-        settings.params,
+        _cut(run) if fsdp else settings.params,
     )
     match_layout(run.optimizer)
     for group in run.optimizer.param_groups:
@@ -1287,17 +1454,19 @@ def _train_step(run: Run, group: list) -> None:
     parts = [_local_part(run, batch) for batch in group]
     single, moved = run._size == 1, False
     alone = single and len(parts) == 1
+    if run.settings.parallel == "fsdp":  # as DistributedDataParallel does
+        _same_as_first(run.model.buffers())
     shares = (1.0,) if alone else _shares_of(run, [w for *_, w in parts])
     for i, (batch, count, weight) in enumerate(parts):
         if single and weight == 0:
             continue  # nothing is scored: a mean over nothing is no number
-        wait = _NOTHING if single or i == len(parts) - 1 else run._net.no_sync()
+        wait = _NOTHING if single or i == len(parts) - 1 else _unsent(run)
         with wait:
             output, loss, target = forward(
                 run._net, batch, run._loss, run._autocast
             )
             if weight == 0:  # the others wait for this process's gradients
-                loss = sum(p.sum() for p in run._wrapped) * 0.0
+                loss = _nothing_learned(run, output)
             elif not _account(run, i, loss, output, target, count, weight):
                 continue
             _backward(run, loss if alone or not weight else loss * shares[i])
@@ -1352,11 +1521,17 @@ def _train_epoch(run: Run) -> None:
 def _wrap(run: Run) -> None:
     """Many processes: average the gradients of what is trained now."""
     trained = [p for p in run.model.parameters() if p.requires_grad]
-    if run._size == 1:
+    before, fsdp = run._wrapped, run.settings.parallel == "fsdp"
+    changed = before is None or list(map(id, trained)) != list(map(id, before))
+    if fsdp and changed and before is not None:
+        raise ValueError(
+            f"epoch {run.epoch + 1} trains {len(trained)} parameters and the "
+            f"one before it {len(before)} or others; parallel='fsdp' cuts "
+            "them once. Freeze before fit, or use parallel='ddp'"
+        )
+    if run._size == 1 or fsdp:
         run._net = run.model
-    elif run._wrapped is None or list(map(id, trained)) != list(
-        map(id, run._wrapped)
-    ):
+    elif changed:
         ids = [run.device.index] if run.device.type == "cuda" else None
         run._net = nn.parallel.DistributedDataParallel(
             run.model, device_ids=ids
@@ -1396,6 +1571,8 @@ def _validate(run: Run) -> dict:
                 batch, share = shard(batch, run._rank, run._size)
             if share == 1.0 or run._rank == 0:
                 yield batch
+            elif run.settings.parallel == "fsdp":  # rank 0 needs our weights
+                forward(run.model, prepare(batch), run._loss, run._autocast)
 
     def prepare(batch):
         return prepare_batch(batch, run.device, run._channels_last)

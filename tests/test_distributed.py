@@ -5,11 +5,15 @@ import functools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import parallel_script
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,7 +39,7 @@ from ftbook.distributed import (
     train_parallel,
     zero_bytes,
 )
-from ftbook.train import Settings, fit
+from ftbook.train import Checkpoint, EarlyStopping, Settings, cut_model, evaluate, fit
 
 
 def net(kind=torch.float64, dropout=0.0):
@@ -171,6 +175,193 @@ def test_fit_runs_on_all_processes_as_on_one():
     assert (n, m) == (2, 1) and all(torch.equal(a[k], b[k]) for k in a)
     for k in whole:
         torch.testing.assert_close(a[k], whole[k], rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- fit, with the model whole or cut
+
+
+class Blocks(nn.Module):
+    """Layers in a list, as transformers have them, one of them frozen."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 16)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Tanh()) for _ in range(3))
+        self.last = nn.Linear(16, 3)
+        self.layers[0].requires_grad_(False)
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.last(x)
+
+
+class Normed(Blocks):
+    """With running means, of which every process sees its own rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+PLAN = {"precision": "fp32", "progress": False, "device": "cpu"}
+HARD = {"schedule": "linear", "warmup": 0.2, "clip_norm": 0.5}
+FITS = {  # name -> model, settings; of fit
+    "plain": (Blocks, {}),
+    "all at once": (Blocks, HARD | {"accumulate": 3}),
+    "norm": (Normed, {}),
+}
+NAMED = ("sgd", "Adam")
+
+
+def unscored(x, y):
+    """Batches with weights of their own; the second process has nothing to score in some of them."""
+    batches = [(x[i : i + 11], y[i : i + 11].clone()) for i in range(0, len(x), 11)]
+    for _, labels in batches[::2]:
+        labels[1::2] = -100
+    return batches
+
+
+def fit_case(kind, settings, parallel, **more):
+    model = kind().double()
+    if dist.get_rank():  # the first process's weights count
+        with torch.no_grad():
+            model.last.weight.mul_(2)
+    x, y = toy(56)
+    train, valid = (x[:44], y[:44]), (x[44:], y[44:])
+    if "accumulate" in settings:
+        train, valid = unscored(*train), [(x[44:52], y[44:52]), (x[:1], y[:1]), (x[1:3], torch.tensor([1, -100]))]
+    groups = more.pop("groups", None)
+    if groups:
+        params = [{"params": model.last.parameters(), "lr": 0.01}, {"params": [model.first.weight]}]
+        settings = settings | {"params": params}
+    about = {"epochs": 4, "batch_size": 11, "lr": 0.05, "metrics": "accuracy"} | more
+    plan = Settings(**PLAN | settings, parallel=parallel)
+    history = fit(model, train, valid, callbacks=[EarlyStopping(patience=3)], settings=plan, **about)
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+    held = sum(getattr(p, "to_local", p.clone)().numel() for p in model.parameters())
+    after = evaluate(model, (x, y))["loss"]
+    return parallel_script.whole(model), rows, held, after
+
+
+def fit_cases(parallel):
+    found = {name: fit_case(*case, parallel) for name, case in FITS.items()}
+    found["groups"] = fit_case(Blocks, {}, parallel, groups=True)
+    for name in NAMED:
+        found[name] = fit_case(Blocks, {}, parallel, optimizer=name)
+    return found
+
+
+@functools.cache
+def fits(parallel, ranks=2):
+    return launch(fit_cases, ranks, parallel)
+
+
+@pytest.mark.parametrize("name", [*FITS, "groups", *NAMED])
+def test_fit_with_a_cut_model_equals_ddp_and_one_process(name):
+    cut, whole, (alone,) = fits("fsdp"), fits("ddp"), fits(None, 1)
+    for rank in (0, 1):
+        weights, rows, held, after = cut[rank][name]
+        assert 0.4 < held / alone[name][2] < 0.6, "a rank holds half"
+        for other in (whole[rank][name], alone[name])[: 1 if name == "norm" else 2]:
+            assert weights.keys() == other[0].keys()
+            off = {k: (weights[k] - v).abs().max().item() for k, v in other[0].items() if "running" not in k}
+            assert max(off.values()) < 1e-6
+            assert len(rows) == len(other[1])
+            for a, b in zip(rows, other[1], strict=True):
+                assert a == pytest.approx(b, abs=1e-6)
+            assert after == pytest.approx(other[3], abs=1e-6)
+
+
+def told_by(model, **settings):
+    how = {k: settings.pop(k) for k in ("optimizer", "callbacks") if k in settings}
+    with pytest.raises(ValueError) as error:
+        fit(model, toy(kind=torch.float32), settings=Settings(**PLAN | settings), **how)
+    return str(error.value)
+
+
+class Thaws:
+    """Unfreezes a layer in the second epoch."""
+
+    def on_epoch_begin(self, run):
+        run.model.layers[0].requires_grad_(run.epoch > 0)
+
+
+def refusals(folder):
+    single, fsdp = Blocks(), {"parallel": "fsdp"}
+    adam = torch.optim.AdamW(single.parameters())
+    found = [
+        told_by(single, **fsdp, optimizer=adam),
+        told_by(single, **fsdp, channels_last=True),
+        told_by(single, **fsdp, optimizer="Muon"),
+        told_by(single, **fsdp, callbacks=[Checkpoint(f"{folder}/run.pt")]),
+    ]
+    with pytest.raises(ValueError, match="epoch 2 trains 16 parameters and the one before it 12") as error:
+        settings = Settings(**PLAN, **fsdp)
+        fit(Blocks(), toy(kind=torch.float32), epochs=2, callbacks=[Thaws()], settings=settings)
+    cut_model(single)
+    history = fit(single, toy(kind=torch.float32), settings=settings, optimizer=torch.optim.AdamW(single.parameters()))
+    return [*found, told_by(single), str(error.value), len(history)]
+
+
+def test_what_a_cut_model_cannot_do_is_refused(tmp_path):
+    for optimizer, layout, muon, file, whole, thawed, epochs in launch(refusals, 2, str(tmp_path)):
+        assert "pass its name or class, or cut_model" in optimizer and "leave channels_last out" in layout
+        assert "optimizer='Muon': by name go adamw, adam" in muon
+        assert "save_shards in a callback" in file and "Settings(parallel='fsdp')" in whole
+        assert "Freeze before fit" in thawed and epochs == 1, "and one that was cut before is trained"
+
+
+def alone_in_a_group():
+    return told_by(Blocks(), parallel="fsdp"), len(fit(Blocks(), toy(kind=torch.float32), settings=Settings(**PLAN)))
+
+
+def test_one_process_is_told_how_to_be_more():
+    for parallel in ("ddp", "fsdp"):
+        assert "start the script by torchrun --nproc-per-node 2" in told_by(Blocks(), parallel=parallel)
+    told, epochs = launch(alone_in_a_group, 1)[0]
+    assert "this group has 1: start 2 or more" in told and epochs == 1
+    with pytest.raises(ValueError, match="parallel"):
+        Settings(parallel="tensor")
+
+
+# ---------------------------------------------------------------- torchrun
+
+
+def torchrun(*args, restarts=0):
+    """What the script's first process has written; bounded in time, since ranks can wait for each other."""
+    root = Path(__file__).resolve().parents[1]
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    own["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), parallel_script.__file__, *map(str, args)]
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(args[0], weights_only=True)
+
+
+@pytest.mark.parametrize("way, at, victim", [("hand", 3, 1), ("fsdp", 5, 0)])
+def test_torchrun_starts_again_and_the_run_equals_the_unbroken_one(way, at, victim, tmp_path):
+    about = ("--way", way, "--checkpoint", tmp_path / "parts", "--at", at, "--victim", victim)
+    found = torchrun(tmp_path / "out.pt", *about, restarts=1)
+    assert (found["start"], found["ranks"], found["attempt"]) == (at - 1, 2, 1)
+    weights = two(f"killed {way}")[0].weights
+    assert found["weights"].keys() == weights.keys()
+    assert all(torch.equal(v, weights[k]) for k, v in found["weights"].items())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_fit_under_torchrun_equals_one_process(parallel, tmp_path):
+    found = torchrun(tmp_path / "out.pt", "--fit", parallel)
+    weights, losses, _ = parallel_script.fitted(None)
+    assert found["ranks"] == 2 and found["losses"] == pytest.approx(losses, abs=1e-6)
+    for k, v in weights.items():
+        torch.testing.assert_close(found["weights"][k], v, rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------- all-reduce
@@ -665,7 +856,7 @@ def test_a_sweep_runs_on_dask(study, tmp_path, monkeypatch):
     with Client(**how) as client:
         options = {"chapter": "99_toy", "name": "sizes", "seeds": [0, 1], "executor": client.get_executor()}
         results.sweep(study.sweep_task, {"width": [4, 8]}, **options)
-    assert len(results.load_sweep("99_toy", "sizes").rows) == 2
+    assert len(results.load_sweep("99_toy", "sizes").rows) == 4, "two widths, two seeds"
 
 
 def test_the_rate_of_many_devices_follows_the_rule(study):

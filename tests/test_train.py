@@ -1813,7 +1813,7 @@ def test_process_group_of_one(monkeypatch):
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        monkeypatch.setattr(T, "_world", lambda: (0, 1))
+        monkeypatch.setattr(T, "join_group", lambda: (0, 1))
         run = T._prepare(a_run())
         run._size = 2
         assert T._shares_of(run, [3, 5]) == [3 / 4, 5 / 4]
