@@ -2362,6 +2362,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ftbook.studies.choose._curves': ('choose.html#_curves', 'ftbook/studies/choose.py'),
                                        'ftbook.studies.choose._few': ('choose.html#_few', 'ftbook/studies/choose.py'),
                                        'ftbook.studies.choose._few_photos': ('choose.html#_few_photos', 'ftbook/studies/choose.py'),
+                                       'ftbook.studies.choose._foretold': ('choose.html#_foretold', 'ftbook/studies/choose.py'),
                                        'ftbook.studies.choose._frozen': ('choose.html#_frozen', 'ftbook/studies/choose.py'),
                                        'ftbook.studies.choose._line': ('choose.html#_line', 'ftbook/studies/choose.py'),
                                        'ftbook.studies.choose._memory': ('choose.html#_memory', 'ftbook/studies/choose.py'),

@@ -13,6 +13,9 @@ they promised before. `run_ask` lets a model choose what gets a label,
 # %% ../../nbs/24_choose.ipynb #24b00001
 import copy
 import functools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -449,9 +452,12 @@ def _criteria(executor: Any) -> None:
     results.record(CHAPTER, "texts", read)
 
 
-def peak_of(net: nn.Module, given: dict[str, Tensor]) -> tuple[float, float]:
-    """Megabytes of tensors at the peak of a training step with AdamW, as
-    PyTorch's allocator tells, and seconds of another step.
+def peak_of(
+    net: nn.Module, given: dict[str, Tensor]
+) -> tuple[float, float, float]:
+    """Of a training step with AdamW: megabytes of tensors at its peak, as
+    PyTorch's allocator tells; seconds; and megabytes by which the process
+    grew, the weights added.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -463,7 +469,9 @@ def peak_of(net: nn.Module, given: dict[str, Tensor]) -> tuple[float, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
+    with runtime.Meter() as grown:
+        step()
+        step()
     with runtime.Meter() as meter:
         step()
     cpu = [ProfilerActivity.CPU]
@@ -480,31 +488,42 @@ def peak_of(net: nn.Module, given: dict[str, Tensor]) -> tuple[float, float]:
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
         for t in (*net.parameters(), *net.buffers())
     }
+    weights = sum(held.values())
     moments = 2 * sum(p.nbytes for p in trained)
-    return float(sum(held.values()) + moments + above) / 1e6, meter.seconds
+    peak = float(weights + moments + above) / 1e6
+    return peak, meter.seconds, weights / 1e6 + grown.peak_mb
 
 
 SHAPES = runtime.pick(quick=((2, 16),), cpu=((4, 32), (16, 64), (32, 128)))
 METHODS = ("full", "head", "lora", "qlora")
 
 
-def _memory(executor: Any) -> None:
-    """Predicted and measured memory and time of training."""
+def _foretold(method: str, batch: int, length: int) -> dict[str, Any]:
+    """Predicted and measured memory and time of one way to train."""
     torch.set_num_threads(1)
     first = next(iter(ENCODERS))
     net = TextClassifier(copy.deepcopy(encoder(first)[0]), 2)
-    found = []
-    for method in METHODS:
-        for batch, length in SHAPES:
-            told = fits(net, method, batch, length, measure=peak_of)
-            peak, taken = told.measured
-            found.append(
-                {"candidate": first, "method": method}
-                | {"batch": batch, "length": length}
-                | {"peak": told.peak, "measured": peak}
-                | {"seconds": told.seconds, "taken": taken}
-                | {"weights": told.weights, "activations": told.activations}
-            )
+    told = fits(net, method, batch, length, measure=peak_of)
+    peak, taken, process = told.measured
+    return (
+        {"candidate": first, "method": method}
+        | {"batch": batch, "length": length}
+        | {"peak": told.peak, "measured": peak, "process": process}
+        | {"seconds": told.seconds, "taken": taken}
+        | {"weights": told.weights, "activations": told.activations}
+    )
+
+
+def _memory(executor: Any) -> None:
+    """Every row in a fresh process, which gives freed tensors back at once
+    (glibc otherwise keeps some, and a process that grew cannot grow again).
+    """
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
+    about: dict[str, Any] = {"max_tasks_per_child": 1}
+    about |= {"mp_context": multiprocessing.get_context("spawn")}
+    with ProcessPoolExecutor(1, **about) as pool:
+        jobs = [pool.submit(_foretold, m, *s) for m in METHODS for s in SHAPES]
+        found = [job.result() for job in jobs]
     results.record(CHAPTER, "memory", found)
 
 # %% ../../nbs/24_choose.ipynb #24b00006
