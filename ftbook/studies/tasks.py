@@ -881,7 +881,7 @@ def _word_line() -> tuple[Any, list[str]]:
     line.fit(seen, kinds)
     return line, line.classes_.tolist()
 
-
+# %% ../../nbs/27_tasks.ipynb #27e00027
 def _run_answers(
     seed: int,
     split: str,
