@@ -649,7 +649,7 @@ def test_a_question_stands_in_one_pair_and_about_half_are_alike():
     assert [float(kinds[p] == kinds[q]) for p, q in zip(a, b, strict=True)] == y.tolist()
 
 
-@pytest.mark.parametrize("way", [study.CHANCE, study.FIRST, study.WORDS, study.ASIS, study.JOINT, study.TUNED])
+@pytest.mark.parametrize("way", [study.DRAWN, study.FIRST, study.WORDS, study.ASIS, study.JOINT, study.TUNED])
 def test_a_way_compares_questions(way):
     found = study._run_pairs(0, "test", way, lr=1e-4 if way == study.TUNED else None)
     assert len(found["AUC"]) == len(study._pairs("test")[2]) and math.isfinite(found["AUC"].mean())
@@ -683,7 +683,7 @@ def test_classes_that_are_tested_without_photos_choose_nothing_and_train_nothing
         assert np.array_equal(study._run_names(3, "test", way)["accuracy"], values), way
 
 
-@pytest.mark.parametrize("way", [study.CHANCE, study.WEIGHED, study.MAPPED, study.BOTH_SEEN])
+@pytest.mark.parametrize("way", [study.DRAWN, study.WEIGHED, study.MAPPED, study.BOTH_SEEN])
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_way_names_photos(way, split):
     found = study._run_names(1, split, way)["accuracy"]

@@ -1025,7 +1025,8 @@ def _tilts(executor: Any) -> None:
 
 # %% ../../nbs/27_tasks.ipynb #27e00024
 PAIR_STEPS = runtime.pick(quick=2, cpu=60)
-FIRST, JOINT = "same first word", "ridge on |u − v|, u · v"
+DRAWN, FIRST = "drawn at random", "same first word"
+JOINT = "ridge on |u − v|, u · v"
 
 
 @functools.cache
@@ -1069,7 +1070,7 @@ def _run_pairs(
     from sklearn.metrics import roc_auc_score
 
     a, b, y = _pairs(split)
-    if way == CHANCE:
+    if way == DRAWN:
         said = np.random.default_rng(seed).random(len(y))
     elif way == FIRST:
         first = [[t.split()[0].lower() for t in side] for side in (a, b)]
@@ -1118,7 +1119,7 @@ def _likener(seed: int, lr: float, steps: int) -> PairEncoder:
 
 def _alike(executor: Any) -> None:
     made = [
-        results.Baseline(SEEDS, way=CHANCE),
+        results.Baseline(SEEDS, way=DRAWN),
         results.Baseline(way=FIRST),
         results.Baseline(way=WORDS),
         results.Baseline(way=ASIS),
@@ -1210,8 +1211,8 @@ def _run_headlines(
 
 def _titles(executor: Any) -> None:
     made = [
-        results.Baseline(way=COPIED, k=COUNTS),
         results.Baseline(way=CAPITALS),
+        results.Baseline(way=COPIED, k=COUNTS),
         {"way": WRITTEN, "prompt": list(range(len(PROMPTS)))},
     ]
     about: dict[str, Any] = {"choose": "ROUGE-1", "n": LEADS, "seeds": (0,)}
@@ -1271,7 +1272,7 @@ def _run_names(
     if way == BOTH_SEEN and split == "valid":
         train[np.flatnonzero(train)[::2]] = False
         judged, right = judged[::2], right[::2]
-    if way == CHANCE:
+    if way == DRAWN:
         told = np.random.default_rng(seed).random((len(right), 2))
     elif way == MAPPED:
         line = Ridge(alpha=alpha).fit(x[train], words[y[train]])
@@ -1289,7 +1290,7 @@ def _names(executor: Any) -> None:
     seeds = range(len(COUPLES["test"]))
     strength = runtime.pick(quick=[1.0, 10.0], cpu=[1.0, 0.1, 10.0, 100.0])
     made = [
-        results.Baseline(seeds, way=CHANCE),
+        results.Baseline(seeds, way=DRAWN),
         results.Baseline(seeds, way=WEIGHED, C=strength),
         {"way": MAPPED, "alpha": BRIDGES},
         results.Baseline(seeds, way=BOTH_SEEN, C=strength),
