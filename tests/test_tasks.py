@@ -571,5 +571,120 @@ def test_a_study_goes_on_where_it_stopped(monkeypatch, tmp_path):
 
 
 def test_an_unknown_part_is_refused_before_anything_runs():
-    with pytest.raises(ValueError, match="no study 'sounds'; use scenes, speech, search, boxes, samples"):
+    told = "use scenes, speech, search, boxes, samples, answers, tilts, pairs, headlines, names, shown"
+    with pytest.raises(ValueError, match=f"no study 'sounds'; {told}"):
         study.main("sounds")
+
+
+# ---------------------------------------------------------------- the five smaller tasks
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_question_asks_for_the_only_name_of_its_kind_and_pieces_lead_back_to_it(split):
+    given, places = study._pieces(split)
+    for i, (kind, words, a, b) in enumerate(study._asked(split)):
+        text = study.encoder()[1].decode(given["input_ids"][i])
+        assert kind.split("-")[0] in text and 0 <= a < b <= len(words)
+        seen = [w for w in places[i] if w is not None]
+        assert seen == sorted(seen) and set(seen) == set(range(max(seen) + 1)), "words in order, none left out"
+
+
+@pytest.mark.parametrize(
+    "text, span",
+    [("we met Ada Lovelace there", (2, 4)), ("in Oslo, Norway", (1, 2)), ("nobody here", (0, 1)), ("NASA", (0, 1))],
+)
+def test_the_first_capitalized_words_end_at_a_comma(text, span):
+    assert study._capitalized(text.split()) == span
+
+
+@pytest.mark.parametrize("way", [study.CAPITALS, study.SHAPED, study.HEAD, study.TUNED])
+def test_a_way_answers_with_words_of_the_text(way):
+    found = study._run_answers(0, "test", way, lr=1e-3 if way in (study.HEAD, study.TUNED) else None)
+    assert len(found["F1"]) == len(study._asked("test")) and (found["F1"] <= 1).all()
+    assert (found["exact"] <= found["F1"]).all() and ((found["F1"] == 1) == (found["exact"] == 1)).all()
+
+
+def test_answers_are_scored_by_the_words_they_share(monkeypatch):
+    monkeypatch.setattr(study, "_asked", lambda split: [("person", ["a", "B", "C", "d"], 1, 3)] * 3)
+    spans = iter([(1, 3), (2, 4), (0, 1)])
+    monkeypatch.setattr(study, "_capitalized", lambda words: next(spans))
+    found = study._run_answers(0, "test", study.CAPITALS)
+    assert found["F1"].tolist() == [1.0, 0.5, 0.0] and found["exact"].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_a_photo_is_turned_by_the_angle_that_is_asked_for_and_its_corners_are_gray(monkeypatch):
+    class Set:
+        x = torch.zeros(6, 3, 60, 80, dtype=torch.uint8)
+
+    Set.x[:, :, 30:] = 255  # a horizon
+    monkeypatch.setattr(study.data, "load", lambda *a, **k: Set)
+    study._tilted.cache_clear()
+    x, angle = study._tilted("test")
+    study._tilted.cache_clear()
+    side = x.shape[-1]
+    assert (x[:, :, 0, 0] == 128).all() and angle.abs().max() <= study.TILT
+    line = torch.linspace(-1, 1, side)
+    below = [
+        (v[0, :, side // 4].float() < 128).float().mean() for v in x
+    ]  # how far down the horizon is, left of the middle
+    rise = torch.stack(below) * 2 - 1
+    expected = -torch.tan(angle.deg2rad()) * line[side // 4]
+    assert torch.corrcoef(torch.stack((rise, expected)))[0, 1].abs() > 0.98
+    bins = study._edge_directions(x).argmax(1) * 5.0 + 2.5
+    off = (bins - 90 - angle).abs().min((bins - 90 + angle).abs())
+    assert (off < 6).all(), "the edge runs across the horizon"
+
+
+@pytest.mark.parametrize("way", [study.MEAN, study.EDGES, study.FROZEN, study.FULL])
+def test_a_way_guesses_tilts(way):
+    found = study._run_tilts(0, "test", way, lr=1e-3 if way == study.FULL else None)["degrees"]
+    assert len(found) == len(study._tilted("test")[1]) and (found >= 0).all()
+
+
+def test_a_question_stands_in_one_pair_and_about_half_are_alike():
+    a, b, y = study._pairs("test")
+    assert len(a) == len(b) == len(y) and 0.3 < y.mean() < 0.7
+    found = study.data.load("sst2", "test", bundled=True)
+    kinds = dict(zip(found.texts, found.y.tolist(), strict=True))
+    assert [float(kinds[p] == kinds[q]) for p, q in zip(a, b, strict=True)] == y.tolist()
+
+
+@pytest.mark.parametrize("way", [study.DRAWN, study.FIRST, study.WORDS, study.ASIS, study.JOINT, study.TUNED])
+def test_a_way_compares_questions(way):
+    found = study._run_pairs(0, "test", way, lr=1e-4 if way == study.TUNED else None)
+    assert len(found["AUC"]) == len(study._pairs("test")[2]) and math.isfinite(found["AUC"].mean())
+
+
+@pytest.mark.parametrize(
+    "said, right, score",
+    [("a b", "a b", 1.0), ("a a b", "a", 0.5), ("", "a", 0.0), ("", "", 0.0), ("Fox!", "fox", 1.0)],
+)
+def test_rouge_counts_words_as_often_as_they_stand(said, right, score):
+    assert study.rouge(said, right) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("way", [study.COPIED, study.CAPITALS, study.WRITTEN])
+def test_a_way_gives_titles(way):
+    found = study._run_headlines(0, "test", way, k=2)
+    assert len(found["exact"]) == study.LEADS["test"] and (found["exact"] <= found["ROUGE-1"] + 1e-9).all()
+    assert way != study.COPIED or found["ROUGE-1"].mean() == 1, "the bundled titles are the first two words"
+
+
+def test_classes_that_are_tested_without_photos_choose_nothing_and_train_nothing(monkeypatch):
+    chosen = {k for pair in study.COUPLES["valid"] for k in pair}
+    assert not chosen & {k for pair in study.COUPLES["test"] for k in pair}
+    x, y = study._known("train")
+    spoiled = x.copy()
+    spoiled[np.isin(y, study.COUPLES["test"][3])] = 99.0
+    before = {w: study._run_names(3, "test", w)["accuracy"] for w in (study.WEIGHED, study.MAPPED)}
+    judged = study._known("test")
+    monkeypatch.setattr(study, "_known", lambda split: (spoiled, y) if split == "train" else judged)
+    for way, values in before.items():
+        assert np.array_equal(study._run_names(3, "test", way)["accuracy"], values), way
+
+
+@pytest.mark.parametrize("way", [study.DRAWN, study.WEIGHED, study.MAPPED, study.BOTH_SEEN])
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_way_names_photos(way, split):
+    found = study._run_names(1, split, way)["accuracy"]
+    assert len(found) and set(found) <= {0.0, 1.0}

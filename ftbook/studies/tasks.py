@@ -1,9 +1,11 @@
-"""Chapter 27's experiments: four tasks, each with its simple baseline.
+"""Chapter 27's experiments: nine tasks, each with its simple baseline.
 
 `run_scenes` gives every pixel of a street a class, `run_speech` understands
 digits of a speaker that it has not heard, `run_search` finds the paragraph of
-a title, `run_boxes` finds digits on photos; `main` fills in what
-results/27_tasks.json lacks.
+a title, `run_boxes` finds digits on photos. Smaller ones find a name in a text
+(answers), straighten a photo (tilts), compare questions (pairs), write a title
+(headlines) and name photos of classes without photos (names). `main` fills in
+what results/27_tasks.json lacks.
 
 >>> scene_rows()[0]["way"]
 'most frequent class'
@@ -15,7 +17,10 @@ results/27_tasks.json lacks.
 import base64
 import copy
 import functools
-import io
+import itertools
+import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,9 +30,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import data, models, results, runtime
+from ..compute import evaluating
+from ..corpus import word_shapes
 from ..finetune import freeze, replace_head
+from ..sft import reply
 from . import run_named
-from .prompt import encoder
+from .prompt import decoder, encoder
 from ftbook.tasks import (
     Detector,
     PairEncoder,
@@ -43,7 +51,9 @@ from ftbook.tasks import (
     pseudo_values,
     recall_at,
 )
+from ..texts import sentence_vectors
 from ..train import Settings, fit, predict
+from ..vision import features
 
 __all__ = [
     "trunk",
@@ -59,7 +69,7 @@ __all__ = [
     "make_scenes",
     "windows",
     "run_boxes",
-    "picture",
+    "rouge",
     "main",
 ]
 
@@ -67,8 +77,8 @@ CHAPTER = "27_tasks"
 QUICK = runtime.profile() == "quick"  # there substitutes stand in for the data
 SEEDS = runtime.pick(quick=(0, 1), cpu=(0, 1, 2))
 PLAN: dict[str, Any] = {"schedule": "linear", "warmup": 0.1, "progress": False}
-DECAYS = runtime.pick(quick=[0.1, 1.0], cpu=[1e-3, 1e-2, 0.1, 1.0])
-RATES = runtime.pick(quick=[1e-3, 3e-3], cpu=[1e-3, 3e-4, 3e-3, 1e-2])
+DECAYS = runtime.pick(quick=[0.1, 1.0], cpu=[0.1, 1e-3, 1e-2, 1.0, 10.0])
+RATES = runtime.pick(quick=[1e-3, 3e-3], cpu=[1e-3, 3e-4, 3e-3, 1e-2, 3e-2])
 BATCH = runtime.pick(quick=4, cpu=8)
 TOP, SCRATCH = "most frequent class", "from scratch"
 FROZEN, FULL = "pretrained, frozen", "pretrained, tuned"
@@ -111,20 +121,19 @@ def _study(run, made: list[dict], name: str, executor, **options) -> None:
     results.study(run, made, chapter=CHAPTER, name=name, **about)
 
 
-def picture(x: Tensor) -> str:
+def _picture(x: Tensor) -> str:
     """A photo uint8 (3, H, W) as JPEG in base64."""
-    from PIL import Image
+    from torchvision.io import encode_jpeg
 
-    packed = io.BytesIO()
-    Image.fromarray(x.permute(1, 2, 0).numpy()).save(packed, "JPEG", quality=85)
-    return base64.b64encode(packed.getvalue()).decode()
+    packed = encode_jpeg(x.contiguous(), quality=85)
+    return base64.b64encode(packed.numpy().tobytes()).decode()
 
 # %% ../../nbs/27_tasks.ipynb #27e00003
 HEIGHT, WIDTH = runtime.pick(quick=(48, 64), cpu=(96, 128))
-SCENE_STEPS = runtime.pick(quick=2, cpu=72)
+SCENE_STEPS = runtime.pick(quick=2, cpu=216)
 PLACE, COLOR = "most frequent of each place", "color and place"
 WEIGHTED = "tuned, weighted classes"
-POWERS = runtime.pick(quick=[0.5, 1.0], cpu=[0.5, 0.25, 0.75, 1.0])
+POWERS = runtime.pick(quick=[0.5, 1.0], cpu=[0.5, 0.25, 0.75, 1.0, 1.5])
 
 
 @functools.cache
@@ -285,11 +294,11 @@ def _scenes(executor: Any) -> None:
 
 # %% ../../nbs/27_tasks.ipynb #27e00005
 SIDE = runtime.pick(quick=32, cpu=64)  # bands and frames
-SPEECH_STEPS = runtime.pick(quick=2, cpu=50)
+SPEECH_STEPS = runtime.pick(quick=2, cpu=160)
 SPEECH_BATCH = runtime.pick(quick=4, cpu=16)
 MASKED, HEARD = "tuned, SpecAugment", "tuned, speaker known"
 LINE = "logistic regression"
-MASKS = runtime.pick(quick=[4, 8], cpu=[16, 8, 24, 32])
+MASKS = runtime.pick(quick=[4, 8], cpu=[16, 4, 8, 24, 32])
 FOLDS = runtime.pick(quick=(0, 1), cpu=(0, 1, 2, 3, 4))  # who is tested
 ASKED = runtime.pick(quick=1, cpu=25)  # numbers of each digit that are scored
 
@@ -527,7 +536,7 @@ MADE = runtime.pick(
     quick={"train": 12, "valid": 6, "test": 6},
     cpu={"train": 600, "valid": 60, "test": 150},
 )
-BOX_STEPS = runtime.pick(quick=2, cpu=100)
+BOX_STEPS = runtime.pick(quick=2, cpu=240)
 WINDOW = "sliding window"
 
 
@@ -727,6 +736,571 @@ def _boxes(executor: Any) -> None:
     about: dict[str, Any] = {"choose": "AP50", "n": counted, "budget": budget}
     _study(run_boxes, made, "boxes", executor, **about)
 
+# %% ../../nbs/27_tasks.ipynb #27e00020
+SPLITS = ("train", "valid", "test")
+CAPITALS, SHAPED = "first capitalized words", "shapes of words"
+HEAD = "MiniLM, frozen"
+ANSWER_STEPS = runtime.pick(quick=2, cpu=60)
+PIECES = runtime.pick(quick=32, cpu=64)  # of a question and its text
+NET_RATES = runtime.pick(quick=[1e-4, 3e-4], cpu=[1e-4, 3e-5, 3e-4, 1e-3])
+HEAD_RATES = runtime.pick(quick=[1e-2, 3e-2], cpu=[1e-2, 3e-3, 3e-2, 1e-1])
+BIASES = runtime.pick(quick=[0.0, 2.0], cpu=[4.0, 0.0, 2.0, 3.0, 5.0, 6.0])
+
+
+@functools.cache
+def _asked(split: str) -> list[tuple[str, list[str], int, int]]:
+    """Kind, words, and the span of the only name of this kind in them."""
+    found = []
+    for s in data.load("wnut17", split, bundled=QUICK):  # type: ignore
+        kinds = [kind for kind, _, _ in s.entities]
+        for kind, a, b in s.entities:
+            if kinds.count(kind) == 1:
+                found.append((kind, list(s.words), a, b))
+    most = runtime.pick(quick=12, cpu=300 if split == "valid" else 2000)
+    return found[:most]
+
+
+def _capitalized(words: list[str]) -> tuple[int, int]:
+    """The first run of words that begin with a capital, up to a comma."""
+    first = [i for i, w in enumerate(words) if w[:1].isupper()]
+    a = b = first[0] if first else 0
+    while b + 1 < len(words) and words[b + 1][:1].isupper():
+        if words[b].endswith((",", ";", ")")):
+            break
+        b += 1
+    return a, b + 1
+
+
+class _Ends(nn.Module):
+    """Two numbers at every piece: does the answer begin, does it end here?"""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body: Any = getattr(body, "bert", body)
+        self.head = nn.Linear(self.body.config.hidden_size, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **more):
+        seen = int(attention_mask.sum(1).max())
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        given = {k: v[:, :seen] for k, v in (given | more).items()}
+        return self.head(self.body(**given).last_hidden_state)
+
+
+@functools.cache
+def _pieces(split: str) -> tuple[dict[str, Tensor], list[list[int | None]]]:
+    """Questions and texts as tensors; of every piece its word of the text."""
+    made = _asked(split)
+    asks = [f"Which {k.replace('-', ' ')} is named ?".split() for k, *_ in made]
+    given = encoder()[1](
+        asks,
+        [words for _, words, _, _ in made],
+        is_split_into_words=True,
+        padding=True,
+        truncation="only_second",
+        max_length=PIECES,
+        return_tensors="pt",
+    )
+    places = []
+    for i in range(len(made)):
+        each = zip(given.word_ids(i), given.sequence_ids(i), strict=True)
+        places.append([word if side == 1 else None for word, side in each])
+    names = "input_ids", "attention_mask", "token_type_ids"
+    return {k: given[k] for k in names}, places
+
+# %% ../../nbs/27_tasks.ipynb #27e00021
+def _span_reader(seed: int, split: str, way: str, lr: float) -> Any:
+    """Train one way: the spans, in words, of the questions of the part."""
+    torch.set_num_threads(1)
+    runtime.seed_everything(seed)
+    net = _Ends(copy.deepcopy(encoder()[0]))
+    if way == HEAD:
+        freeze(net.body)
+    given, places = _pieces("train")
+    spans = [
+        (row.index(a), len(row) - 1 - row[::-1].index(b - 1))
+        if {a, b - 1} <= set(row)
+        else (-1, -1)  # cut off
+        for row, (_, _, a, b) in zip(places, _asked("train"), strict=True)
+    ]
+    ends = torch.tensor(spans)
+    kept = ends[:, 0] >= 0
+    data_ = {k: v[kept] for k, v in given.items()} | {"labels": ends[kept]}
+    steps = _steps(split, ANSWER_STEPS)
+    about: dict[str, Any] = {"epochs": -(-steps * 16 // int(kept.sum()))}
+    about |= {"batch_size": 16, "lr": lr, "seed": seed}
+
+    def loss(said: Tensor, right: Tensor) -> Tensor:
+        return F.cross_entropy(said, right)  # over the pieces, both ends
+
+    fit(net, data_, loss=loss, settings=_plan(steps), **about)
+    given, places = _pieces(split)
+    found = []
+    with evaluating(net), torch.no_grad():
+        for rows in torch.arange(len(places)).split(32):
+            said = net(**{k: v[rows] for k, v in given.items()})
+            for i, two in zip(rows.tolist(), said, strict=True):
+                row = places[i][: len(two)]
+                own = torch.tensor([w is not None for w in row])
+                two = two.masked_fill(~own[:, None], -1e4)
+                both = (two[:, None, 0] + two[None, :, 1]).triu().tril(11)
+                allowed = torch.ones_like(both).triu().tril(11) > 0
+                at = int(both.masked_fill(~allowed, -1e9).argmax())
+                a, b = (row[k] or 0 for k in divmod(at, len(row)))
+                found.append((a, b + 1))
+    return found
+
+
+def _shaped(split: str, bias: float) -> list[tuple[int, int]]:
+    """The stretch of words whose log-odds of the kind, plus a bias, sum to
+    most, by a logistic regression on the shapes of words.
+    """
+    line, kinds = _word_line()
+    found = []
+    for kind, words, _, _ in _asked(split):
+        p = line.predict_proba(word_shapes(words))[:, kinds.index(kind)]
+        odds = np.log(p + 1e-9) - np.log(1 - p + 1e-9) + bias
+        sums = {
+            (a, b): odds[a:b].sum()
+            for a in range(len(words))
+            for b in range(a + 1, min(a + 6, len(words)) + 1)
+        }
+        found.append(max(sums, key=lambda k: sums[k]))
+    return found
+
+
+@functools.cache
+def _word_line() -> tuple[Any, list[str]]:
+    from sklearn.feature_extraction import DictVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    corpus: Any = data.load("wnut17", "train", bundled=QUICK)
+    seen = [shape for s in corpus for shape in word_shapes(s.words)]
+    kinds = [tag.split("-", 1)[-1] for s in corpus for tag in s.tags]
+    line = make_pipeline(DictVectorizer(), LogisticRegression(max_iter=300))
+    line.fit(seen, kinds)
+    return line, line.classes_.tolist()
+
+# %% ../../nbs/27_tasks.ipynb #27e00027
+def _run_answers(
+    seed: int,
+    split: str,
+    way: str,
+    lr: float | None = None,
+    bias: float = 0.0,
+) -> dict[str, Any]:
+    """Whether the span is the right one, and the F1 of its words."""
+    made = _asked(split)
+    if way == CAPITALS:
+        found = [_capitalized(words) for _, words, _, _ in made]
+    elif lr is None:
+        found = _shaped(split, bias)
+    else:
+        found = _span_reader(seed, split, way, lr)
+    exact, both = [], []
+    for (a, b), (_, _, c, d) in zip(found, made, strict=True):
+        exact.append(float((a, b) == (c, d)))
+        common = max(0, min(b, d) - max(a, c))
+        both.append(2 * common / (b - a + d - c))
+    return {"exact": np.array(exact), "F1": np.array(both)}
+
+
+def _answers(executor: Any) -> None:
+    made = [
+        results.Baseline(way=CAPITALS),
+        results.Baseline(way=SHAPED, bias=BIASES),
+        {"way": HEAD, "lr": HEAD_RATES},
+        {"way": TUNED, "lr": NET_RATES},
+    ]
+    counted = {part: len(_asked(part)) for part in SPLITS[1:]}
+    budget = f"{ANSWER_STEPS} batches of 16 questions, half in the search"
+    about: dict[str, Any] = {"choose": "F1", "n": counted, "budget": budget}
+    _study(_run_answers, made, "answers", executor, **about)
+
+# %% ../../nbs/27_tasks.ipynb #27e00022
+TILT = 30.0  # degrees at most, to either side
+TILT_SIDE = runtime.pick(quick=64, cpu=96)
+TILT_STEPS = runtime.pick(quick=2, cpu=80)
+MEAN, EDGES = "mean of the training part", "ridge on directions of edges"
+RIDGES = runtime.pick(
+    quick=[1.0, 100.0], cpu=[10.0, 1e-3, 1e-2, 0.1, 1.0, 100.0, 1e3]
+)
+
+
+@functools.cache
+def _tilted(split: str) -> tuple[Tensor, Tensor]:
+    """Street photos turned at random, in a circle on gray, uint8 (N, 3, S, S),
+    and by how much, in degrees. A training photo comes four times.
+    """
+    found: Any = data.load("camvid", split, bundled=QUICK)
+    x = found.x.repeat(4 if split == "train" else 1, 1, 1, 1)
+    height, width = x.shape[-2:]
+    draws = torch.Generator().manual_seed(SPLITS.index(split))
+    angle = (2 * torch.rand(len(x), generator=draws) - 1) * TILT
+    line = torch.linspace(-1, 1, height)
+    down, right = torch.meshgrid(line, line, indexing="ij")
+    outside = down**2 + right**2 > 1
+    made = []
+    parts = x.split(50), angle.deg2rad().split(50)
+    for photos, turn in zip(*parts, strict=True):
+        c, s = turn.cos()[:, None, None], turn.sin()[:, None, None]
+        across = (c * right + s * down) * height / width
+        grid = torch.stack((across, c * down - s * right), -1)
+        about: dict[str, Any] = {"align_corners": False}
+        cut = F.grid_sample(photos.float(), grid, **about)
+        cut = cut.masked_fill(outside, 128.0)
+        size = TILT_SIDE, TILT_SIDE
+        made.append(F.interpolate(cut, size, mode="bilinear", antialias=True))
+    return torch.cat(made).round().clamp(0, 255).to(torch.uint8), angle
+
+
+def _edge_directions(x: Tensor, bins: int = 36) -> Tensor:
+    """How much of a photo's change of brightness runs in which direction."""
+    side = x.shape[-1]
+    gray = x.float().mean(1)
+    across = (gray[:, 1:-1, 2:] - gray[:, 1:-1, :-2]).flatten(1)
+    down = (gray[:, 2:, 1:-1] - gray[:, :-2, 1:-1]).flatten(1)
+    line = torch.linspace(-1, 1, side)[1:-1]
+    inside = (line[:, None] ** 2 + line**2 < 0.85).flatten()
+    strength = torch.hypot(across, down) * inside
+    which = torch.atan2(down, across).remainder(math.pi) / math.pi * bins
+    found = torch.zeros(len(x), bins)
+    found.scatter_add_(1, which.long().clamp_max(bins - 1), strength)
+    return found / found.sum(1, keepdim=True)
+
+
+@functools.cache
+def _tilt_features(split: str) -> Tensor:
+    net, prepare = trunk(FROZEN, 0)
+    return features(net, prepare(_tilted(split)[0]), precision="fp32")
+
+# %% ../../nbs/27_tasks.ipynb #27e00023
+def _run_tilts(
+    seed: int,
+    split: str,
+    way: str,
+    lr: float | None = None,
+    alpha: float = 1.0,
+) -> dict[str, np.ndarray]:
+    """By how many degrees each photo's tilt is missed."""
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    (x, y), (judged, right) = _tilted("train"), _tilted(split)
+    if way == MEAN:
+        said = y.mean().expand(len(right))
+    elif lr is None:
+        if way == EDGES:
+            seen, new = _edge_directions(x), _edge_directions(judged)
+        else:
+            seen, new = _tilt_features("train"), _tilt_features(split)
+        line = make_pipeline(StandardScaler(), Ridge(alpha=alpha))
+        told = line.fit(seen.numpy(), y.numpy()).predict(new.numpy())
+        said = torch.from_numpy(told)
+    else:
+        net, prepare = trunk(way, seed)
+        replace_head(net, 1)
+        steps = _steps(split, TILT_STEPS)
+        about: dict[str, Any] = {"epochs": -(-steps * 16 // len(x))}
+        about |= {"batch_size": 16, "lr": lr, "seed": seed, "loss": "mse"}
+        given = prepare(x), (y / TILT)[:, None]
+        fit(net, given, settings=_plan(steps), **about)
+        said = TILT * predict(net, prepare(judged), batch_size=32)[:, 0]
+    return {"degrees": (said - right).abs().double().numpy()}
+
+
+def _tilts(executor: Any) -> None:
+    made = [
+        results.Baseline(way=MEAN),
+        results.Baseline(way=EDGES, alpha=RIDGES),
+        results.Baseline(way=FROZEN, alpha=RIDGES),
+        {"way": SCRATCH, "lr": RATES},
+        {"way": FULL, "lr": RATES},
+    ]
+    counted = {part: len(_tilted(part)[1]) for part in SPLITS[1:]}
+    budget = f"{TILT_STEPS} batches of 16 photos, half in the search"
+    about: dict[str, Any] = {"choose": "degrees", "mode": "min", "n": counted}
+    _study(_run_tilts, made, "tilts", executor, budget=budget, **about)
+
+# %% ../../nbs/27_tasks.ipynb #27e00024
+PAIR_STEPS = runtime.pick(quick=2, cpu=60)
+DRAWN, FIRST = "drawn at random", "same first word"
+JOINT = "ridge on |u − v|, u · v"
+
+
+@functools.cache
+def _pairs(split: str) -> tuple[list[str], list[str], np.ndarray]:
+    """Questions in pairs, each in one only, and whether both ask for the same
+    kind of thing; about half do.
+    """
+    name = runtime.pick(quick="sst2", cpu="trec")
+    found: Any = data.load(name, split, bundled=QUICK)
+    order = np.random.default_rng(0).permutation(len(found))
+    order = order[: runtime.pick(quick=24, cpu=4800)]
+    y = found.y.numpy()
+    alike, other = (
+        part[np.argsort(y[part], kind="stable")]
+        for part in np.array_split(order[: len(order) // 4 * 4], 2)
+    )
+    half = len(other) // 2
+    a = np.concatenate((alike[::2], other[:half]))
+    b = np.concatenate((alike[1::2], other[half:]))
+    sides = ([found.texts[i] for i in side] for side in (a, b))
+    return *sides, (y[a] == y[b]).astype(float)
+
+
+class _Alike(PairEncoder):
+    """The cosine of the two texts of each pair, (N, 1)."""
+
+    def forward(self, **given: Tensor) -> Any:
+        return super().forward(**given).logits.diagonal()[:, None]
+
+
+def _run_pairs(
+    seed: int,
+    split: str,
+    way: str,
+    lr: float | None = None,
+    alpha: float = 1.0,
+) -> dict[str, Any]:
+    """AUC: is a pair of one kind nearer than a pair of two?"""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+    from sklearn.metrics import roc_auc_score
+
+    a, b, y = _pairs(split)
+    if way == DRAWN:
+        said = np.random.default_rng(seed).random(len(y))
+    elif way == FIRST:
+        first = [[t.split()[0].lower() for t in side] for side in (a, b)]
+        said = np.array([p == q for p, q in zip(*first, strict=True)], float)
+    elif way == WORDS:
+        learned = sum(_pairs("train")[:2], [])
+        words = TfidfVectorizer(sublinear_tf=True).fit(learned)
+        both = words.transform(a).multiply(words.transform(b))
+        said = np.asarray(both.sum(1))[:, 0]
+    elif way == JOINT:
+        seen, new = _joint("train"), _joint(split)
+        line = Ridge(alpha=alpha).fit(seen, _pairs("train")[2])
+        said = line.predict(new)
+    else:
+        net = _likener(seed, lr or 0.0, _steps(split, PAIR_STEPS))
+        said = (net.vectors(a, 24) * net.vectors(b, 24)).sum(1).numpy()
+
+    def score(rows: np.ndarray) -> float:
+        return float(roc_auc_score(y[rows], said[rows]))
+
+    return {"AUC": pseudo_values(score, len(y))}
+
+
+@functools.cache
+def _joint(split: str) -> np.ndarray:
+    a, b, _ = _pairs(split)
+    u, v = (F.normalize(sentence_vectors(side, *encoder())) for side in (a, b))
+    return torch.cat(((u - v).abs(), u * v), 1).numpy()
+
+
+def _likener(seed: int, lr: float, steps: int) -> PairEncoder:
+    """MiniLM, tuned so that the cosine of a pair is 1 for one kind, else 0."""
+    torch.set_num_threads(1)
+    runtime.seed_everything(seed)
+    body, tokenizer = encoder()
+    net = _Alike(copy.deepcopy(body), tokenizer, lengths=(24, 24))
+    if lr:
+        a, b, y = _pairs("train")
+        given = net.encode(a, b)
+        given["labels"] = torch.from_numpy(y).float()[:, None]
+        about: dict[str, Any] = {"epochs": -(-steps * 16 // len(y))}
+        about |= {"batch_size": 16, "lr": lr, "seed": seed, "loss": "mse"}
+        fit(net, given, settings=_plan(steps), **about)
+    return net
+
+
+def _alike(executor: Any) -> None:
+    made = [
+        results.Baseline(SEEDS, way=DRAWN),
+        results.Baseline(way=FIRST),
+        results.Baseline(way=WORDS),
+        results.Baseline(way=ASIS),
+        results.Baseline(way=JOINT, alpha=RIDGES),
+        {"way": TUNED, "lr": NET_RATES},
+    ]
+    counted = {part: len(_pairs(part)[2]) for part in SPLITS[1:]}
+    budget = f"{PAIR_STEPS} batches of 16 pairs, half in the search"
+    about: dict[str, Any] = {"choose": "AUC", "n": counted, "budget": budget}
+    _study(_run_pairs, made, "pairs", executor, **about)
+
+# %% ../../nbs/27_tasks.ipynb #27e00025
+LEADS = runtime.pick(
+    quick={"valid": 2, "test": 3}, cpu={"valid": 40, "test": 100}
+)
+COPIED, WRITTEN = "copy the first words", "SmolLM2, asked"
+COUNTS = [1, 2, 3, 4, 5]  # of words
+PROMPTS = (
+    "What is the title of the article that begins like this? Answer with the "
+    "title only.\n\n{text}",
+    "Write a short headline for this text, at most five words.\n\n{text}",
+)
+
+
+@functools.cache
+def _leads(split: str) -> list[tuple[str, str]]:
+    """Titles of articles, and their first sentences."""
+    text: Any = data.load("wiki_excerpt", bundled=QUICK)
+    found = []
+    if QUICK:  # sentences without titles: the first words stand for one
+        for line in text.splitlines():
+            words = line.split()
+            if len(words) > 7:
+                found.append((" ".join(words[:2]), " ".join(words[:12])))
+    for block in [] if QUICK else text.split("\n\n"):
+        title, *lines = block.strip().split("\n")
+        lead = re.split(r"(?<=[a-z\d)]\.) (?=[A-Z])", "".join(lines[:1]))[0]
+        whole = lead[:1].isupper() and 10 <= len(lead.split()) <= 50
+        if title.startswith("= ") and whole:
+            found.append((title.strip("= "), lead))
+    order = np.random.default_rng(1).permutation(len(found))
+    start = LEADS["valid"] if split == "test" else 0
+    return [found[i] for i in order[start : start + LEADS[split]]]
+
+
+@functools.cache
+def _headlines(split: str, prompt: int) -> list[str]:
+    """What SmolLM2 answers, the first line of it."""
+    torch.set_num_threads(1)
+    asks = [PROMPTS[prompt].format(text=text) for _, text in _leads(split)]
+    chats: Any = [[{"role": "user", "content": ask}] for ask in asks]
+    told = reply(*decoder(), chats, new=12, batch_size=20)
+    lines = [(text.strip().splitlines() or [""])[0] for text in told]
+    return [line.strip(' "*.') for line in lines]
+
+
+def rouge(said: str, right: str) -> float:
+    """ROUGE-1: the F1 of the words of both, each as often as it stands there.
+
+    Examples
+    --------
+    >>> rouge("The red fox", "A fox")
+    0.4
+    """
+    a, b = (Counter(re.findall(r"\w+", t.lower())) for t in (said, right))
+    return 2 * (a & b).total() / max(1, a.total() + b.total())
+
+
+def _run_headlines(
+    seed: int, split: str, way: str, k: int = 0, prompt: int = 0
+) -> dict[str, np.ndarray]:
+    """Whether a title is the right one, and the words both have."""
+    titles, texts = zip(*_leads(split), strict=True)
+    if way == COPIED:
+        said = [" ".join(text.split()[:k]).strip(",.;:") for text in texts]
+    elif way == CAPITALS:
+        words = [text.split() for text in texts]
+        runs = [w[slice(*_capitalized(w))] for w in words]
+        said = [" ".join(run).strip(",.;:") for run in runs]
+    else:
+        said = _headlines(split, prompt)
+    pairs = list(zip(said, titles, strict=True))
+    exact = [float(s.lower() == t.lower()) for s, t in pairs]
+    return {
+        "ROUGE-1": np.array([rouge(s, t) for s, t in pairs]),
+        "exact": np.array(exact),
+    }
+
+
+def _titles(executor: Any) -> None:
+    made = [
+        results.Baseline(way=CAPITALS),
+        results.Baseline(way=COPIED, k=COUNTS),
+        {"way": WRITTEN, "prompt": list(range(len(PROMPTS)))},
+    ]
+    about: dict[str, Any] = {"choose": "ROUGE-1", "n": LEADS, "seeds": (0,)}
+    about["budget"] = "at most 12 pieces, nothing is trained"
+    _study(_run_headlines, made, "headlines", executor, **about)
+
+# %% ../../nbs/27_tasks.ipynb #27e00026
+SHOWN = runtime.pick(quick=(4, 2), cpu=(100, 50))  # photos of a class
+COUPLES = {  # of classes without photos: of the first six test, of the others
+    "test": list(itertools.combinations(range(6), 2)),
+    "valid": list(itertools.combinations(range(6, 10), 2)),
+}
+WEIGHED, MAPPED = "names of what it resembles", "ridge to the names' vectors"
+BOTH_SEEN = "photos of both after all"
+BRIDGES = runtime.pick(
+    quick=[10.0, 1e3], cpu=[100.0, 1.0, 10.0, 1e3, 1e4, 1e5, 1e6]
+)
+
+
+@functools.cache
+def _known(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Frozen features of some photos of each class, and their classes."""
+    photos: Any = data.load("cifar10", split, bundled=QUICK)
+    photos = photos.per_class(SHOWN[split == "test"], seed=0)
+    x, size = photos.x, (TILT_SIDE, TILT_SIDE)
+    x = F.interpolate(x, size, mode="bilinear", antialias=True)
+    net, prepare = trunk(FROZEN, 0)
+    seen = features(net, prepare(x), precision="fp32")
+    return F.normalize(seen).numpy(), photos.y.numpy()
+
+
+@functools.cache
+def _called() -> np.ndarray:
+    """MiniLM's vectors of the names of the classes, of length 1."""
+    found: Any = data.load("cifar10", "test", bundled=QUICK)
+    words = [f"a {name}" for name in found.classes]
+    return F.normalize(sentence_vectors(words, *encoder())).numpy()
+
+
+def _run_names(
+    seed: int,
+    split: str,
+    way: str,
+    C: float = 1.0,
+    alpha: float = 1.0,
+) -> dict[str, np.ndarray]:
+    """Which photos of two classes get the right one of their two names."""
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    couple = list(COUPLES[split][seed])
+    (x, y), (judged, right) = _known("train"), _known("test")
+    if split == "valid":  # other classes, and other photos than the test's
+        judged, right = x, y
+    rows, words = np.isin(right, couple), _called()
+    judged, right = judged[rows], right[rows]
+    train = np.isin(y, couple) == (way == BOTH_SEEN)
+    if way == BOTH_SEEN and split == "valid":
+        train[np.flatnonzero(train)[::2]] = False
+        judged, right = judged[::2], right[::2]
+    if way == DRAWN:
+        told = np.random.default_rng(seed).random((len(right), 2))
+    elif way == MAPPED:
+        line = Ridge(alpha=alpha).fit(x[train], words[y[train]])
+        told = line.predict(judged) @ words[couple].T
+    else:
+        known = LogisticRegression(C=C, max_iter=300).fit(x[train], y[train])
+        told = known.predict_proba(judged)
+        if way == WEIGHED:
+            told = told @ words[known.classes_] @ words[couple].T
+    hit = np.array(couple)[told.argmax(1)] == right
+    return {"accuracy": hit.astype(float)}
+
+
+def _names(executor: Any) -> None:
+    seeds = range(len(COUPLES["test"]))
+    strength = runtime.pick(quick=[1.0, 10.0], cpu=[1.0, 0.1, 10.0, 100.0])
+    made = [
+        results.Baseline(seeds, way=DRAWN),
+        results.Baseline(seeds, way=WEIGHED, C=strength),
+        {"way": MAPPED, "alpha": BRIDGES},
+        results.Baseline(seeds, way=BOTH_SEEN, C=strength),
+    ]
+    counted = {"valid": 2 * SHOWN[0], "test": 2 * SHOWN[1]}
+    about: dict[str, Any] = {"choose": "accuracy", "n": counted}
+    about |= {"seeds": seeds, "search_seeds": range(len(COUPLES["valid"]))}
+    about["budget"] = f"{SHOWN[0]} photos of each class but two"
+    _study(_run_names, made, "names", executor, **about)
+
 # %% ../../nbs/27_tasks.ipynb #27e00010
 def _shown_scenes(number: int = 3) -> list[dict]:
     """Test photos spread over the drives, their labels, and what the tuned
@@ -740,7 +1314,7 @@ def _shown_scenes(number: int = 3) -> list[dict]:
     said, made = guess(x[rows]), []
     for photo, true, told in zip(x[rows], y[rows], said, strict=True):
         counts = pixel_counts(told[None], true[None], len(classes))
-        about = {"photo": picture(photo), "size": list(true.shape)}
+        about = {"photo": _picture(photo), "size": list(true.shape)}
         maps = {"labels": true, "guess": told}
         about |= {k: _text_of(v) for k, v in maps.items()}
         made.append(about | {"mIoU": float(iou(counts).nanmean())})
@@ -768,7 +1342,7 @@ def _shown_boxes(number: int = 4) -> list[dict]:
             "found": {k: v[kept] for k, v in said.items()}
         }
         shown.append(
-            {"photo": picture(photo)}
+            {"photo": _picture(photo)}
             | {
                 name: {k: v.tolist() for k, v in part.items()}
                 for name, part in parts.items()
@@ -797,14 +1371,29 @@ def _missed(number: int = 4) -> dict[str, Any]:
     return {"number": len(wrong), "shown": shown}
 
 
+def _shown(executor: Any) -> None:
+    """Titles as SmolLM2 writes them."""
+    prompt = results.load_study(CHAPTER, "headlines").row(
+        "ROUGE-1", way=WRITTEN
+    )["prompt"]
+    said = _headlines("test", prompt)[:4]
+    made = [
+        {"lead": text[:120], "title": title, "written": told}
+        for (title, text), told in zip(_leads("test"), said, strict=False)
+    ]
+    results.record(CHAPTER, "shown", made)
+
+
 def _samples(executor: Any) -> None:
     made = {"scenes": _shown_scenes(), "boxes": _shown_boxes()}
     results.record(CHAPTER, "samples", made | {"search": _missed()})
 
 
 def main(*names: str, executor: Any = None) -> None:
-    """Fill in what is missing of "scenes", "speech", "search", "boxes" and
-    "samples", in this order.
+    """Fill in what is missing of the studies and, last, of "samples" and
+    "shown".
     """
     known = {"scenes": _scenes, "speech": _speech, "search": _search}
-    run_named(known | {"boxes": _boxes, "samples": _samples}, names, executor)
+    known |= {"boxes": _boxes, "samples": _samples, "answers": _answers}
+    known |= {"tilts": _tilts, "pairs": _alike, "headlines": _titles}
+    run_named(known | {"names": _names, "shown": _shown}, names, executor)
