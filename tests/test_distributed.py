@@ -340,7 +340,7 @@ def torchrun(*args, restarts=0):
     own["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(restarts), parallel_script.__file__, *map(str, args)]
-    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(args[0], weights_only=True)
 

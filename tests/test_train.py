@@ -1854,6 +1854,7 @@ def test_fit_has_twelve_parameters_and_all_are_documented():
         "transform",
         "max_steps",
         "progress",
+        "parallel",
     }
     assert all(f"    {f.name} : " in Settings.__doc__ for f in dataclasses.fields(Settings))
     public = [f.name for f in dataclasses.fields(Run) if not f.name.startswith("_")]
