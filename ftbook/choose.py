@@ -50,7 +50,7 @@ from .compute import HEADS, evaluating
 from .finetune import find_head, freeze, unfreeze
 from .scoring import one_tensor
 from .texts import encode_texts, sentence_vectors, unpadded
-from .vision import features as photo_features
+from .train import predict
 
 # %% ../nbs/24_choose.ipynb #24a00003
 class _Cost(NamedTuple):
@@ -514,8 +514,9 @@ def _vectors_of(model: Any, reader: Any, task: Any) -> tuple[Any, dict]:
     if hasattr(task, "texts"):
         found = sentence_vectors(task.texts, model, reader)
         return found, encode_texts(task.texts[:16], reader)
-    x = reader(task.x)
-    return photo_features(model, x), {"x": x[:16]}
+    x, body = reader(task.x), copy.deepcopy(model)
+    body.set_submodule(find_head(body)[0], nn.Identity())
+    return predict(body, x), {"x": x[:16]}
 
 
 def _plainest(task: Any) -> tuple[str, Any]:

@@ -284,6 +284,13 @@ def test_images_are_compared_too():
     assert [r["candidate"] for r in found.rows[1:]] == ["pixels", "majority"]
 
 
+def test_a_reader_may_give_images_outside_0_to_1_and_the_model_keeps_its_head():
+    task = data.load("cifar10", "test", bundled=True)
+    net, prepare = models.load("cnn_small")
+    found = compare({"mine": (net, lambda x: 4 * prepare(x) - 2)}, task, labels=40)
+    assert found.choice == "mine" and net(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
 # ------------------------------------------------------------------ memory
 
 
