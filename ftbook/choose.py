@@ -700,11 +700,8 @@ def _decoded(net: nn.Module) -> int:
     """Bytes that pass while the largest matrix of 4-bit codes is decoded: of
     each weight a code, an index of 4 and one of 8 bytes, and the value.
     """
-    sizes = [
-        m.out_features * m.in_features
-        for m in net.modules()
-        if hasattr(m, "codes") and hasattr(m, "out_features")
-    ]
+    layers: list[Any] = [m for m in net.modules() if hasattr(m, "codes")]
+    sizes = [m.out_features * m.in_features for m in layers]
     return (1 + 4 + 8 + 4) * max(sizes, default=0)
 
 
