@@ -701,7 +701,7 @@ def _decoded(net: nn.Module) -> int:
     each weight a code, an index of 4 and one of 8 bytes, and the value.
     """
     layers: list[Any] = [m for m in net.modules() if hasattr(m, "codes")]
-    sizes = [m.out_features * m.in_features for m in layers]
+    sizes = [math.prod(getattr(m, "shape", (0,))) for m in layers]
     return (1 + 4 + 8 + 4) * max(sizes, default=0)
 
 
