@@ -256,6 +256,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ftbook.choose._evidence': ('choose.html#_evidence', 'ftbook/choose.py'),
                                'ftbook.choose._grams': ('choose.html#_grams', 'ftbook/choose.py'),
                                'ftbook.choose._out_of_fold': ('choose.html#_out_of_fold', 'ftbook/choose.py'),
+                               'ftbook.choose._plainest': ('choose.html#_plainest', 'ftbook/choose.py'),
                                'ftbook.choose._prepared': ('choose.html#_prepared', 'ftbook/choose.py'),
                                'ftbook.choose._recommend': ('choose.html#_recommend', 'ftbook/choose.py'),
                                'ftbook.choose._step_seconds': ('choose.html#_step_seconds', 'ftbook/choose.py'),

@@ -50,7 +50,7 @@ from .compute import HEADS, evaluating
 from .finetune import find_head, freeze, unfreeze
 from .scoring import one_tensor
 from .texts import encode_texts, sentence_vectors, unpadded
-from .vision import features as photo_features
+from .train import predict
 
 # %% ../nbs/24_choose.ipynb #24a00003
 class _Cost(NamedTuple):
@@ -514,8 +514,20 @@ def _vectors_of(model: Any, reader: Any, task: Any) -> tuple[Any, dict]:
     if hasattr(task, "texts"):
         found = sentence_vectors(task.texts, model, reader)
         return found, encode_texts(task.texts[:16], reader)
-    x = reader(task.x)
-    return photo_features(model, x), {"x": x[:16]}
+    x, body = reader(task.x), copy.deepcopy(model)
+    body.set_submodule(find_head(body)[0], nn.Identity())
+    return predict(body, x), {"x": x[:16]}
+
+
+def _plainest(task: Any) -> tuple[str, Any]:
+    """Features that need no model: words, or small copies of the images."""
+    if hasattr(task, "texts"):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        words = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]")
+        return "bag of words", words.fit_transform(task.texts).toarray()
+    small = nn.functional.adaptive_avg_pool2d(task.x.float(), 16)
+    return "pixels", small.flatten(1).numpy()
 
 
 def compare(
@@ -565,7 +577,7 @@ def compare(
         raise ValueError("no candidates; give a dict name -> (model, reader)")
     few = task.per_class(labels // len(task.classes), seed=seed)
     y = few.y.numpy()
-    rarest = int(np.bincount(y).min())
+    folds = min(5, int(np.bincount(y).min()))
     n, rows, out = len(y), [], {}
     for name, (model, reader) in models.items():
         x, batch = _vectors_of(model, reader, few)
@@ -579,23 +591,24 @@ def compare(
         elif licenses is not None and license not in licenses:
             out[name] = f"license {license}"
         rows.append(
-            {
-                "candidate": name,
-                "probe": probe_score(x, y, folds=min(5, rarest)),
-            }
+            {"candidate": name, "probe": probe_score(x, y, folds=folds)}
             | {"kNN": knn_score(x, y), "LogME": logme(x, y)}
             | {"M parameters": spent.parameters / 1e6}
             | {"MFLOP": spent.flops / 1e6, "ms": spent.milliseconds}
             | {"MB": spent.megabytes, "license": license}
         )
-    majority = float(np.bincount(y).max() / n)
-    choice, reasons = _recommend(rows, out, n, majority)
-    rows.append({"candidate": "majority", "probe": majority})
+        if hasattr(few, "texts"):
+            rows[-1]["pieces a word"] = fertility(reader, few.texts).pieces
+    plain, seen = _plainest(few)
+    floors = {plain: probe_score(seen, y, folds=folds)}
+    floors["majority"] = float(np.bincount(y).max() / n)
+    choice, reasons = _recommend(rows, out, n, floors)
+    rows += [{"candidate": k, "probe": v} for k, v in floors.items()]
     return _Comparison(rows, choice, reasons)
 
 
 def _recommend(
-    rows: list[dict], out: dict[str, str], n: int, majority: float
+    rows: list[dict], out: dict[str, str], n: int, floors: dict[str, float]
 ) -> tuple[str, list[str]]:
     """The one-standard-error rule, in words."""
     told = [f"Left out: {k} ({why})." for k, why in out.items()]
@@ -614,10 +627,11 @@ def _recommend(
         f"Recommended: {chosen['candidate']}, the cheapest of {len(near)} "
         "within one standard error."
     )
-    if best["probe"] - error <= majority:
+    floor = max(floors, key=lambda k: floors[k])
+    if best["probe"] - error <= floors[floor]:
         told.append(
-            f"No probe is clearly above the majority ({majority:.1%}): none of "
-            "these models is known to help."
+            f"No probe is clearly above the {floor} ({floors[floor]:.1%}): "
+            "none of these models is known to help."
         )
     return chosen["candidate"], told
 
@@ -686,11 +700,8 @@ def _decoded(net: nn.Module) -> int:
     """Bytes that pass while the largest matrix of 4-bit codes is decoded: of
     each weight a code, an index of 4 and one of 8 bytes, and the value.
     """
-    sizes = [
-        m.out_features * m.in_features
-        for m in net.modules()
-        if hasattr(m, "codes") and hasattr(m, "out_features")
-    ]
+    layers: list[Any] = [m for m in net.modules() if hasattr(m, "codes")]
+    sizes = [math.prod(getattr(m, "shape", (0,))) for m in layers]
     return (1 + 4 + 8 + 4) * max(sizes, default=0)
 
 

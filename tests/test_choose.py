@@ -175,6 +175,38 @@ def test_neighbors_vote_as_in_scikit_learn():
     assert knn_score(f, y, k=1) == pytest.approx(theirs)
 
 
+def test_of_two_classes_five_neighbors_vote_as_in_scikit_learn():
+    from sklearn.model_selection import LeaveOneOut, cross_val_score
+    from sklearn.neighbors import KNeighborsClassifier
+
+    f, y = cloud(44, classes=2)
+    theirs = cross_val_score(KNeighborsClassifier(5, metric="cosine"), f, y, cv=LeaveOneOut()).mean()
+    assert knn_score(f, y) == pytest.approx(theirs) != 1
+
+
+@pytest.mark.parametrize("n, width", [(60, 5), (30, 50)])
+def test_the_shrunk_h_score_is_the_authors_formula_by_scikit_learn(n, width):
+    from sklearn.covariance import LedoitWolf
+
+    f, y = cloud(n, width)
+    fitted = LedoitWolf().fit(f)
+    means = np.stack([f[y == k].mean(0) for k in y])
+    spread = (1 - fitted.shrinkage_) * np.cov(means.T, bias=True)
+    wanted = np.trace(np.linalg.inv(fitted.covariance_) @ spread)
+    assert h_score(f, y, shrink=True) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_probe_is_scikit_learns_on_features_of_mean_length_root_d():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    f, y = cloud()
+    scaled = f / np.sqrt((f**2).sum(1)).mean() * np.sqrt(5)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    theirs = cross_val_score(LogisticRegression(), scaled, y, cv=folds).mean()
+    assert probe_score(f, y) == pytest.approx(theirs) != 1
+
+
 @pytest.mark.parametrize("score", [logme, lambda f, y: h_score(f, y, True), knn_score, probe_score])
 def test_features_that_separate_the_classes_score_higher(score):
     (good, y), (bad, _) = cloud(apart=4.0), cloud(apart=0.0)
@@ -233,13 +265,30 @@ def test_a_table_has_the_majority_and_a_recommendation_within_the_limits(bert):
     )
     assert found.choice == "bert_mini_en" and "mine (license unknown)" in found.reasons[0]
     assert found.rows[-1]["candidate"] == "majority" and found.rows[-1]["probe"] == 0.5
+    assert found.rows[-2]["candidate"] == "bag of words" and found.rows[0]["pieces a word"] >= 1
     assert compare({"mine": bert}, task, labels=20, max_mb=1.0).choice == ""
+
+
+def test_where_words_tell_the_classes_apart_the_table_says_that_no_model_is_needed(bert):
+    words = "lamp phone kettle jacket tent chair radio book".split()
+    texts = [f"{end} the {w}" for w in words for end in ("refund", "repair")]
+    task = data.TextSet(texts, torch.arange(16) % 2, ["money", "work"], "mails", "here")
+    found = compare({"bert_mini_en": bert}, task, labels=16)
+    assert found.rows[1]["probe"] == 1 and "above the bag of words (100.0%)" in found.reasons[-1]
 
 
 def test_images_are_compared_too():
     task = data.load("cifar10", "test", bundled=True)
     found = compare({"cnn_small": models.load("cnn_small")}, task, labels=40)
     assert found.choice == "cnn_small" and found.rows[0]["MFLOP"] > 1
+    assert [r["candidate"] for r in found.rows[1:]] == ["pixels", "majority"]
+
+
+def test_a_reader_may_give_images_outside_0_to_1_and_the_model_keeps_its_head():
+    task = data.load("cifar10", "test", bundled=True)
+    net, prepare = models.load("cnn_small")
+    found = compare({"mine": (net, lambda x: 4 * prepare(x) - 2)}, task, labels=40)
+    assert found.choice == "mine" and net(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
 # ------------------------------------------------------------------ memory
@@ -250,6 +299,24 @@ def test_images_are_compared_too():
 def test_predicted_memory_is_within_15_percent_of_the_measured_peak(bert, method, batch, length):
     told = fits(classifier(bert), method, batch, length, measure=study.peak_of)
     assert told.peak == pytest.approx(told.measured[0], rel=0.15)
+
+
+def test_every_row_of_the_memory_study_is_a_process_of_its_own(monkeypatch):
+    kept = {}
+    monkeypatch.setattr(study, "METHODS", ("lora", "qlora"))
+    monkeypatch.setattr(results, "record", lambda chapter, key, value: kept.update({key: value}))
+    study.main("memory")
+    for row in kept["memory"]:
+        assert row["peak"] == pytest.approx(row["measured"], rel=0.15)
+        assert row["peak"] == pytest.approx(row["process"], rel=0.5), "pages of a tiny model's code count, too"
+
+
+def test_lora_trains_the_head_as_well(bert):
+    told = [fits(classifier(bert), how, 2, 8).gradients for how in ("lora", "head")]
+    net = classifier(bert)
+    peft.apply(net, peft.LoRA(), head=())
+    alone = sum(p.nbytes for p in net.parameters() if p.requires_grad) / 1e6
+    assert told[0] == pytest.approx(alone + told[1])
 
 
 def test_4_bit_layers_take_less_memory_for_weights_and_the_same_for_the_adapter(bert):

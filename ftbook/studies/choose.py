@@ -40,14 +40,13 @@ from ftbook.choose import (
     suspects,
 )
 from ..distill import cut
-from ..finetune import replace_head, tune
+from ..finetune import find_head, replace_head, tune
 from ..images import ImageSet, resized
 from . import bag_of_words, run_named
 from .finetune import ByLength, outputs
 from .mlm import articles
 from ..texts import TextClassifier, encode_texts, sentence_vectors
 from ..train import Settings, fit, predict
-from ..vision import features as photo_features
 
 __all__ = [
     "sentences",
@@ -404,7 +403,9 @@ def _scored(name: str, candidate: str, seed: int, text: bool) -> dict:
         net, read = network(candidate)
         seen = read(part.x)
         own = predict(net, seen) if candidate in HEADED else None
-        found = scores(photo_features(net, seen), part.y.numpy(), own)
+        body = copy.deepcopy(net)
+        body.set_submodule(find_head(body)[0], nn.Identity())
+        found = scores(predict(body, seen), part.y.numpy(), own)
     return {"task": name, "candidate": candidate, "seed": seed} | found
 
 
