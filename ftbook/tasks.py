@@ -234,6 +234,27 @@ fit(net, given | {"labels": ends}, epochs=3, batch_size=16, lr=1e-4)
 """,
     ),
     _Recipe(
+        "titles",
+        "none: the model's own, for the next piece",
+        "none as it is; cross-entropy of the title",
+        "ROUGE-1",
+        "copy the first words",
+        """
+# texts: list of str
+from transformers import AutoTokenizer
+
+from ftbook import models
+from ftbook.causal import load_decoder
+from ftbook.sft import reply
+
+folder = models.path("smollm2")
+model, tokenizer = load_decoder(folder), AutoTokenizer.from_pretrained(folder)
+asked = "Give this text a title, the title only: "
+chats = [[{"role": "user", "content": asked + text}] for text in texts]
+found = reply(model, tokenizer, chats, new=12)
+""",
+    ),
+    _Recipe(
         "labels without photos",
         "linear map from photo to text vectors",
         "squared error",

@@ -64,6 +64,7 @@ def inputs(name):
         },
         "retrieval": {"queries": WORDS[:4], "texts": WORDS[:4]},
         "question answering": {"questions": ["who ?"] * 4, "texts": WORDS[:4], "ends": torch.tensor([[4, 5]] * 4)},
+        "titles": {"texts": WORDS[:2]},
         "labels without photos": {
             "photos": images.ImageSet(photos, y, ["ant", "bee"]),
             "names": ["ant", "bee", "wasp"],
@@ -80,7 +81,10 @@ def test_the_lines_of_a_recipe_run(name, monkeypatch):
             return load("bert_mini_en")
         return EfficientNetLite0().eval(), lambda x: x / 255
 
+    folder = models.path("decoder_mini_en")
     monkeypatch.setattr(models, "load", small)
+    if name == "titles":
+        monkeypatch.setattr(models, "path", lambda wanted: folder)
     about = inputs(name)
     exec(RECIPES[name].lines.replace("epochs=20", "epochs=1").replace("epochs=10", "epochs=1"), about)
     made = about.get("score", about.get("guess", about.get("found", about.get("net"))))
