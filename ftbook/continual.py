@@ -563,12 +563,8 @@ class Pull(Method):
         damping: float = 1e-3,
     ):
         super().__init__()
-        kinds = "equal", "fisher", "path"
-        if importance not in kinds or not 0 <= strength < math.inf:
-            raise ValueError(
-                f"strength={strength}, importance={importance!r}: give a "
-                'finite number from 0 on, and "equal", "fisher" or "path"'
-            )
+        check_value("strength", strength, "at least 0")
+        check_value("importance", importance, ("equal", "fisher", "path"))
         check_value("rows", rows, "count")
         check_value("labels", labels, ("model", "all", "true"))
         check_value("damping", damping, "positive")

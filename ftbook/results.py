@@ -2179,6 +2179,17 @@ def _versus(a: Row, b: Row, first: Any, second: Any) -> Row:
     return _gap(a, b, first, second)
 
 
+def _judged(gaps: Sequence[Row], mode: str | None) -> Sequence[Row]:
+    """Differences with the verdict that Holm's correction over them gives."""
+    sign, holm = -1 if mode == "min" else 1, _holm([r["p"] for r in gaps])
+    for r, p in zip(gaps, holm, strict=True):
+        sure = p < 0.05
+        r |= {"p_holm": p, "better": sure and sign * r.mean > 0}
+        told = "better" if r["better"] else "worse" if sure else "unclear"
+        r["verdict"] = told
+    return gaps
+
+
 def _told(rows: Sequence[Row], gaps: Sequence[Row], options: dict) -> dict:
     """Columns and caption of a comparison, where they are not given."""
     columns = [*_all_columns(rows, options.get("fmt")), "verdict"]
@@ -2255,14 +2266,17 @@ class _Study(_Rows):
         source = {"chapter": self.chapter, "key": self.name}
         source |= {"profile": self.profile, "metric": metric}
         asked = {"against": baseline} | ({"by": by} if by else {})
-        holm = _holm([r["p"] for r in made])
-        sign = -1 if rows[0].get("mode") == "min" else 1
-        for i, (r, p) in enumerate(zip(made, holm, strict=True)):
-            sure = p < 0.05
-            r |= {"p_holm": p, "better": sure and sign * r.mean > 0}
-            told = "better" if r["better"] else "worse" if sure else "unclear"
-            r["verdict"], r.source = told, {**source, **asked, "number": i}
+        for i, r in enumerate(self.judge(metric, made)):
+            r.source = {**source, **asked, "number": i}
         return made
+
+    def judge(self, metric: str, gaps: Sequence[Row]) -> Sequence[Row]:
+        """Differences of one or several `compare`s as one family.
+
+        Writes p_holm, better and verdict into them: Holm's correction is over
+        just these, as where a text names four of them.
+        """
+        return _judged(gaps, self.rows(metric)[0].get("mode"))
 
     def table(
         self,

@@ -148,9 +148,9 @@ def known(width: int) -> Router:
         (lambda: fisher(model(), {"x": torch.zeros(4, 4), "labels": torch.zeros(3)}), "as many rows of each"),
         (lambda: fisher(model().requires_grad_(False), rows(4)), "Net has no parameter that is trained"),
         (lambda: fisher(model(), rows(4), group=2, at_once=2), "one of group and at_once as 1"),
-        (lambda: Pull(-1.0), "strength=-1"),
-        (lambda: Pull(1.0, "weights"), "importance='weights'"),
-        (lambda: Pull(np.inf), "strength=inf"),
+        (lambda: Pull(-1.0), "strength must be at least 0 and finite, got -1"),
+        (lambda: Pull(1.0, "weights"), "importance must be one of 'equal', 'fisher', 'path', got 'weights'"),
+        (lambda: Pull(np.inf), "strength must be at least 0 and finite, got inf"),
         (lambda: Pull(1.0, labels="foo"), "labels must be one of 'model', 'all', 'true', got 'foo'"),
         (lambda: Pull(1.0, rows=0), "rows must be an integer >= 1"),
         (lambda: Pull(1.0, damping=np.nan), "damping must be positive and finite"),
@@ -791,6 +791,40 @@ def test_every_order_has_all_tasks_and_in_one_head_no_two_share_a_class():
     assert not set.intersection(*seen) and [t.name for t in given] == list(study.order_of(1))
     net = study.fresh(1, "classes")
     assert net.heads["all"].out_features == len(set.union(*seen))
+
+
+def test_a_prompt_is_trained_alone_with_its_head_and_padding_changes_nothing():
+    net = study._part(study.PROMPTS, 1, study.TASKS[0]).eval()
+    own = {k for k, p in net.named_parameters() if p.requires_grad}
+    assert own == {"prompt", "head.weight", "head.bias"} and len(net.prompt) == study.PROMPT
+    some = {k: v[:3] for k, v in study.sentences(study.TASKS[0], "valid").items() if k != "labels"}
+    one = {k: v[:1] for k, v in some.items()}
+    with torch.no_grad():
+        assert torch.allclose(net(**some)[:1], net(**one), atol=1e-5)
+        before = net(**some)
+        net.prompt.add_(1.0)
+        assert not torch.allclose(net(**some), before), "it is read"
+
+
+def test_who_is_not_told_the_task_asks_the_router():
+    asked = study.sequence(1, "test", "tasks")
+    told, sent = (study._parts(1, asked, way, 1e-3) for way in (study.PROMPTS, study.SENT))
+    assert set(told) == set(sent) == set(study.TASKS)
+    assert all((told[t] | ~sent[t]).all() for t in told), "right is right at the right task"
+
+
+@pytest.mark.parametrize("setup", ["tasks", "classes"])
+def test_merging_one_model_with_all_its_share_is_that_model(setup):
+    one = study.sequence(1, "test", setup)[:1]
+    right = study._alone(1, one, setup, 1e-3)["right"]
+    assert (study._merged(1, one, setup, 1e-3, 1.0)[one[0].name] == right[one[0].name]).all()
+
+
+def test_reviews_of_both_kinds_share_two_classes():
+    given = study.sequence(1, "test", "opinions", study.KINDS)
+    net, record = study.trained(1, given, "opinions", study.PLAINLY, 1e-3, ahead=True)
+    assert net.heads["all"].out_features == 2 and {t.head for t in given} == {"all"}
+    assert -1 <= transfer(record.matrix(), record.before())["forward"] <= 1
 
 
 def test_in_one_round_of_the_stream_all_labels_are_turned_and_nowhere_else():

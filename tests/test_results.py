@@ -1203,6 +1203,20 @@ def test_a_study_compares_its_rows_with_one_of_them():
         found.compare("score", method="nothing")
 
 
+@pytest.mark.parametrize("mode, better", [("max", ["better", "worse"]), ("min", ["worse", "better"])])
+def test_differences_to_several_rows_are_judged_as_one_family(mode, better):
+    found = compare(THREE, outcomes, mode=mode)
+    two = [r for r in found.compare("score", method="a") if r["method"] == "b"]
+    two += [r for r in found.compare("score", method="b") if r["method"] == "a"]
+    assert two[0].mean == -two[1].mean and two[0]["p"] == pytest.approx(two[1]["p"])
+    one = found.compare("score", method="a")
+    assert found.judge("score", two) is two and [r["verdict"] for r in two] == better
+    assert [r["p_holm"] for r in two] == results._holm([r["p"] for r in two])
+    many = found.judge("score", [*two, *one, *found.compare("score", method="c")])
+    assert all(r["p_holm"] >= r["p"] for r in many) and many[0]["p_holm"] == pytest.approx(6 * many[0]["p"], rel=1)
+    assert two[0].source["against"] == {"method": "a"}, "where it was found stays known"
+
+
 def test_a_study_compares_each_row_with_the_one_of_its_group():
     rows = [{"method": m, "lr": lr} for lr in (0.1, 0.2) for m in ("a", "b")]
     found = compare(rows, outcomes)

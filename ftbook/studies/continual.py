@@ -447,7 +447,10 @@ SLOW = runtime.pick(
 )  # what forgets is slow
 ADDED = runtime.pick(
     quick=[1e-4, 1e-3], cpu=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-)  # rates of adapters and prompts
+)  # rates of adapters
+FRONT = runtime.pick(
+    quick=[1e-4, 1e-3], cpu=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+)  # and of prompts
 STRENGTHS: dict[str, list[float]] = {
     "L2-SP": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
     "EWC": [1e3, 1e4, 3e4, 1e5, 3e5, 1e6],
@@ -476,6 +479,8 @@ def rows(setup: str) -> list[dict]:
         free += [ROUTED, SENT]
     for way in (*free, "A-GEM"):  # which has no strength
         rates = ADDED if way in PARTED else SIX
+        if way in (PROMPTS, SENT):
+            rates = FRONT
         if setup == "classes" and way in (PLAINLY, "A-GEM"):
             rates = SLOW
         made.append({"setup": setup, "way": way, "lr": rates})
