@@ -967,10 +967,13 @@ class Pruning:
         From `prune`: these stay as they are.
     share : float
         Without masks: what is taken away in the end. It grows during the
-        first half of the steps, fast and then slowly, (20.4).
+        first half of the steps after the warm-up, fast and then slowly, (20.4).
     by : "magnitude" or "movement"
         Score of a weight: its absolute value, or how far gradient descent
         wants to move it away from zero, summed over the steps.
+    warmup : float
+        Share of the steps, less than 1, in which scores gather and nothing is
+        cut.
     skip : iterable of str
 
     References
@@ -994,6 +997,7 @@ class Pruning:
         *,
         share: float = 0.5,
         by: str = "magnitude",
+        warmup: float = 0.0,
         skip: Iterable[str] = (),
     ):
         _check_share(share)
@@ -1001,8 +1005,14 @@ class Pruning:
             raise ValueError(
                 f"by={by!r}: allowed are 'magnitude' and 'movement'"
             )
+        if not 0 <= warmup < 1:
+            raise ValueError(
+                f"warmup is {warmup}; give a share of the steps, 0 or more and "
+                "less than 1, so that some are left to prune in"
+            )
         self.masks = dict(masks or {})
         self.fixed, self.share, self.by = masks is not None, share, by
+        self.warmup = warmup
         self.skip, self.scores = _parts(skip), dict[str, Tensor]()
         self._hooks: list = []
 
@@ -1041,14 +1051,18 @@ class Pruning:
 
     def on_step_end(self, run: Any) -> None:
         """Prune up to the share of this step, and hold what is pruned."""
-        half = max(1, (run.total_steps or 0) // 2)
+        total = run.total_steps or 1
+        wait = min(int(self.warmup * total), total - 1)
+        half = wait + max(1, (total - wait) // 2)
         if self.fixed or run.step > half:
             modules = dict(run.model.named_modules())
             with torch.no_grad():
                 for name, mask in self.masks.items():
                     modules[name].weight.mul_(mask.to(run.device))
             return
-        done = run.step / half
+        if run.step <= wait:
+            return
+        done = (run.step - wait) / (half - wait)
         now = self.share * (1 - (1 - done) ** 3)
         ranked = self._ranked(run.model)
         self.masks = prune(run.model, now, scores=ranked, skip=self.skip)
