@@ -44,7 +44,7 @@ NEEDS = {
     "21_adapt": "sst2 cr cifar10 minilm",
     "22_adversarial": "fashion_mnist sst2 cr minilm",
     "23_continual": "sst2 cr subj trec cifar10 minilm efficientnet_lite0",
-    "24_choose": "sst2 cr subj trec wnut17 hymenoptera fashion_mnist cifar10 minilm efficientnet_lite0",
+    "24_choose": "sst2 cr subj trec wnut17 fashion_mnist cifar10 minilm efficientnet_lite0",
     "25_distributed": "sst2 minilm",
     "26_deploy": "sst2 cr minilm",
     "27_tasks": "camvid fsdd wiki_excerpt hymenoptera minilm efficientnet_lite0",
