@@ -313,7 +313,8 @@ def _shaped(mbit: int) -> list[dict] | None:
         script = Path(folder, "timed.py")
         script.write_text(code, encoding="utf-8")
         inner = (
-            f"ip link set lo mtu 1500 up && tc qdisc add dev lo root tbf {limit} && "
+            "ip link set lo mtu 1500 up && "
+            f"tc qdisc add dev lo root tbf {limit} && "
             f"exec {sys.executable} {script}"
         )
         command = ["unshare", "-rn", "sh", "-c", inner]
