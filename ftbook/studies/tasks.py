@@ -743,7 +743,7 @@ HEAD = "MiniLM, frozen"
 ANSWER_STEPS = runtime.pick(quick=2, cpu=60)
 PIECES = runtime.pick(quick=32, cpu=64)  # of a question and its text
 NET_RATES = runtime.pick(quick=[1e-4, 3e-4], cpu=[1e-4, 3e-5, 3e-4, 1e-3])
-HEAD_RATES = runtime.pick(quick=[1e-2, 3e-2], cpu=[1e-2, 3e-3, 3e-2, 1e-1])
+HEAD_RATES = runtime.pick(quick=[1e-2, 3e-2], cpu=[3e-2, 1e-2, 1e-1, 3e-1])
 BIASES = runtime.pick(quick=[0.0, 2.0], cpu=[4.0, 0.0, 2.0, 3.0, 5.0, 6.0])
 
 
