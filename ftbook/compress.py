@@ -958,6 +958,27 @@ def _check_scores(scores: Mapping[str, Tensor], layers: dict[str, Any]) -> None:
             )
 
 # %% ../nbs/20_compress.ipynb #20a00015
+def _check_plan(by: str, warmup: float) -> None:
+    """Whether `Pruning` can rank by that, and has steps left to prune in."""
+    if by not in ("magnitude", "movement"):
+        raise ValueError(f"by={by!r}: allowed are 'magnitude' and 'movement'")
+    if not 0 <= warmup < 1:
+        raise ValueError(
+            f"warmup is {warmup}; give a share of the steps, 0 or more and "
+            "less than 1, so that some are left to prune in"
+        )
+
+
+def _span(total: int, warmup: float) -> tuple[int, int]:
+    """The last step in which nothing is cut, and the first with all cut.
+
+    >>> _span(40, 0.25)
+    (10, 25)
+    """
+    wait = min(int(warmup * total), total - 1)
+    return wait, wait + max(1, (total - wait) // 2)
+
+
 class Pruning:
     """A callback of `fit` that prunes, or keeps what is pruned at zero.
 
@@ -1001,15 +1022,7 @@ class Pruning:
         skip: Iterable[str] = (),
     ):
         _check_share(share)
-        if by not in ("magnitude", "movement"):
-            raise ValueError(
-                f"by={by!r}: allowed are 'magnitude' and 'movement'"
-            )
-        if not 0 <= warmup < 1:
-            raise ValueError(
-                f"warmup is {warmup}; give a share of the steps, 0 or more and "
-                "less than 1, so that some are left to prune in"
-            )
+        _check_plan(by, warmup)
         self.masks = dict(masks or {})
         self.fixed, self.share, self.by = masks is not None, share, by
         self.warmup = warmup
@@ -1051,9 +1064,7 @@ class Pruning:
 
     def on_step_end(self, run: Any) -> None:
         """Prune up to the share of this step, and hold what is pruned."""
-        total = run.total_steps or 1
-        wait = min(int(self.warmup * total), total - 1)
-        half = wait + max(1, (total - wait) // 2)
+        wait, half = _span(run.total_steps or 1, self.warmup)
         if self.fixed or run.step > half:
             modules = dict(run.model.named_modules())
             with torch.no_grad():
