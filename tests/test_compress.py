@@ -610,12 +610,14 @@ def test_other_libraries_round_the_same_model(stored):
 
 
 def test_studies_run_in_the_quick_profile_and_do_not_run_twice(stored, monkeypatch):
-    study.main("order", "decoder", "samples")
-    for name, metric in (("order", "accuracy"), ("decoder", "nats")):
+    study.main("order", "decoder", "samples", "scores")
+    for name, metric in (("order", "accuracy"), ("decoder", "nats"), ("scores", "accuracy")):
         assert len(results.load_study(study.CHAPTER, name).rows(metric)) > 2
-    for name in ("run_order", "run_decoder"):
+    waited = [r for r in results.load_study(study.CHAPTER, "scores").rows("accuracy") if r["way"] in study.SCORED_BY]
+    assert [r["steps"] for r in waited] == [study.LONGER] * 2 and all(r["tried"] > 1 for r in waited)
+    for name in ("run_order", "run_decoder", "run_trained"):
         monkeypatch.setattr(study, name, lambda *a, **_: pytest.fail("it ran again"))
-    study.main("order", "decoder")
+    study.main("order", "decoder", "scores")
     with pytest.raises(ValueError, match="no study 'sums'"):
         study.main("sums")
 

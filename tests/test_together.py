@@ -633,6 +633,22 @@ def test_snapshots_of_one_run_have_its_epochs_and_the_others_as_many_as_all_memb
     assert seen == [(once, 0), (once, 1), (long, 1), (long, 0)]
 
 
+def test_learned_weights_have_a_rate_of_their_own_and_all_else_is_trained_as_before():
+    about = {"tasks": tuple(study.TRAIN), "lr": 1e-3, "steps": 2, "weights": "uncertainty"}
+    shared, same, apart = (study.trained(1, own=own, **about).state_dict() for own in (None, 1e-3, 0.1))
+    assert all(torch.allclose(same[k], v, atol=1e-6) for k, v in shared.items())
+    assert apart["log_variance"].abs().min() > 10 * shared["log_variance"].abs().max()
+    by_way = {r["way"]: r for r in study.task_rows() if "own" in r}
+    assert set(by_way) == {"all, uncertainty"} and isinstance(by_way["all, uncertainty"]["lr"], results.ChosenFor)
+
+
+def test_the_weights_of_the_losses_are_told_where_they_are_learned():
+    found = study.run_tasks(1, "valid", "all, uncertainty", 1e-3, own=0.1)
+    weights = [found[f"weight of {t}"] for t in study.TRAIN]
+    assert min(weights) > 0 and max(abs(w - 1) for w in weights) > 0.01
+    assert not any(k.startswith("weight") for k in study.run_tasks(1, "valid", "all tasks a step", 1e-3))
+
+
 def test_one_model_at_the_chosen_rate_is_the_first_of_those_that_are_joined():
     lr = study.RATES[0]
     alone = study._joined(1, "one model", 1, lr, chosen=False)

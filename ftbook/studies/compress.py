@@ -433,6 +433,12 @@ TRAINED = (
 )
 
 
+SCORED_BY = TRAINED[2:4]  # with longer training and a warm-up, in "scores"
+LONGER = 2 * STEPS
+WAITS = runtime.pick(quick=[0.5], cpu=[0.25, 0.5])
+SLOW = runtime.pick(quick=[1e-4, 3e-4], cpu=[1e-4, 3e-4])
+
+
 def _taught(
     net: nn.Module, seed: int, lr: float, steps: int = STEPS, **more: Any
 ) -> None:
@@ -446,9 +452,11 @@ def _taught(
 
 def run_trained(
     seed: int, split: str, way: str, lr: float | None = None,
-    C: float | None = None,
+    C: float | None = None, warmup: float = 0.0, steps: int = STEPS,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """A variant that is trained while it becomes smaller, or afterwards."""
+    """A variant that is trained while it becomes smaller, or afterwards;
+    zeros that grow wait for a share of the steps.
+    """
     torch.set_num_threads(1)
     if lr is None:
         return run(seed, split, way, C)
@@ -458,13 +466,14 @@ def run_trained(
         simulate(net, LOW, skip=HEAD)
     elif way in TRAINED[2:4]:
         by = way.rpartition(" ")[2]
-        more["callbacks"] = [Pruning(share=0.7, by=by, skip=HEAD)]
+        how: dict[str, Any] = {"by": by, "warmup": warmup, "skip": HEAD}
+        more["callbacks"] = [Pruning(share=0.7, **how)]
     elif way == TRAINED[4]:
         masks = prune(net, pattern="2:4", skip=HEAD)
         more["callbacks"] = [Pruning(masks)]
     elif way != TRAINED[0]:
         net = CHANGES[way.removesuffix(", trained on")](net, seed)
-    _taught(net, seed, lr, **more)
+    _taught(net, seed, lr, steps, **more)
     if way in TRAINED[:2]:
         simulate(net, LOW, on=False)
         quantize_layers(net, LOW, skip=HEAD)
@@ -476,6 +485,17 @@ def _trained(ways: Sequence[str], name: str, executor: Any) -> None:
     made += [{"way": way, "lr": RATES} for way in ways]
     budget = f"{STEPS} batches of 32 sentences"
     _study(run_trained, made, name, budget, executor)
+
+
+def _gathered(executor: Any) -> None:
+    """Zeros that grow after a warm-up, by both scores, in longer training."""
+    made = [*_baselines(), {"way": WHOLE}]
+    made += [
+        {"way": way, "steps": LONGER, "lr": SLOW, "warmup": WAITS}
+        for way in SCORED_BY
+    ]
+    budget = f"{LONGER} batches of 32 sentences"
+    _study(run_trained, made, "scores", budget, executor)
 
 # %% ../../nbs/20_compress.ipynb #20b00006
 ORDER = (WHOLE, "D", "P", "Q", "DP", "DQ", "PQ", "DPQ", "PDQ")
@@ -924,7 +944,8 @@ def _priced_too(name: str) -> tuple:
         replace_head(net, 2)
         net = _changed(net, way, (find_head(net)[0],))
         x = photo_network()[1](photos_of("test").x[:64])
-        parts = {1: list(x[:16].split(1)), 32: list(x.split(32))}
+        often = runtime.pick(quick=1, cpu=10)  # a percentile needs many
+        parts = {1: list(x.split(1)), 32: list(x.split(32)) * often}
     else:
         net = _small_decoder(0, way)
         ids = torch.as_tensor(np.asarray(_pieces("test")[: 8 * WINDOW])).long()
@@ -968,9 +989,9 @@ def _samples(executor: Any) -> None:
 # %% ../../nbs/20_compress.ipynb #20b00011
 def main(*wanted: str, executor: Any = None) -> None:
     """Fill in what is missing of "tuned", "bits", "inputs", "cuts", "grid",
-    "zeros", "thin", "order", "photos", "decoder", "ticket", "samples",
-    "costs", "other costs" and "peers", in this order. The last one and the
-    costs of its rows need `pip install 'ftbook[bench]'`.
+    "zeros", "scores", "thin", "order", "photos", "decoder", "ticket",
+    "samples", "costs", "other costs" and "peers", in this order. The last one
+    and the costs of its rows need `pip install 'ftbook[bench]'`.
     """
     known: dict[str, Callable] = {
         "tuned": lambda executor: [tuned(seed) for seed in SEEDS]
@@ -983,7 +1004,12 @@ def main(*wanted: str, executor: Any = None) -> None:
         ("thin", TRAINED[5:]),
     ):
         known[name] = functools.partial(_trained, ways, name)
-    known |= {"order": _order, "photos": _photo, "decoder": _decoders}
+    known |= {
+        "scores": _gathered,
+        "order": _order,
+        "photos": _photo,
+        "decoder": _decoders,
+    }
     known |= {"ticket": _tickets, "samples": _samples, "costs": _costs}
     known |= {"other costs": _more_costs, "peers": known.pop("peers")}
     run_named(known, wanted, executor)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ner, results, runtime
+from ..compute import undecayed
 from ..corpus import Corpus
 from ..finetune import put_probe
 from ..regularize import WeightAverage
@@ -520,6 +521,26 @@ class Shared(nn.Module):
         return finetune.Upper.through(self.layers, hidden, attention_mask)[0]
 
 
+def _own_rate(net: MultiTask, own: float, decay: float) -> list[dict]:
+    """Groups for the optimizer: the weights of the losses have a rate of
+    their own; all else is decayed as `fit` would by itself.
+    """
+    plain, named = undecayed(net), dict(net.named_parameters())
+    body = {n: p for n, p in named.items() if p.requires_grad}
+    learned = body.pop("log_variance")
+    return [
+        {
+            "params": [p for n, p in body.items() if n not in plain],
+            "weight_decay": decay,
+        },
+        {
+            "params": [p for n, p in body.items() if n in plain],
+            "weight_decay": 0.0,
+        },
+        {"params": [learned], "weight_decay": 0.0, "lr": own},
+    ]
+
+
 def trained(
     seed: int,
     tasks: Any,
@@ -528,11 +549,13 @@ def trained(
     *,
     shares: Any = None,
     per_class: int = 0,
+    own: float | None = None,
     callbacks: Any = (),
     **how: Any,
 ) -> MultiTask:
     """Tune one body for these tasks; `how` goes to `MultiTask`. With
-    `per_class` the first task has so few labels.
+    `per_class` the first task has so few labels; `own` is the rate of learned
+    weights of the losses, which otherwise share that of the body.
     """
     shared = Shared()
     width = few(tasks[0], seed, per_class)["hidden"].shape[-1]
@@ -548,6 +571,8 @@ def trained(
     }
     batches = TaskBatches(loaders, steps, shares, seed)
     plan = replace(finetune.PLAN, precision="auto")
+    if own is not None:
+        plan = replace(plan, params=_own_rate(net, own, plan.weight_decay))
     about: dict[str, Any] = {"callbacks": callbacks, "settings": plan}
     fit(net, batches, loss=None, lr=lr, seed=seed, **about)
     return net
@@ -665,12 +690,15 @@ def run_tasks(
     way: str,
     lr: float | None = None,
     C: float | None = None,
+    own: float | None = None,
 ) -> dict[str, Any]:
     """Learn all tasks one way: what is right of each, the mean of the shares
-    and the F1, and the batches it took over all tasks.
+    and the F1, and the batches it took over all tasks; with `own` also the
+    weights of the losses in the end.
     """
     torch.set_num_threads(1)
     tasks, found, batches = tuple(TRAIN), {}, 0
+    ended: dict[str, float] = {}
     if way == "majority":
         found = {t: _majority(t, split) for t in tasks}
     elif C is not None:
@@ -686,13 +714,20 @@ def run_tasks(
         power, steps = how.pop("power", None), how.pop("steps")
         shares = None if power is None else task_shares(TRAIN, power)
         batches = steps * (len(tasks) if shares is None else 1)
-        net = trained(seed, tasks, lr or 0, steps, shares=shares, **how)
+        how |= {"shares": shares, "own": own}
+        net = trained(seed, tasks, lr or 0, steps, **how)
         found = {t: right(net, t, split) for t in tasks}
+        if own is not None:
+            learned = (-net.log_variance.detach()).exp().tolist()
+            ended = {
+                f"weight of {t}": w for t, w in zip(tasks, learned, strict=True)
+            }
     mean = float(np.mean([_value(v) for v in found.values()]))
-    return found | {"mean": mean, "batches": batches}
+    return found | {"mean": mean, "batches": batches} | ended
 
 
 THREE = SEEDS[: runtime.pick(quick=2, cpu=3)]
+OWN = runtime.pick(quick=[0.01, 0.1], cpu=[0.01, 0.03, 0.1, 0.3, 1.0])
 
 
 def task_rows() -> list[dict]:
@@ -708,7 +743,11 @@ def task_rows() -> list[dict]:
     for way in WAYS:
         other = way in ("one model, by square root", "one model, in proportion")
         taken: Any = results.ChosenFor(way="one model") if other else RATES
-        made.append({"way": way, "lr": taken})
+        row: dict[str, Any] = {"way": way, "lr": taken}
+        if WAYS[way].get("weights") == "uncertainty":
+            row["lr"] = results.ChosenFor(way="all tasks a step")
+            row["own"] = OWN
+        made.append(row)
     return made
 
 # %% ../../nbs/18_together.ipynb #18b00010
