@@ -346,7 +346,7 @@ _SUFFIXES = (
     ".tiff",
     ".webp",
 )  # torchvision's list
-MAX_PIXELS = 128_000_000
+_MAX_PIXELS = 128_000_000
 
 
 class TooManyPixels(ValueError):
@@ -360,7 +360,7 @@ def decode_image(
     source: bytes | str | Path,
     name: str = "",
     size: int = 224,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = _MAX_PIXELS,
 ) -> Tensor:
     """One picture file as uint8 (3, size, size), upright, in color.
 
@@ -419,7 +419,7 @@ def _regular(path: str | Path) -> Path:
     return path
 
 
-def _pixels(source: io.BytesIO | Path, most: int = MAX_PIXELS) -> np.ndarray:
+def _pixels(source: io.BytesIO | Path, most: int = _MAX_PIXELS) -> np.ndarray:
     """Decode to uint8 (H, W, 3)."""
     from PIL import Image, UnidentifiedImageError
 
@@ -736,7 +736,7 @@ def _members(
     return {c: sorted(files[c]) for c in ordered}, found
 
 # %% ../nbs/A1_data.ipynb #08e30a12
-_LARGEST_FILE = 4 * MAX_PIXELS  # bytes of a picture that is not compressed
+_LARGEST_FILE = 4 * _MAX_PIXELS  # bytes of a picture that is not compressed
 
 
 def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
