@@ -1,5 +1,6 @@
 """Chapter 24: scores against their definitions, counts, memory against measured peaks, labels, the studies."""
 
+import copy
 import math
 
 import numpy as np
@@ -313,7 +314,7 @@ def test_every_row_of_the_memory_study_is_a_process_of_its_own(monkeypatch):
 
 def test_lora_trains_the_head_as_well(bert):
     told = [fits(classifier(bert), how, 2, 8).gradients for how in ("lora", "head")]
-    net = classifier(bert)
+    net = copy.deepcopy(classifier(bert))
     peft.apply(net, peft.LoRA(), head=())
     alone = sum(p.nbytes for p in net.parameters() if p.requires_grad) / 1e6
     assert told[0] == pytest.approx(alone + told[1])
