@@ -252,7 +252,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ftbook.choose._Overlap': ('choose.html#_overlap', 'ftbook/choose.py'),
                                'ftbook.choose._bytes': ('choose.html#_bytes', 'ftbook/choose.py'),
                                'ftbook.choose._checked': ('choose.html#_checked', 'ftbook/choose.py'),
-                               'ftbook.choose._decoded': ('choose.html#_decoded', 'ftbook/choose.py'),
                                'ftbook.choose._evidence': ('choose.html#_evidence', 'ftbook/choose.py'),
                                'ftbook.choose._grams': ('choose.html#_grams', 'ftbook/choose.py'),
                                'ftbook.choose._out_of_fold': ('choose.html#_out_of_fold', 'ftbook/choose.py'),

@@ -696,17 +696,13 @@ def _token_inputs(model: nn.Module) -> Callable[[int, int], dict]:
     return make
 
 
-def _decoded(net: nn.Module) -> int:
-    """Bytes that pass while the largest matrix of 4-bit codes is decoded: of
-    each weight a code, an index of 4 and one of 8 bytes, and the value.
+def _widest(net: nn.Module, given: dict) -> tuple[float, float, int]:
+    """Bytes of the largest output of a layer, of the model's output, and of
+    what passes while the largest matrix of 4-bit codes is decoded: of each
+    weight a code, an index of 4 and one of 8 bytes, and the value.
     """
-    layers: list[Any] = [m for m in net.modules() if hasattr(m, "codes")]
-    sizes = [math.prod(getattr(m, "shape", (0,))) for m in layers]
-    return (1 + 4 + 8 + 4) * max(sizes, default=0)
-
-
-def _widest(net: nn.Module, given: dict) -> tuple[float, float]:
-    """Bytes of the largest output of a layer, and of the model's output."""
+    coded = [m for m in net.modules() if hasattr(m, "codes")]
+    weights = [math.prod(getattr(m, "shape", (0,))) for m in coded]
     sizes: list[int] = [0]
     leaves = [m for m in net.modules() if not any(m.children())]
     hooks = [
@@ -723,7 +719,7 @@ def _widest(net: nn.Module, given: dict) -> tuple[float, float]:
     finally:
         for hook in hooks:
             hook.remove()
-    return max(sizes), last
+    return max(sizes), last, (1 + 4 + 8 + 4) * max(weights, default=0)
 
 # %% ../nbs/24_choose.ipynb #24a00012
 def fits(
@@ -792,14 +788,14 @@ def fits(
             peft.training_memory(net, make(n, length))["activations"] * 1.048576
             for n in (1, 2)
         )
-        wide, last = _widest(net, make(1, length))
+        wide, last, decoded = _widest(net, make(1, length))
         seconds = _step_seconds(net, make, batch, length)
     activations = one + (batch - 1) * (two - one)
     trained = [p for p in net.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained) / 1e6
     largest = max(p.nbytes for p in trained) / 1e6
     weights, moments = _bytes(net) / 1e6, 2 * gradients
-    passing = (batch * (2 * wide + 2 * last) + _decoded(net)) / 1e6
+    passing = (batch * (2 * wide + 2 * last) + decoded) / 1e6
     peak = (
         weights + moments + max(activations + passing, gradients + 2 * largest)
     )

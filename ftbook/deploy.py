@@ -38,6 +38,7 @@ import copy
 import hashlib
 import http.client
 import importlib.util
+import io
 import json
 import logging
 import math
