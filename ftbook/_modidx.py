@@ -3441,6 +3441,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ftbook.train._finish_epoch': ('train.html#_finish_epoch', 'ftbook/train.py'),
                               'ftbook.train._first_batch': ('train.html#_first_batch', 'ftbook/train.py'),
                               'ftbook.train._groups_of': ('train.html#_groups_of', 'ftbook/train.py'),
+                              'ftbook.train._keep_memory': ('train.html#_keep_memory', 'ftbook/train.py'),
                               'ftbook.train._kept': ('train.html#_kept', 'ftbook/train.py'),
                               'ftbook.train._last_batch': ('train.html#_last_batch', 'ftbook/train.py'),
                               'ftbook.train._leave': ('train.html#_leave', 'ftbook/train.py'),

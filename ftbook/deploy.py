@@ -38,7 +38,6 @@ import copy
 import hashlib
 import http.client
 import importlib.util
-import io
 import json
 import logging
 import math

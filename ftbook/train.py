@@ -34,6 +34,7 @@ __all__ = [
 ]
 import atexit
 import contextlib
+import ctypes
 import inspect
 import itertools
 import math
@@ -1611,6 +1612,23 @@ def _reduce(run: Run, sums: dict, n: float, total: float) -> dict | None:
     return means_of(sums, n, total) if total else None
 
 # %% ../nbs/04_train.ipynb #a63d6c1b
+def _keep_memory(keep: bool = True) -> bool:
+    """Let the C library keep what a step frees for the next step; whether that
+    is possible.
+
+    By default glibc gives large blocks back to the system, which hands them
+    out again page by page, filled with zeros. Whoever has set one of glibc's
+    variables MALLOC_... has decided already.
+    """
+    if os.name != "posix" or any(k.startswith("MALLOC_") for k in os.environ):
+        return False
+    change = getattr(ctypes.CDLL(None), "mallopt", None)
+    if change is None:  # another C library
+        return False
+    size, left = (1 << 30, 2**31 - 1) if keep else (128 << 10, 128 << 10)
+    return bool(change(-3, size) and change(-1, left))  # M_MMAP, M_TRIM
+
+
 def fit(
     model: nn.Module,
     train,
@@ -1676,6 +1694,7 @@ def fit(
     True
     """
     settings = Settings() if settings is None else settings
+    _keep_memory()
     run = _prepare(
         Run(
             model,

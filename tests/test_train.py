@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import itertools
@@ -2085,3 +2086,13 @@ def test_the_study_chooses_a_rate_for_every_row_on_validation_images(tmp_path, m
     assert {s for split, s in splits if split == "valid"} == {0}, "test images are scored by other seeds"
     with pytest.raises(ValueError, match="no study 'rates'; use choices"):
         study.main("rates")
+
+
+def test_memory_that_a_step_frees_is_kept_unless_the_user_has_decided(monkeypatch):
+    for name in [k for k in os.environ if k.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    known = hasattr(ctypes.CDLL(None), "mallopt")
+    assert T._keep_memory() is known and T._keep_memory(False) is known
+    assert T._keep_memory() is known
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    assert T._keep_memory() is False
