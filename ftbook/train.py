@@ -1612,21 +1612,20 @@ def _reduce(run: Run, sums: dict, n: float, total: float) -> dict | None:
     return means_of(sums, n, total) if total else None
 
 # %% ../nbs/04_train.ipynb #a63d6c1b
-def _keep_memory(keep: bool | None = None) -> bool:
+def _keep_memory(keep: bool = True) -> bool:
     """Let the C library keep what a step frees for the next step; whether that
     is possible.
 
     By default glibc gives large blocks back to the system, which hands them
-    out again page by page, filled with zeros. None: keep, unless one of
-    glibc's variables MALLOC_... says what its user wants.
+    out again page by page, filled with zeros. Whoever has set one of glibc's
+    variables MALLOC_... has decided already.
     """
-    told = any(k.startswith("MALLOC_") for k in os.environ)
-    if os.name != "posix" or (keep is None and told):
+    if os.name != "posix" or any(k.startswith("MALLOC_") for k in os.environ):
         return False
     change = getattr(ctypes.CDLL(None), "mallopt", None)
     if change is None:  # another C library
         return False
-    size, left = (1 << 30, 2**31 - 1) if keep is not False else (1 << 17,) * 2
+    size, left = (1 << 30, 2**31 - 1) if keep else (128 << 10, 128 << 10)
     return bool(change(-3, size) and change(-1, left))  # M_MMAP, M_TRIM
 
 
