@@ -1132,6 +1132,88 @@ def _template_reviews(
         labels.append(label)
     return texts, torch.tensor(labels)
 
+# %% ../nbs/A1_data.ipynb #5b0e7d20
+class _SceneSet:
+    """Photos with a class for every pixel.
+
+    ``x`` is uint8 (N, 3, H, W), ``y`` int64 (N, H, W) with -100 where a pixel
+    has no class, ``classes`` the names.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        classes: Sequence[str],
+        name: str = "",
+        source: str = "",
+    ):
+        if y.shape != (len(x), *x.shape[2:]):
+            raise ValueError(
+                f"photos are {tuple(x.shape)} and labels {tuple(y.shape)}; "
+                "give (N, 3, H, W) and (N, H, W)"
+            )
+        self.x, self.y, self.classes = x, y, list(classes)
+        self.name, self.source = name, source
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: Any) -> "_SceneSet":
+        kept = self.x[index], self.y[index]
+        return _SceneSet(*kept, self.classes, self.name, self.source)
+
+    def __repr__(self) -> str:
+        return (
+            f"SceneSet({self.name}: {len(self):,} photos "
+            f"{tuple(self.x.shape[1:])}, {len(self.classes)} classes)"
+        )
+
+
+class _SoundSet(Labeled):
+    """Recordings of different lengths with labels.
+
+    ``waves`` are float32 tensors (T,) in -1..1, ``y`` the classes, ``rate``
+    samples a second, ``speakers`` a name for each recording.
+    """
+
+    def __init__(
+        self,
+        waves: Sequence[Tensor],
+        y: Tensor,
+        speakers: Sequence[str],
+        classes: Sequence[str],
+        rate: int,
+        name: str = "",
+        source: str = "",
+    ):
+        if not len(waves) == len(y) == len(speakers):
+            raise ValueError(
+                f"{len(waves)} recordings, {len(y)} labels and "
+                f"{len(speakers)} speakers; give as many of each"
+            )
+        self.waves, self.y, self.rate = list(waves), y, rate
+        self.speakers, self.classes = list(speakers), list(classes)
+        self.name, self.source = name, source
+
+    def _take(self, index: Tensor) -> "_SoundSet":
+        rows = index.tolist()
+        return _SoundSet(
+            [self.waves[i] for i in rows],
+            self.y[index],
+            [self.speakers[i] for i in rows],
+            self.classes,
+            self.rate,
+            self.name,
+            self.source,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"SoundSet({self.name}: {len(self):,} recordings at "
+            f"{self.rate:,} Hz, {len(set(self.speakers))} speakers)"
+        )
+
 # %% ../nbs/A1_data.ipynb #acba59eb
 def _substitute(
     name: str, split: str, size: int | None = None
@@ -2393,43 +2475,6 @@ register(
 )
 
 # %% ../nbs/A1_data.ipynb #5b0e7d21
-class _SceneSet:
-    """Photos with a class for every pixel.
-
-    ``x`` is uint8 (N, 3, H, W), ``y`` int64 (N, H, W) with -100 where a pixel
-    has no class, ``classes`` the names.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        classes: Sequence[str],
-        name: str = "",
-        source: str = "",
-    ):
-        if y.shape != (len(x), *x.shape[2:]):
-            raise ValueError(
-                f"photos are {tuple(x.shape)} and labels {tuple(y.shape)}; "
-                "give (N, 3, H, W) and (N, H, W)"
-            )
-        self.x, self.y, self.classes = x, y, list(classes)
-        self.name, self.source = name, source
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: Any) -> "_SceneSet":
-        kept = self.x[index], self.y[index]
-        return _SceneSet(*kept, self.classes, self.name, self.source)
-
-    def __repr__(self) -> str:
-        return (
-            f"SceneSet({self.name}: {len(self):,} photos "
-            f"{tuple(self.x.shape[1:])}, {len(self.classes)} classes)"
-        )
-
-
 def _read_camvid(
     files: dict[str, Path], split: str, **options: Any
 ) -> _SceneSet:
@@ -2553,51 +2598,6 @@ register(
 )
 
 # %% ../nbs/A1_data.ipynb #5b0e7d25
-class _SoundSet(Labeled):
-    """Recordings of different lengths with labels.
-
-    ``waves`` are float32 tensors (T,) in -1..1, ``y`` the classes, ``rate``
-    samples a second, ``speakers`` a name for each recording.
-    """
-
-    def __init__(
-        self,
-        waves: Sequence[Tensor],
-        y: Tensor,
-        speakers: Sequence[str],
-        classes: Sequence[str],
-        rate: int,
-        name: str = "",
-        source: str = "",
-    ):
-        if not len(waves) == len(y) == len(speakers):
-            raise ValueError(
-                f"{len(waves)} recordings, {len(y)} labels and "
-                f"{len(speakers)} speakers; give as many of each"
-            )
-        self.waves, self.y, self.rate = list(waves), y, rate
-        self.speakers, self.classes = list(speakers), list(classes)
-        self.name, self.source = name, source
-
-    def _take(self, index: Tensor) -> "_SoundSet":
-        rows = index.tolist()
-        return _SoundSet(
-            [self.waves[i] for i in rows],
-            self.y[index],
-            [self.speakers[i] for i in rows],
-            self.classes,
-            self.rate,
-            self.name,
-            self.source,
-        )
-
-    def __repr__(self) -> str:
-        return (
-            f"SoundSet({self.name}: {len(self):,} recordings at "
-            f"{self.rate:,} Hz, {len(set(self.speakers))} speakers)"
-        )
-
-
 def _read_wave(raw: bytes, where: str = "") -> tuple[Tensor, int]:
     """Samples (T,) in -1..1 of a WAV file, 16 bits, one channel; and rate."""
     import io
