@@ -1132,7 +1132,7 @@ def _template_reviews(
         labels.append(label)
     return texts, torch.tensor(labels)
 
-# %% ../nbs/A1_data.ipynb #5b0e7d20
+# %% ../nbs/A1_data.ipynb #5b0e7d2f
 class _SceneSet:
     """Photos with a class for every pixel.
 
