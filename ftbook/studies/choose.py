@@ -74,7 +74,6 @@ SIZES = runtime.pick(
 )
 LONG = runtime.pick(quick=16, cpu=48)  # pieces of a sentence that are read
 EPOCHS = runtime.pick(quick=1, cpu=4)
-BUDGET = f"{LABELED} labels, {EPOCHS} epochs, batches of 16"
 PLAN = Settings(schedule="linear", warmup=0.1, precision="fp32", progress=False)
 MAJORITY, BAG, PIXELS = "majority", "bag of words", "pixels"
 TASKS = ("SST-2", "CR", "SUBJ", "TREC", "names", "source")
@@ -206,6 +205,7 @@ def rows() -> list[dict]:
 PHOTO_TASKS = {"CIFAR-10": "cifar10", "clothes": "fashion_mnist"}
 PHOTO_TASKS |= {} if QUICK else {"digits": "digits"}
 SIDE = runtime.pick(quick=32, cpu=64)
+PHOTO_EPOCHS = runtime.pick(quick=1, cpu=8)
 # name -> (model, blocks that stay, data it is trained on here, batches)
 NETWORKS: dict[str, tuple] = {
     "Lite0": ("efficientnet_lite0", 16, "", 0),
@@ -322,7 +322,10 @@ def run_photo(
         runtime.seed_everything(seed)
         net = copy.deepcopy(start)
         replace_head(net, len(few.classes))
-        about: Any = {"lr": lr, "epochs": EPOCHS, "batch_size": 16}
+        for layer in net.modules():  # statistics that follow in a short run
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 0.1
+        about: Any = {"lr": lr, "epochs": PHOTO_EPOCHS, "batch_size": 16}
         about |= {"seed": seed, "settings": PLAN}
         fit(net, (read(few.x), few.y), **about)
         said = predict(net, read(part.x)).argmax(1).numpy()
@@ -366,7 +369,9 @@ def photo_rows() -> list[dict]:
 
 def _study(run: Any, made: list[dict], name: str, executor: Any) -> None:
     about: dict[str, Any] = {"seeds": SEEDS, "choose": "accuracy"}
-    about |= {"budget": BUDGET, "executor": executor}
+    epochs = PHOTO_EPOCHS if name == "photo" else EPOCHS
+    budget = f"{LABELED} labels, {epochs} epochs, batches of 16"
+    about |= {"budget": budget, "executor": executor}
     results.study(run, made, chapter=CHAPTER, name=name, **about)
 
 # %% ../../nbs/24_choose.ipynb #24b00011
