@@ -551,10 +551,13 @@ def test_windows_stand_where_their_boxes_say():
     x = torch.zeros(1, 3, 64, 64)
     x[:, :, 16:32, 32:48] = 255.0
     cut, boxes = study.windows(x, 16)
-    assert cut.shape == (1, len(boxes), 64) and (boxes[:, 2:] - boxes[:, :2] == 16).all()
+    assert cut.shape == (1, len(boxes), 128) and (boxes[:, 2:] - boxes[:, :2] == 16).all()
     at = (boxes == torch.tensor([32.0, 16, 48, 32])).all(1).nonzero()
-    seen = cut[0, at[0, 0]].view(8, 8)
-    assert len(at) == 1 and all(torch.allclose(seen, v, atol=1e-4) for v in (seen.flip(0), seen.mT)), "the square"
+    seen = cut[0, at[0, 0]].view(8, 4, 4)  # directions, cells: edges at the sides, above and below
+    assert len(at) == 1 and torch.allclose(seen[0], seen[0].flip(1), atol=1e-4)
+    assert torch.allclose(seen[4], seen[0].mT, atol=1e-4) and seen[0].sum() > 1 > seen[2].sum()
+    empty = (boxes[:, :2] >= 50).all(1)
+    assert len(boxes[empty]) == 0 or cut[0, empty].abs().max() == 0
 
 
 @pytest.mark.parametrize("way", [study.TOP, study.WINDOW, study.FULL])

@@ -537,7 +537,8 @@ MADE = runtime.pick(
     cpu={"train": 600, "valid": 60, "test": 150},
 )
 BOX_STEPS = runtime.pick(quick=2, cpu=240)
-WINDOW = "sliding window"
+WINDOW, LONGER = "sliding window", "tuned, 3 times as long"
+WEIGHTS = runtime.pick(quick=[0.1, 1.0], cpu=[1.0, 0.01, 0.1, 10.0, 100.0])
 
 
 @functools.cache
@@ -602,28 +603,36 @@ SCALES = runtime.pick(quick=(16, 24), cpu=(14, 17, 20, 24, 28))
 
 
 def windows(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """All squares of one size, a pixel of theirs apart: 8 × 8 gray values,
-    standardized, (N, places, 64), and their boxes (places, 4).
+    """All squares of one size: the edges of eight directions in each of 4 × 4
+    cells (Dalal and Triggs, 2005), (N, places, 128), and boxes (places, 4).
     """
-    size = round(x.shape[-1] * 8 / side)
-    gray = x.float().mean(1, keepdim=True)
-    gray = F.interpolate(gray, (size, size), mode="bilinear", antialias=True)
-    cut = F.unfold(gray, 8).mT
-    cut = (cut - cut.mean(-1, True)) / cut.std(-1, keepdim=True).clamp_min(4.0)
-    scale, steps = x.shape[-1] / size, torch.arange(size - 7)
+    size = round(x.shape[-1] * 16 / side)  # a window has 16 pixels
+    small = F.interpolate(
+        x.float(), (size, size), mode="bilinear", antialias=True
+    )
+    small = F.pad(small, (1, 1, 1, 1), mode="replicate")
+    right = small[..., 1:-1, 2:] - small[..., 1:-1, :-2]
+    down = small[..., 2:, 1:-1] - small[..., :-2, 1:-1]
+    strength, color = right.hypot(down).max(1, keepdim=True)
+    angle = torch.atan2(down.gather(1, color), right.gather(1, color))
+    bins = (angle / math.pi % 1 * 8).long().clamp_max(7)
+    maps = torch.zeros(len(x), 8, size, size).scatter_(1, bins, strength)
+    cut = F.unfold(F.avg_pool2d(maps, 4, 2), 4, dilation=2).mT
+    cut = cut / (cut.norm(dim=-1, keepdim=True) + 10)
+    scale, steps = x.shape[-1] / size, torch.arange((size - 4) // 2 - 5)
     rows, columns = torch.meshgrid(steps, steps, indexing="ij")
-    corner = torch.stack((columns, rows), -1).view(-1, 2) * scale
-    return cut, torch.cat((corner, corner + 8 * scale), 1)
+    corner = 2 * torch.stack((columns, rows), -1).view(-1, 2) * scale
+    return cut, torch.cat((corner, corner + 16 * scale), 1)
 
 
-def _sliding(seed: int, C: float) -> Callable[[Tensor], list[dict]]:
-    """Logistic regression on windows of all sizes: photos to boxes."""
-    from sklearn.linear_model import LogisticRegression
-    from torchvision.ops import batched_nms, box_iou
+def _examples(seed: int, line: Any = None) -> tuple[Tensor, Tensor]:
+    """Windows with a digit and, as 10, without: some at random, or those that
+    a first model takes for digits.
+    """
+    from torchvision.ops import box_iou
 
-    made = make_scenes("train")
+    made, given, labels = make_scenes("train"), [], []
     draws = torch.Generator().manual_seed(seed)
-    given, labels = [], []
     for side in SCALES:
         cut, boxes = windows(made["x"][:150], side)
         for values, true in zip(cut, made["truth"], strict=False):
@@ -631,15 +640,32 @@ def _sliding(seed: int, C: float) -> Callable[[Tensor], list[dict]]:
                 continue
             overlap, which = box_iou(boxes, true["boxes"]).max(1)
             empty = (overlap < 0.3).nonzero()[:, 0]
-            some = torch.randperm(len(empty), generator=draws)[:6]
-            rows = torch.cat(((overlap > 0.65).nonzero()[:, 0], empty[some]))
+            if line is None:
+                order = torch.randperm(len(empty), generator=draws)
+            else:
+                chance = line.predict_proba(values[empty].numpy())[:, -1]
+                order = torch.from_numpy(chance).argsort()
+            full = (overlap > 0.65).nonzero()[:, 0]
+            rows = torch.cat((empty[order[:12]], full))
             given.append(values[rows])
             label = true["labels"][which[rows]]
             labels.append(torch.where(overlap[rows] < 0.3, 10, label))
-    x, y = torch.cat(given), torch.cat(labels)
-    both = torch.cat((x, x.abs(), -x.clamp_max(0)), 1)
+    return torch.cat(given), torch.cat(labels)
+
+
+def _sliding(seed: int, C: float) -> Callable[[Tensor], list[dict]]:
+    """Logistic regression on windows of all sizes, trained again with what it
+    first mistook for digits: photos to boxes.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from torchvision.ops import batched_nms
+
     line = LogisticRegression(C=C, max_iter=200)
-    line.fit(both.numpy(), y.numpy())
+    x, y = _examples(seed)
+    line.fit(x.numpy(), y.numpy())
+    hard, label = _examples(seed, line)
+    x, y = torch.cat((x, hard)), torch.cat((y, label))
+    line.fit(x.numpy(), y.numpy())
     kinds = torch.from_numpy(line.classes_)
 
     def find(photos: Tensor) -> list[dict]:
@@ -648,8 +674,7 @@ def _sliding(seed: int, C: float) -> Callable[[Tensor], list[dict]]:
         where = torch.cat([boxes for _, boxes in parts])
         for i in range(len(photos)):
             x = torch.cat([cut[i] for cut, _ in parts])
-            given = torch.cat((x, x.abs(), -x.clamp_max(0)), 1)
-            chance = torch.from_numpy(line.predict_proba(given.numpy()))
+            chance = torch.from_numpy(line.predict_proba(x.numpy()))
             chance, which = chance[:, kinds < 10].max(1)
             rows = (chance > 0.05).nonzero()[:, 0]
             score, label = chance[rows].float(), kinds[which[rows]]
@@ -674,7 +699,7 @@ def _detector(
     aims = [point_targets(t["boxes"], t["labels"], size) for t in made["truth"]]
     labels, boxes = (torch.stack(part) for part in zip(*aims, strict=True))
     given = {"x": prepare(made["x"]), "labels": labels, "boxes": boxes}
-    steps = _steps(split, BOX_STEPS)
+    steps = _steps(split, BOX_STEPS * (3 if way == LONGER else 1))
     about: dict[str, Any] = {"epochs": -(-steps * BATCH // len(labels))}
     about |= {"batch_size": BATCH, "lr": lr, "seed": seed}
     fit(model, given, loss=None, settings=_plan(steps, clip_norm=5.0), **about)
@@ -727,9 +752,10 @@ def run_boxes(
 def _boxes(executor: Any) -> None:
     made = [
         results.Baseline(way=TOP),
-        results.Baseline(SEEDS, way=WINDOW, C=DECAYS),
+        results.Baseline(SEEDS, way=WINDOW, C=WEIGHTS),
         {"way": SCRATCH, "lr": RATES},
         {"way": FULL, "lr": RATES},
+        results.Baseline(SEEDS, way=LONGER, lr=results.ChosenFor(way=FULL)),
     ]
     counted = {part: MADE[part] for part in ("valid", "test")}
     budget = f"{BOX_STEPS} batches of {BATCH} photos, half in the search"
