@@ -3097,6 +3097,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ftbook.studies.tasks._draw': ('tasks.html#_draw', 'ftbook/studies/tasks.py'),
                                       'ftbook.studies.tasks._edge_directions': ('tasks.html#_edge_directions', 'ftbook/studies/tasks.py'),
                                       'ftbook.studies.tasks._examples': ('tasks.html#_examples', 'ftbook/studies/tasks.py'),
+                                      'ftbook.studies.tasks._frozen': ('tasks.html#_frozen', 'ftbook/studies/tasks.py'),
                                       'ftbook.studies.tasks._headlines': ('tasks.html#_headlines', 'ftbook/studies/tasks.py'),
                                       'ftbook.studies.tasks._joint': ('tasks.html#_joint', 'ftbook/studies/tasks.py'),
                                       'ftbook.studies.tasks._known': ('tasks.html#_known', 'ftbook/studies/tasks.py'),

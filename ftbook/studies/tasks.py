@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from .. import data, models, results, runtime
 from ..compute import evaluating
 from ..corpus import word_shapes
-from ..finetune import freeze, replace_head
+from ..finetune import find_head, freeze, replace_head
 from ..sft import reply
 from . import run_named
 from .prompt import decoder, encoder
@@ -53,7 +53,6 @@ from ftbook.tasks import (
 )
 from ..texts import sentence_vectors
 from ..train import Settings, fit, predict
-from ..vision import features
 
 __all__ = [
     "trunk",
@@ -995,10 +994,16 @@ def _edge_directions(x: Tensor, bins: int = 36) -> Tensor:
     return found / found.sum(1, keepdim=True)
 
 
+def _frozen(x: Tensor) -> Tensor:
+    """What the head of the frozen network gets to see, (N, D)."""
+    net, prepare = trunk(FROZEN, 0)
+    net.set_submodule(find_head(net)[0], nn.Identity())
+    return predict(net, prepare(x), batch_size=32)
+
+
 @functools.cache
 def _tilt_features(split: str) -> Tensor:
-    net, prepare = trunk(FROZEN, 0)
-    return features(net, prepare(_tilted(split)[0]), precision="fp32")
+    return _frozen(_tilted(split)[0])
 
 # %% ../../nbs/27_tasks.ipynb #27e00023
 def _run_tilts(
@@ -1265,9 +1270,7 @@ def _known(split: str) -> tuple[np.ndarray, np.ndarray]:
     photos = photos.per_class(SHOWN[split == "test"], seed=0)
     x, size = photos.x, (TILT_SIDE, TILT_SIDE)
     x = F.interpolate(x, size, mode="bilinear", antialias=True)
-    net, prepare = trunk(FROZEN, 0)
-    seen = features(net, prepare(x), precision="fp32")
-    return F.normalize(seen).numpy(), photos.y.numpy()
+    return F.normalize(_frozen(x)).numpy(), photos.y.numpy()
 
 
 @functools.cache
