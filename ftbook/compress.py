@@ -978,7 +978,7 @@ def _span(total: int, warmup: float) -> tuple[int, int]:
     wait = min(int(warmup * total), total - 1)
     return wait, wait + max(1, (total - wait) // 2)
 
-
+# %% ../nbs/20_compress.ipynb #20a0001f
 class Pruning:
     """A callback of `fit` that prunes, or keeps what is pruned at zero.
 

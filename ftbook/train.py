@@ -721,6 +721,23 @@ def _device_for(device) -> torch.device:
         torch.cuda.set_device(device)
     return device
 
+
+def _keep_memory(keep: bool = True) -> bool:
+    """Let the C library keep what a step frees for the next step; whether that
+    is possible.
+
+    By default glibc gives large blocks back to the system, which hands them
+    out again page by page, filled with zeros. Whoever has set one of glibc's
+    variables MALLOC_... has decided already.
+    """
+    if os.name != "posix" or any(k.startswith("MALLOC_") for k in os.environ):
+        return False
+    change = getattr(ctypes.CDLL(None), "mallopt", None)
+    if change is None:  # another C library
+        return False
+    size, left = (1 << 30, 2**31 - 1) if keep else (128 << 10, 128 << 10)
+    return bool(change(-3, size) and change(-1, left))  # M_MMAP, M_TRIM
+
 # %% ../nbs/04_train.ipynb #04fsdp01
 def _same_as_first(tensors) -> None:
     """Give all processes the values of the first one."""
@@ -1612,23 +1629,6 @@ def _reduce(run: Run, sums: dict, n: float, total: float) -> dict | None:
     return means_of(sums, n, total) if total else None
 
 # %% ../nbs/04_train.ipynb #a63d6c1b
-def _keep_memory(keep: bool = True) -> bool:
-    """Let the C library keep what a step frees for the next step; whether that
-    is possible.
-
-    By default glibc gives large blocks back to the system, which hands them
-    out again page by page, filled with zeros. Whoever has set one of glibc's
-    variables MALLOC_... has decided already.
-    """
-    if os.name != "posix" or any(k.startswith("MALLOC_") for k in os.environ):
-        return False
-    change = getattr(ctypes.CDLL(None), "mallopt", None)
-    if change is None:  # another C library
-        return False
-    size, left = (1 << 30, 2**31 - 1) if keep else (128 << 10, 128 << 10)
-    return bool(change(-3, size) and change(-1, left))  # M_MMAP, M_TRIM
-
-
 def fit(
     model: nn.Module,
     train,

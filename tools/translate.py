@@ -266,6 +266,7 @@ class Edition:
 
     def word(self, text: str) -> str:
         """A value of a field or of a cell in Chinese where words.md has it; also of a list "*a*; *b*"."""
+        text = re.sub(r"(?<=\d) points\b", " 个百分点", text)
         for end, chinese in self.known.items():
             if end.startswith(",") and text.endswith(end):
                 return self.word(text.removesuffix(end)) + chinese

@@ -1131,7 +1131,7 @@ def _joint(split: str) -> np.ndarray:
     u, v = (F.normalize(sentence_vectors(side, *encoder())) for side in (a, b))
     return torch.cat(((u - v).abs(), u * v), 1).numpy()
 
-
+# %% ../../nbs/27_tasks.ipynb #27e0002f
 def _likener(seed: int, lr: float, steps: int) -> PairEncoder:
     """MiniLM, tuned so that the cosine of a pair is 1 for one kind, else 0."""
     torch.set_num_threads(1)
