@@ -778,7 +778,7 @@ def _stream_rows() -> list[dict]:
 SHOWN = ("one after the other", "replay")
 
 
-def _chosen(name: str, **which: Any) -> dict[str, float]:
+def _chosen(name: str, **which: Any) -> dict[str, Any]:
     """The settings that a row chose."""
     r = results.load_study(CHAPTER, name).row("average", **which)
     return {k: r[k] for k in ("lr", "strength") if r.get(k) is not None}
