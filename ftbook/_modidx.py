@@ -250,6 +250,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ftbook.choose._Fertility': ('choose.html#_fertility', 'ftbook/choose.py'),
                                'ftbook.choose._Fit': ('choose.html#_fit', 'ftbook/choose.py'),
                                'ftbook.choose._Overlap': ('choose.html#_overlap', 'ftbook/choose.py'),
+                               'ftbook.choose._add_up': ('choose.html#_add_up', 'ftbook/choose.py'),
                                'ftbook.choose._bytes': ('choose.html#_bytes', 'ftbook/choose.py'),
                                'ftbook.choose._checked': ('choose.html#_checked', 'ftbook/choose.py'),
                                'ftbook.choose._evidence': ('choose.html#_evidence', 'ftbook/choose.py'),

@@ -82,7 +82,8 @@ def cost(
         Floating-point operations of an example, a multiplication and an
         addition counted as two; of matrix products, convolutions, attention.
     milliseconds : float
-        Of an example.
+        Of an example, the batch's time divided by its size. How long a
+        single request waits, a batch of one tells.
     megabytes : float
         Of the weights and buffers, in 10**6 bytes.
 
@@ -101,6 +102,8 @@ def cost(
             "tensors that the model takes, and 1 or more repeats"
         )
     rows = len(next(iter(batch.values())))
+    if not rows:
+        raise ValueError("the batch has no examples; give 1 or more")
     with evaluating(model), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             model(**batch)
@@ -157,6 +160,8 @@ def fertility(tokenizer: Any, texts: Sequence[str]) -> _Fertility:
     >>> fertility(tokenizer, ["a good film"]).pieces >= 1
     True
     """
+    if isinstance(texts, str):
+        raise TypeError("texts is one string; give a list of texts")
     counts = Counter(word for text in texts for word in text.split())
     if not counts:
         raise ValueError("the texts have no words; give texts to count in")
@@ -206,6 +211,8 @@ def overlap(
     """
     if n < 1:
         raise ValueError(f"n={n}: give 1 word or more")
+    if isinstance(texts, str) or isinstance(corpus, str):
+        raise TypeError("texts or corpus is one string; give lists of texts")
     judged = [g for text in texts if (g := _grams(text, n))]
     wanted = set().union(*judged)
     known: set[tuple[str, ...]] = set()
@@ -223,20 +230,37 @@ def _grams(text: str, n: int) -> set[tuple[str, ...]]:
 # %% ../nbs/24_choose.ipynb #24a00006
 def _checked(x: Any, y: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows (N, D) and labels 0 to C-1 (N,), as float64 and int64."""
-    rows, labels = (np.asarray(v) for v in (x, y))
+    rows, labels = (
+        np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v)
+        for v in (x, y)
+    )
     if rows.ndim != 2 or labels.shape != rows.shape[:1] or len(rows) < 2:
         raise ValueError(
             f"{what} have the shape {rows.shape}, labels {labels.shape}; give "
             f"{what} (N, D) and a label to each row, 2 rows or more"
         )
-    if not np.isfinite(rows).all():
-        raise ValueError(f"{what} have values that are no finite numbers")
+    if not np.isfinite(rows).all() or (labels != labels).any():
+        raise ValueError(
+            f"{what} or labels have values that are no finite numbers; "
+            "leave these rows out"
+        )
+    if not rows.any():
+        raise ValueError(f"all {what} are 0; was the right output read?")
     names, labels = np.unique(labels, return_inverse=True)
     if len(names) < 2:
         raise ValueError(
             f"all labels are {names.tolist()}; a score needs two classes"
         )
     return rows.astype(np.float64), labels
+
+
+def _add_up(p: np.ndarray) -> None:
+    """Refuse what are no probabilities."""
+    if not (p >= 0).all() or not (np.abs(p.sum(1) - 1) <= 1e-3).all():
+        raise ValueError(
+            "probabilities must be 0 or more and add up to 1 in each row; "
+            "give softmax of the logits"
+        )
 
 
 def nce(source_labels: Any, labels: Any) -> float:
@@ -263,6 +287,11 @@ def nce(source_labels: Any, labels: Any) -> float:
     (0.0, -0.6931)
     """
     said = np.asarray(source_labels).ravel()
+    if len(said) != len(labels):
+        raise ValueError(
+            f"{len(said)} source_labels and {len(labels)} labels; give one "
+            "of each to every example"
+        )
     classes, index = np.unique(said, return_inverse=True)
     return leep(np.eye(len(classes))[index], labels)
 
@@ -286,11 +315,7 @@ def leep(probabilities: Any, labels: Any) -> float:
     True
     """
     theta, y = _checked(probabilities, labels, "probabilities")
-    if theta.min() < 0 or np.abs(theta.sum(1) - 1).max() > 1e-3:
-        raise ValueError(
-            "probabilities must be 0 or more and add up to 1 in each row; "
-            "give softmax of the logits"
-        )
+    _add_up(theta)
     joint = np.eye(y.max() + 1)[y].T @ theta / len(y)  # (Y, Z)
     given = joint / joint.sum(0).clip(min=1e-300)  # P(y | z)
     return float(np.log((theta * given[y]).sum(1)).mean()) + 0.0
@@ -397,7 +422,7 @@ def knn_score(features: Any, labels: Any, k: int = 5) -> float:
     1.0
     """
     f, y = _checked(features, labels, "features")
-    if not 1 <= k < len(f):
+    if not 1 <= k < len(f) or k != int(k):
         raise ValueError(f"k={k}: give 1 to {len(f) - 1} for {len(f)} rows")
     unit = f / np.linalg.norm(f, axis=1, keepdims=True).clip(min=1e-12)
     near = unit @ unit.T
@@ -466,7 +491,8 @@ def agreement(scores: Sequence[float], truth: Sequence[float]) -> _Agreement:
     ----------
     scores, truth : sequence of float
         For each candidate what was computed beforehand, and what fine-tuning
-        gave; large is good in both.
+        gave; large is good in both. Scores that agree in nine digits are
+        equal.
 
     Returns
     -------
@@ -491,6 +517,12 @@ def agreement(scores: Sequence[float], truth: Sequence[float]) -> _Agreement:
             f"scores have the shape {a.shape}, truth {b.shape}; give both for "
             "the same candidates, two or more"
         )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError(
+            f"scores are {a.tolist()}, truth {b.tolist()}; leave out "
+            "candidates without a finite number"
+        )
+    a = np.array([float(f"{v:.9g}") for v in a])  # rounding orders nothing
     tau = float(kendalltau(a, b).statistic)
     top = a == a.max()
     regret = float(b.max() - b[top].mean())
@@ -509,14 +541,16 @@ class _Comparison(NamedTuple):
         return results.table(self.rows, caption=" ".join(self.reasons))
 
 
-def _vectors_of(model: Any, reader: Any, task: Any) -> tuple[Any, dict]:
-    """Features of a set's examples, and a batch for `cost`."""
+def _vectors_of(model: Any, reader: Any, task: Any) -> tuple[Any, Any, dict]:
+    """Features of a set's examples; the body without its head, and a batch,
+    for `cost`.
+    """
     if hasattr(task, "texts"):
         found = sentence_vectors(task.texts, model, reader)
-        return found, encode_texts(task.texts[:16], reader)
+        return found, model.base_model, encode_texts(task.texts[:16], reader)
     x, body = reader(task.x), copy.deepcopy(model)
     body.set_submodule(find_head(body)[0], nn.Identity())
-    return predict(body, x), {"x": x[:16]}
+    return predict(body, x), body, {"x": x[:16]}
 
 
 def _plainest(task: Any) -> tuple[str, Any]:
@@ -529,7 +563,7 @@ def _plainest(task: Any) -> tuple[str, Any]:
     small = nn.functional.adaptive_avg_pool2d(task.x.float(), 16)
     return "pixels", small.flatten(1).numpy()
 
-
+# %% ../nbs/24_choose.ipynb #24a00016
 def compare(
     models: Mapping[str, tuple[Any, Any]],
     task: Any,
@@ -548,14 +582,17 @@ def compare(
     Parameters
     ----------
     models : dict name -> (model, tokenizer or preprocessing)
-        As `models.load` returns them; its names are looked up for a license.
+        As `models.load` returns them. The license is that of the model of
+        this name, or of what stands before a comma ("minilm, 4 layers"). The
+        head that a model comes with does not count: it will be replaced.
     task : TextSet or ImageSet
     labels : int
         So many examples are drawn, in equal number from each class.
     max_ms, max_mb : float, optional
         Limits of an answer's time and of the weights.
     licenses : sequence of str, optional
-        Allowed ones; a candidate without a card has "unknown".
+        Allowed ones; a candidate without a card (`models.card`) has
+        "unknown".
     seed : int
 
     Returns
@@ -575,24 +612,41 @@ def compare(
     """
     if not models:
         raise ValueError("no candidates; give a dict name -> (model, reader)")
+    for name, pair in models.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(
+                f"candidate {name!r} is a {type(pair).__name__}; give "
+                "(model, reader), as models.load returns them"
+            )
+    if not hasattr(task, "per_class"):
+        raise TypeError(
+            f"task is a {type(task).__name__}; give a TextSet or an ImageSet"
+        )
+    if labels < 2 * len(task.classes):
+        raise ValueError(
+            f"labels={labels} for {len(task.classes)} classes; give two or "
+            "more to each class, a hundred or more to tell candidates apart"
+        )
+    allowed = [licenses] if isinstance(licenses, str) else licenses
     few = task.per_class(labels // len(task.classes), seed=seed)
     y = few.y.numpy()
     folds = min(5, int(np.bincount(y).min()))
     n, rows, out = len(y), [], {}
     for name, (model, reader) in models.items():
-        x, batch = _vectors_of(model, reader, few)
-        spent = cost(model, batch)
-        known = library.card(name) if name in library.names() else None
+        x, body, batch = _vectors_of(model, reader, few)
+        spent = cost(body, batch)
+        kin = name.partition(",")[0]  # "minilm, 4 layers" is a part of minilm
+        known = library.card(kin) if kin in library.names() else None
         license = known.license if known else "unknown"
         if max_ms is not None and spent.milliseconds > max_ms:
             out[name] = f"{spent.milliseconds:.1f} ms an answer"
         elif max_mb is not None and spent.megabytes > max_mb:
             out[name] = f"{spent.megabytes:.0f} MB"
-        elif licenses is not None and license not in licenses:
+        elif allowed is not None and license not in allowed:
             out[name] = f"license {license}"
         rows.append(
             {"candidate": name, "probe": probe_score(x, y, folds=folds)}
-            | {"kNN": knn_score(x, y), "LogME": logme(x, y)}
+            | {"kNN": knn_score(x, y, k=min(5, n - 1)), "LogME": logme(x, y)}
             | {"M parameters": spent.parameters / 1e6}
             | {"MFLOP": spent.flops / 1e6, "ms": spent.milliseconds}
             | {"MB": spent.megabytes, "license": license}
@@ -616,7 +670,9 @@ def _recommend(
     if not inside:
         return "", [*told, "No candidate is within the limits."]
     best = max(inside, key=lambda r: r["probe"])
-    error = math.sqrt(max(best["probe"] * (1 - best["probe"]), 1e-9) / n)
+    # one right and one wrong more: 20 of 20 are no proof of 100 %
+    share = (n * best["probe"] + 1) / (n + 2)
+    error = math.sqrt(share * (1 - share) / n)
     near = [r for r in inside if r["probe"] >= best["probe"] - error]
     chosen = min(near, key=lambda r: r["MFLOP"])
     told.append(
@@ -632,6 +688,12 @@ def _recommend(
         told.append(
             f"No probe is clearly above the {floor} ({floors[floor]:.1%}): "
             "none of these models is known to help."
+        )
+    bare = [r["candidate"] for r in inside if r["license"] == "unknown"]
+    if bare:
+        told.append(
+            f"No card, so no license, is known here of {', '.join(bare)}: "
+            "read its own."
         )
     return chosen["candidate"], told
 
@@ -759,12 +821,13 @@ def fits(
     Returns
     -------
     weights, gradients, optimizer, activations, peak : float
-        In 10**6 bytes; the peak is that of tensors. A process needs some
-        hundred megabytes more for its libraries.
+        In 10**6 bytes; the peak is that of tensors. A process needs more: some
+        hundred megabytes for its libraries, and room for what they put aside
+        while they train.
     seconds, minutes : float
         Of a batch, and of all.
     fits : bool or None
-        Whether the peak is below the limit.
+        Whether the peak of the tensors is within the limit.
     measured
         What `measure` returned.
 
@@ -882,7 +945,7 @@ def learning_curve(sizes: Sequence[int], errors: Sequence[float]) -> _Curve:
             f"sizes are {n.tolist()}, errors {e.tolist()}; give errors for "
             "three or more different numbers of labels, 1 or more"
         )
-    if e.min() < 0 or e.max() > 1:
+    if not (e.min() >= 0 and e.max() <= 1):
         raise ValueError(f"errors are {e.tolist()}; give shares from 0 to 1")
     best = None
     for floor in np.linspace(0, e.min(), 5):
@@ -944,6 +1007,7 @@ def ask(
         raise ValueError(
             f"how is {how!r}; allowed are " + ", ".join(map(repr, _ASKED))
         )
+    _add_up(p)
     order = np.random.default_rng(seed).permutation(len(p))
     if how == "random":
         return order[:n]
@@ -984,7 +1048,13 @@ def suspects(probabilities: Any, labels: Any) -> np.ndarray:
     [3]
     """
     p, _ = _checked(probabilities, labels, "probabilities")
-    y = np.asarray(labels, dtype=int)
+    _add_up(p)
+    y = np.asarray(labels)
+    if y.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels are of the kind {y.dtype}; give whole numbers, the "
+            "columns of the probabilities"
+        )
     if y.min() < 0 or y.max() >= p.shape[1]:
         raise ValueError(
             f"labels run from {y.min()} to {y.max()}, probabilities have "

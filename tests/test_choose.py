@@ -232,6 +232,18 @@ def test_the_probe_does_not_depend_on_the_scale_of_the_features():
         (lambda: overlap(["a"], ["a"], 0), "1 word or more"),
         (lambda: cost(nn.Linear(1, 1), {}), "give the tensors"),
         (lambda: compare({}, None), "no candidates"),
+        (lambda: compare({"a": (None, None)}, data.load("sst2", "train", bundled=True), labels=3), "two or more"),
+        (lambda: logme(np.zeros((4, 2)), [0, 1, 0, 1]), "all features are 0"),
+        (lambda: probe_score([[1.0], [2.0]], [0, np.nan]), "no finite numbers"),
+        (lambda: nce([1, 2, 3], [0, 1]), "3 source_labels and 2 labels"),
+        (lambda: knn_score(np.eye(4), [0, 1, 0, 1], k=1.5), "k=1.5"),
+        (lambda: agreement([1.0, np.nan], [0.1, 0.2]), "without a finite number"),
+        (lambda: cost(nn.Linear(2, 2), {"input": torch.zeros(0, 2)}), "no examples"),
+        (lambda: ask([[5.0, 2.0], [0.5, 0.5]], 1), "softmax of the logits"),
+        (lambda: ask([[np.nan, 1.0]], 1), "softmax of the logits"),
+        (lambda: suspects([[5.0, -1.0], [2.0, 8.0]], [0, 1]), "softmax of the logits"),
+        (lambda: suspects([[0.5, 0.5]] * 2, [0.7, 1.0]), "whole numbers"),
+        (lambda: learning_curve([1, 2, 3], [0.1, np.nan, 0.2]), "shares from 0 to 1"),
         (lambda: suspects([[0.5, 0.5]] * 2, [0, 2]), "labels from 0 to 1"),
         (lambda: ask([[0.5, 0.5]], 2), "n from 0 to N"),
         (lambda: ask([[0.5, 0.5]], 1, "luck"), "allowed are 'margin'"),
@@ -244,6 +256,20 @@ def test_what_cannot_be_scored_is_refused(call, told):
         call()
 
 
+@pytest.mark.parametrize(
+    "call, told",
+    [
+        (lambda: overlap("one two", ["one two"], 2), "one string"),
+        (lambda: fertility(None, "a good film"), "one string"),
+        (lambda: compare({"a": nn.Linear(1, 1)}, None), "a Linear; give"),
+        (lambda: compare({"a": (None, None)}, "sst2"), "TextSet or an ImageSet"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_refused(call, told):
+    with pytest.raises(TypeError, match=told):
+        call()
+
+
 # ------------------------------------------------------------- what counts
 
 
@@ -252,6 +278,10 @@ def test_a_perfect_order_has_no_regret_and_a_turned_one_has_all():
     assert agreement(truth, truth)[:2] == (1.0, 0.0)
     turned = agreement([-v for v in truth], truth)
     assert turned.tau == -1 and turned.regret == pytest.approx(0.2)
+
+
+def test_rounding_orders_nothing():
+    assert agreement([1.0, 1 + 1e-13, 1 - 1e-13], [0.1, 0.2, 0.3]).tau == 0
 
 
 def test_a_score_that_is_constant_chooses_at_random():
@@ -268,6 +298,17 @@ def test_a_table_has_the_majority_and_a_recommendation_within_the_limits(bert):
     assert found.rows[-1]["candidate"] == "majority" and found.rows[-1]["probe"] == 0.5
     assert found.rows[-2]["candidate"] == "bag of words" and found.rows[0]["pieces a word"] >= 1
     assert compare({"mine": bert}, task, labels=20, max_mb=1.0).choice == ""
+
+
+def test_a_part_of_a_model_has_its_license_and_heads_cost_nothing(bert):
+    task = data.load("sst2", "train", bundled=True)
+    own = models.card("bert_mini_en").license
+    candidates = {"bert_mini_en": bert, "bert_mini_en, bare": (bert[0].base_model, bert[1]), "other": bert}
+    found = compare(candidates, task, labels=4, licenses=own)
+    with_head, bare, other = found.rows[:3]
+    assert with_head["license"] == bare["license"] == own and other["license"] == "unknown"
+    assert with_head["MFLOP"] == bare["MFLOP"] and "other (license unknown)" in found.reasons[0]
+    assert "is known here of other" in compare({"other": bert}, task, labels=4).reasons[-1]
 
 
 def test_where_words_tell_the_classes_apart_the_table_says_that_no_model_is_needed(bert):
