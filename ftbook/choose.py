@@ -605,7 +605,9 @@ def compare(
     Examples
     --------
     >>> from ftbook import data
-    >>> task = data.load("sst2", "train", bundled=True)
+    >>> texts = ["good fun", "a dull film"] * 20
+    >>> y = torch.tensor([0, 1] * 20)
+    >>> task = data.TextSet(texts, y, ["good", "bad"], "films", "made up")
     >>> found = compare({"a": library.load("bert_mini_en")}, task, labels=20)
     >>> found.choice
     'a'

@@ -186,6 +186,7 @@ STACK = {
     "filelock": "4.1.0",
     "tokenizers": "0.22.1",
     "ipython": "7.34.0",
+    "joblib": "1.5.2",
 }
 REPLAY = """
 import sys, types

@@ -131,7 +131,7 @@ def test_a_sentence_shown_before_its_number_was_stored_says_the_stored_one(noteb
 
 GAIN = """from ftbook import results
 old, new = (results.row("accuracy", values) for values in ([0.7, 0.75], [0.8, 0.9]))
-results.say("{gain:+.1%} points", gain=results.difference(new, old))"""
+results.say("{gain:+.1%}", gain=results.difference(new, old))"""
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_a_row_that_stands_in_a_sentence_keeps_its_interval(notebook):
     path = notebook(GAIN)
     run.execute(path)
     [output] = run.stored_texts(nbformat.read(path, 4))
-    assert output["data"]["text/markdown"].startswith("+12.5 % [")
+    assert output["data"]["text/markdown"].startswith("+12.5 points [")
 
 
 @pytest.mark.slow
