@@ -958,24 +958,24 @@ def _check_scores(scores: Mapping[str, Tensor], layers: dict[str, Any]) -> None:
             )
 
 # %% ../nbs/20_compress.ipynb #20a00015
-def _check_plan(by: str, warmup: float) -> None:
+def _check_plan(by: str, wait: float) -> None:
     """Whether `Pruning` can rank by that, and has steps left to prune in."""
     if by not in ("magnitude", "movement"):
         raise ValueError(f"by={by!r}: allowed are 'magnitude' and 'movement'")
-    if not 0 <= warmup < 1:
+    if not 0 <= wait < 1:
         raise ValueError(
-            f"warmup is {warmup}; give a share of the steps, 0 or more and "
+            f"wait is {wait}; give a share of the steps, 0 or more and "
             "less than 1, so that some are left to prune in"
         )
 
 
-def _span(total: int, warmup: float) -> tuple[int, int]:
+def _span(total: int, share: float) -> tuple[int, int]:
     """The last step in which nothing is cut, and the first with all cut.
 
     >>> _span(40, 0.25)
     (10, 25)
     """
-    wait = min(int(warmup * total), total - 1)
+    wait = min(int(share * total), total - 1)
     return wait, wait + max(1, (total - wait) // 2)
 
 # %% ../nbs/20_compress.ipynb #20a0001f
@@ -988,11 +988,11 @@ class Pruning:
         From `prune`: these stay as they are.
     share : float
         Without masks: what is taken away in the end. It grows during the
-        first half of the steps after the warm-up, fast and then slowly, (20.4).
+        first half of the steps after the wait, fast and then slowly, (20.4).
     by : "magnitude" or "movement"
         Score of a weight: its absolute value, or how far gradient descent
         wants to move it away from zero, summed over the steps.
-    warmup : float
+    wait : float
         Share of the steps, less than 1, in which scores gather and nothing is
         cut.
     skip : iterable of str
@@ -1018,14 +1018,14 @@ class Pruning:
         *,
         share: float = 0.5,
         by: str = "magnitude",
-        warmup: float = 0.0,
+        wait: float = 0.0,
         skip: Iterable[str] = (),
     ):
         _check_share(share)
-        _check_plan(by, warmup)
+        _check_plan(by, wait)
         self.masks = dict(masks or {})
         self.fixed, self.share, self.by = masks is not None, share, by
-        self.warmup = warmup
+        self.wait = wait
         self.skip, self.scores = _parts(skip), dict[str, Tensor]()
         self._hooks: list = []
 
@@ -1064,16 +1064,16 @@ class Pruning:
 
     def on_step_end(self, run: Any) -> None:
         """Prune up to the share of this step, and hold what is pruned."""
-        wait, half = _span(run.total_steps or 1, self.warmup)
+        begin, half = _span(run.total_steps or 1, self.wait)
         if self.fixed or run.step > half:
             modules = dict(run.model.named_modules())
             with torch.no_grad():
                 for name, mask in self.masks.items():
                     modules[name].weight.mul_(mask.to(run.device))
             return
-        if run.step <= wait:
+        if run.step <= begin:
             return
-        done = (run.step - wait) / (half - wait)
+        done = (run.step - begin) / (half - begin)
         now = self.share * (1 - (1 - done) ** 3)
         ranked = self._ranked(run.model)
         self.masks = prune(run.model, now, scores=ranked, skip=self.skip)

@@ -319,10 +319,10 @@ class Zeros:
 
 
 @pytest.mark.parametrize("by", ["magnitude", "movement"])
-@pytest.mark.parametrize(("warmup", "first", "last"), [(0.0, 1, 10), (0.25, 6, 12), (0.5, 11, 15), (0.99, 20, 20)])
-def test_nothing_is_cut_in_the_warmup_and_all_is_cut_half_way_from_its_end(by, warmup, first, last):
+@pytest.mark.parametrize(("wait", "first", "last"), [(0.0, 1, 10), (0.25, 6, 12), (0.5, 11, 15), (0.99, 20, 20)])
+def test_nothing_is_cut_in_the_wait_and_all_is_cut_half_way_from_its_end(by, wait, first, last):
     model, x, zeros = net(), torch.randn(320, 16), Zeros()
-    how = Pruning(share=0.75, by=by, warmup=warmup)
+    how = Pruning(share=0.75, by=by, wait=wait)
     fit(model, (x, (x[:, 1] > 0).long()), epochs=2, batch_size=32, lr=0.01, callbacks=[how, zeros])
     whole = round(0.75 * (16 * 32 + 32 * 4))
     assert not any(zeros.seen[: first - 1]) and zeros.seen[first - 1] > 0
@@ -332,7 +332,7 @@ def test_nothing_is_cut_in_the_warmup_and_all_is_cut_half_way_from_its_end(by, w
 
 def test_scores_gather_while_nothing_is_cut():
     model, x, scored = net(), torch.randn(64, 16), []
-    how = Pruning(share=0.75, by="movement", warmup=0.5)
+    how = Pruning(share=0.75, by="movement", wait=0.5)
 
     class Look:
         def on_step_end(self, run):
@@ -513,8 +513,8 @@ def test_the_reader_works_where_the_book_is_not(tmp_path):
         (lambda: prune(net(), 1.0), "without any weight"),
         (lambda: prune(net(), 0.5, pattern="1:4"), "'2:4'"),
         (lambda: Pruning(by="luck"), "'movement'"),
-        (lambda: Pruning(warmup=1.0), "warmup is 1.0; give a share of the steps, 0 or more and less than 1"),
-        (lambda: Pruning(warmup=-0.1), "warmup is -0.1"),
+        (lambda: Pruning(wait=1.0), "wait is 1.0; give a share of the steps, 0 or more and less than 1"),
+        (lambda: Pruning(wait=-0.1), "wait is -0.1"),
         (lambda: shrink(net(), {}, heads=0.5), "built like BERT"),
         (lambda: low_rank(net(), 0), "at least 1"),
     ],

@@ -466,7 +466,7 @@ def run_trained(
         simulate(net, LOW, skip=HEAD)
     elif way in TRAINED[2:4]:
         by = way.rpartition(" ")[2]
-        how: dict[str, Any] = {"by": by, "warmup": warmup, "skip": HEAD}
+        how: dict[str, Any] = {"by": by, "wait": warmup, "skip": HEAD}
         more["callbacks"] = [Pruning(share=0.7, **how)]
     elif way == TRAINED[4]:
         masks = prune(net, pattern="2:4", skip=HEAD)
