@@ -102,13 +102,11 @@ def gpu(found: dict) -> list[str]:
         return out + [
             "Not measured: no CUDA device was at hand when this table was written. `python benchmarks/gpu.py` "
             "runs the same questions with full-size models (BERT-base token classification at 128 tokens, "
-            "ResNet-50, ViT-B/16, LoRA on the first two, masked language modeling, SFT, DPO, generation): fp32, bf16 with scaled-dot-product attention, "
-            "fused AdamW, pinned asynchronous transfer, torch.compile; step time, tokens/s, peak memory and the "
-            "share of the measured matrix-product peak, next to HF Trainer and peft on the same work. Weights "
-            "are random, so nothing is downloaded. It has only been tested with `--tiny` on a CPU.\n"
+            "ResNet-50, ViT-B/16, LoRA on the first two, masked language modeling, SFT, DPO, generation), next to "
+            "HF Trainer, TRL, peft and transformers on the same work. Weights are random, so nothing is downloaded.\n"
         ]
     content = found["gpu"]
-    made, held = content.source["provenance"]["date"], content["machine"]["versions"]
+    made, held = content["date"], content["machine"]["versions"]
     versions = ", ".join(f"{name} {version}" for name, version in held.items())
     out.append(
         f"One {content['gpu']}, measured bf16 matrix-product peak {content['matmul_peak_tflops']:.0f} TFLOP/s, "

@@ -336,7 +336,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         works = {kind.name: lambda kind=kind: _decoders.measure(kind, args.tiny, folder) for kind in _decoders.WORK}
         works |= {name: lambda name=name: measure(name, args, ceiling, folder) for name in WORK}
-        about["works"] = list(works)
+        about |= {"works": list(works), "date": time.strftime("%Y-%m-%d")}
         stored = kept(device) if args.part else []
         for name, run in works.items():
             if args.part and not any(part in name for part in args.part.split(",")):
