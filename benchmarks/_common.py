@@ -20,7 +20,7 @@ from ftbook import results, runtime
 
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
-PACKAGES = ("torch", "transformers", "numpy", "peft", "accelerate", "lightning", "fastai", "datasets", "seqeval")
+PACKAGES = ("torch", "transformers", "numpy", "peft", "accelerate", "trl", "lightning", "fastai", "datasets", "seqeval")
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",

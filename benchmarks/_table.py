@@ -73,6 +73,7 @@ NOTES: dict[str, str] = {}  # row -> why its target is not met, from benchmarks/
 
 def conditions(found: dict) -> str:
     """Machine, threads, load and versions, one line per different condition."""
+    found = {name: content for name, content in found.items() if name != "gpu"} or found  # another machine
     first = next(iter(found.values()))["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items())
     listed = "; ".join(f"{n} {c['machine']['load']:.0f}" for n, c in found.items())
@@ -101,16 +102,46 @@ def gpu(found: dict) -> list[str]:
         return out + [
             "Not measured: no CUDA device was at hand when this table was written. `python benchmarks/gpu.py` "
             "runs the same questions with full-size models (BERT-base token classification at 128 tokens, "
-            "ResNet-50, LoRA on both, masked language modeling): fp32, bf16 with scaled-dot-product attention, "
-            "fused AdamW, pinned asynchronous transfer, torch.compile; step time, tokens/s, peak memory and the "
-            "share of the measured matrix-product peak, next to HF Trainer and peft on the same work. Weights "
-            "are random, so nothing is downloaded. It has only been tested with `--tiny` on a CPU.\n"
+            "ResNet-50, ViT-B/16, LoRA on the first two, masked language modeling, SFT, DPO, generation), next to "
+            "HF Trainer, TRL, peft and transformers on the same work. Weights are random, so nothing is downloaded.\n"
         ]
     content = found["gpu"]
-    out.append(f"{content['gpu']}, measured bf16 matrix-product peak {content['matmul_peak_tflops']:.0f} TFLOP/s.\n")
-    columns = {"question": "work and setting", "measured: median [quartiles]": "speed over the peer [quartiles]"}
-    columns |= {"peer": "peer", "how far from the limit": "measured"}
-    return out + [str(results.table([cells(r) for r in content["rows"]], columns=columns)), ""]
+    made, held = content["date"], content["machine"]["versions"]
+    versions = ", ".join(f"{name} {version}" for name, version in held.items())
+    out.append(
+        f"One {content['gpu']}, measured bf16 matrix-product peak {content['matmul_peak_tflops']:.0f} TFLOP/s, "
+        f"{made}. Versions: {versions}. Weights and data are random. A ratio is to the first peer of its work, paired "
+        "by rounds, by the wall clock; the last column names the other peers.\n"
+    )
+    out += standings(content["rows"])
+    missing = [name for name in content["works"] if name not in {r["work"] for r in content["rows"]}]
+    out.append(f"\nNot measured on it: {', '.join(missing)}.\n" if missing else "")
+    columns = {"question": "work and setting", "target": "target", "rounds": "rounds"}
+    columns |= {"measured: median [quartiles]": "speed over the peer [quartiles]", "peer": "peer"}
+    columns |= {"how far from the limit": "measured", "met": "met"}
+    lines = [cells(r) | {"rounds": str(r["rounds"])} for r in content["rows"]]
+    return out + [str(results.table(lines, columns=columns)), ""]
+
+
+def standings(rows: list) -> list[str]:
+    """One line per work: the fastest of ours beside the fastest peer, by the quartiles of their rounds."""
+    out = []
+    for work in dict.fromkeys(r["work"] for r in rows):
+        measured = [r for r in rows if r["work"] == work and r["measured"]]
+        ours, peers = ([r for r in measured if r["ours"] is own] for own in (True, False))
+        if not ours or not peers:
+            continue
+        best, rival = (max(some, key=lambda r: r["measured"][0]) for some in (ours, peers))
+        if best["rounds"] < 2:
+            where = "ahead" if best["measured"][0] > rival["measured"][0] else "behind"
+            where += " in the only round, which leaves the spread open"
+        elif best["measured"][1] > rival["measured"][2]:
+            where = "ahead"
+        else:
+            where = "behind" if best["measured"][2] < rival["measured"][1] else "no clear difference"
+        (name, speed), (other, its) = ((r["what"][len(work) + 2 :], r["limit"].split(", ")[1]) for r in (best, rival))
+        out.append(f"- {work}: **{where}**. Ours at its fastest ({name}) {speed}, the fastest peer ({other}) {its}.")
+    return out
 
 
 def render(folder: Path) -> str:

@@ -2,18 +2,21 @@
 
 Weights are random, so nothing is downloaded; the work of a step is that of a pretrained model. Each workload runs in
 five settings that add up (fp32, bf16, fused optimizer, pinned asynchronous transfer, torch.compile) and next to its
-peer on the same batches. `--tiny` runs everything once on the CPU with small models and proves only that it works.
+peer on the same batches; instruction tuning, DPO and generation are in _decoders.py. `--tiny` runs everything once
+with small models, also on a CPU, and proves only that it works. `--part BERT,DPO` measures the works with BERT or
+DPO in their names anew and keeps the stored rows of the others.
 """
 
 import gc
 import time
 
 import _common as bench
+import _decoders
 import numpy as np
 import torch
 from torch import nn
 
-from ftbook import Settings, fit
+from ftbook import Settings, fit, results
 from ftbook import peft as lora
 from ftbook.mlm import MaskedLM
 
@@ -51,6 +54,14 @@ def resnet_model(tiny: bool) -> nn.Module:
     return resnet18(num_classes=10) if tiny else resnet50(num_classes=1000)
 
 
+def vit_model(tiny: bool) -> nn.Module:
+    from torchvision.models import VisionTransformer, vit_b_16
+
+    if tiny:
+        return VisionTransformer(32, 16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=10)
+    return vit_b_16(num_classes=1000)
+
+
 def token_batches(tiny: bool, n: int, masked: bool = False) -> list:
     """n batches of 32 rows of 128 pieces; with `masked`, labels on 15 % of them."""
     rows, length = (2, 16) if tiny else (32, 128)
@@ -86,6 +97,7 @@ def with_lora(model: nn.Module) -> nn.Module:
 WORK = {  # name -> (model, batches, loss of fit, what one example is)
     "BERT-base token classification": (tagging_model, token_batches, None, "tokens"),
     "ResNet-50": (resnet_model, image_batches, "cross_entropy", "images"),
+    "ViT-B/16": (vit_model, image_batches, "cross_entropy", "images"),
     "LoRA on BERT-base": (lambda tiny: with_lora(tagging_model(tiny)), token_batches, None, "tokens"),
     "LoRA on ResNet-50": (lambda tiny: with_lora(resnet_model(tiny)), image_batches, "cross_entropy", "images"),
     "MLM on BERT-base": (
@@ -184,8 +196,9 @@ class ForTrainer(nn.Module):
 
 def peer_model(name: str, tiny: bool) -> nn.Module | None:
     """The peer's side: the same model, with peft's LoRA on the same layers; None where a peer is missing."""
-    images = "ResNet" in name
-    model = resnet_model(tiny) if images else mlm_model(tiny) if "MLM" in name else tagging_model(tiny)
+    images = WORK[name][3] == "images"
+    bare = {"ResNet": resnet_model, "ViT": vit_model, "MLM": mlm_model, "": tagging_model}
+    model = next(make for part, make in bare.items() if part in name)(tiny)
     if bench.peer("accelerate") is None or ("LoRA" in name and bench.peer("peft") is None):
         return None
     if "LoRA" in name:
@@ -228,10 +241,33 @@ def run_peer(name: str, tiny: bool, steps: int, warmup: int, folder: str) -> tup
     return clock.seconds(), peak_mb()
 
 
+def run_loop(name: str, tiny: bool, steps: int, warmup: int) -> tuple[float, float]:
+    """A plain loop on images with all of the fast settings but torch.compile, which `fit` has to equal."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, clock = WORK[name][0](tiny).to(device).train(), StepClock(warmup)
+    batches = list(Pinned(image_batches(tiny, 4)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    for step in range(steps + warmup):
+        x, y = (t.to(device, non_blocking=True) for t in batches[step % 4])
+        with torch.autocast(device, torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x.float().div_(255)), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.on_step_end()
+    return clock.seconds(), peak_mb()
+
+
 def work_of(name: str, tiny: bool) -> tuple[float, int]:
     """Floating-point operations of a training step, and examples (tokens or images) in it."""
     make, batches, loss, unit = WORK[name]
-    model, batch = make(tiny), batches(tiny, 1)[0]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, batch = make(tiny).to(device), batches(tiny, 1)[0]
+    if isinstance(batch, dict):
+        batch = {k: v.to(device) for k, v in batch.items()}
+    else:
+        batch = tuple(t.to(device) for t in batch)
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")  # the fused kernel of the CPU is not counted
     if isinstance(batch, dict):
@@ -240,21 +276,31 @@ def work_of(name: str, tiny: bool) -> tuple[float, int]:
     return bench.flops(lambda: nn.functional.cross_entropy(logits(), batch[1]).backward()), len(batch[0])
 
 
-def measure(name: str, args, ceiling: float, folder: str) -> list:
-    """One line per setting and one for the peer, rounds interleaved."""
+def measure(name: str, args, ceiling: float, folder: str):
+    """Rounds of all settings and the peer, interleaved; after each round the rows so far."""
     steps, warmup, rounds = (1, 1, 1) if args.tiny else (20, 10, 3)
     flops, size = work_of(name, args.tiny)
     sides = {s: lambda s=s: run_ours(name, SETTINGS[s], args.tiny, steps, warmup) for s in SETTINGS}
+    if "ViT" in name:
+        sides["plain loop, bf16"] = lambda: run_loop(name, args.tiny, steps, warmup)
     sides["peer"] = lambda: run_peer(name, args.tiny, steps, warmup, folder)
     found: dict[str, list] = {s: [] for s in sides}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for s, run in sides.items():
             gc.collect()
+            torch._dynamo.reset()  # a new model is compiled anew, however often
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            start = time.perf_counter()
             value = run()
+            print(f"  round {turn}, {s}: {time.perf_counter() - start:.1f} s", flush=True)
             if value is not None:
                 found[s].append(value)
+        yield lines_of(name, found, flops, size, ceiling)
+
+
+def lines_of(name: str, found: dict, flops: float, size: int, ceiling: float) -> list:
+    """One line per setting and one for the peer."""
     other, lines = np.array([seconds for seconds, _ in found["peer"]]), []
     for s, values in found.items():
         if not values:
@@ -262,17 +308,18 @@ def measure(name: str, args, ceiling: float, folder: str) -> list:
         seconds, memory = np.array(values).T
         step = float(np.median(seconds))
         label = s if s != "peer" else "HF Trainer" + (" and peft" if "LoRA" in name else "")
-        lines.append(
-            bench.row(
-                f"{name}, {label}",
-                target="",
-                values=other / seconds if len(other) else None,
-                peer="HF Trainer" if len(other) else "",
-                limit=f"{1e3 * step:.1f} ms a step, {size / step:,.0f} "
-                f"{WORK[name][3]}/s, peak {np.median(memory):,.0f} MB, {100 * flops / step / ceiling:.0f} % of the "
-                "measured matrix-product peak",
-            )
+        own, half = s in SETTINGS, "fp32" not in s  # the peer computes in bf16
+        line = bench.row(
+            f"{name}, {label}",
+            target="≥ 1×" if own and half else "",
+            values=other / seconds if len(other) else None,
+            met=(lambda v: v >= 1) if own and half else None,
+            peer="HF Trainer" if len(other) else "",
+            limit=f"{1e3 * step:.1f} ms a step, {size / step:,.0f} "
+            f"{WORK[name][3]}/s, peak {np.median(memory):,.0f} MB, {100 * flops / step / ceiling:.0f} % of the "
+            "measured matrix-product peak",
         )
+        lines.append(line | {"ours": own, "rounds": len(values)})
     return lines
 
 
@@ -283,12 +330,30 @@ def main(argv=None):
     if not torch.cuda.is_available() and not args.tiny:
         print("  gpu: skipped, this machine has no CUDA device", flush=True)
         return
-    ceiling, rows = bench.matmul_peak("bfloat16", 128 if args.tiny else 8192), []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in WORK:
-            rows += measure(name, args, ceiling, folder)
+    ceiling = bench.matmul_peak("bfloat16", 128 if args.tiny else 8192)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    bench.save("gpu", rows, args, gpu=device, matmul_peak_tflops=round(ceiling / 1e12, 3))
+    about = {"gpu": device, "matmul_peak_tflops": round(ceiling / 1e12, 3)}
+    with tempfile.TemporaryDirectory() as folder:
+        works = {kind.name: lambda kind=kind: _decoders.measure(kind, args.tiny, folder) for kind in _decoders.WORK}
+        works |= {name: lambda name=name: measure(name, args, ceiling, folder) for name in WORK}
+        about |= {"works": list(works), "date": time.strftime("%Y-%m-%d")}
+        stored = kept(device) if args.part else []
+        for name, run in works.items():
+            if args.part and not any(part in name for part in args.part.split(",")):
+                continue
+            for rows in run():  # stored after each round: a run that is broken off keeps what it has
+                stored = [r for r in stored if r["work"] != name] + [r | {"work": name} for r in rows]
+                stored.sort(key=lambda r: list(works).index(r["work"]))
+                bench.save("gpu", stored, args, **about)
+
+
+def kept(device: str) -> list:
+    """The rows stored for this device."""
+    try:
+        content = results.load("gpu", "measured")
+    except (KeyError, FileNotFoundError):
+        return []
+    return list(content["rows"]) if content["gpu"] == device else []
 
 
 if __name__ == "__main__":

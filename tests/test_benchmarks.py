@@ -81,6 +81,58 @@ def test_the_committed_table_is_that_of_the_committed_results():
     assert (FOLDER / "README.md").read_text(encoding="utf-8") == table.render(FOLDER / "results")
 
 
+@pytest.fixture(scope="module")
+def gpu_rows(tmp_path_factory):
+    """Rows of the decoders' and the ViT's work, in the smallest sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        out = tmp_path_factory.mktemp("gpu")
+        patch.setenv("FTBOOK_RESULTS", str(out))
+        importlib.import_module("gpu").main(["--tiny", "--part", "360M,ViT", "--out", str(out)])
+        return results.load("gpu", "measured")["rows"]
+
+
+@pytest.mark.parametrize("work", ["SFT of a 360M", "DPO of a 360M", "generation with a 360M", "ViT-B/16"])
+def test_gpu_measures_ours_and_a_peer_in_each_work(gpu_rows, work):
+    rows = [r for r in gpu_rows if r["work"].startswith(work)]
+    ours, peers = ([r for r in rows if r["ours"] is own] for own in (True, False))
+    assert ours and all(r["rounds"] == 1 for r in rows)
+    if work.startswith("generation"):
+        told = [r["note"] for r in ours if r["note"]]
+        assert len(told) == 2 and all("100.0% of the pieces" in note for note in told), "equal greedy pieces"
+    if peers:
+        assert all(r["measured"][0] > 0 for r in rows)
+
+
+def test_sft_and_dpo_end_with_the_loss_of_their_peers(gpu_rows):
+    for work in ("SFT", "DPO"):
+        rows = [r["limit"] for r in gpu_rows if r["work"].startswith(work)]
+        losses = [float(text.rsplit(" ", 1)[1]) for text in rows]
+        assert max(losses) - min(losses) < 0.02, (work, losses)
+
+
+def test_gpu_without_trl_says_so(tmp_path, monkeypatch):
+    pytest.importorskip("peft", reason="peft is not installed")
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setitem(sys.modules, "trl", None)
+    gpu.main(["--tiny", "--part", "SFT", "--out", str(tmp_path)])
+    rows = results.load("gpu", "measured")["rows"]
+    assert {r["peer"] for r in rows} == {"transformers and peft, plain loop"}
+    assert all("TRL is not installed" in r["note"] for r in rows if r["ours"])
+
+
+def test_the_gpu_table_says_what_is_ahead_and_what_is_not():
+    table = importlib.import_module("_table")
+
+    def line(name, ours, values, speed):
+        about = {"work": "w", "ours": ours, "rounds": 3, "limit": f"1 ms, {speed} tokens/s"}
+        return {"what": f"w, {name}", "measured": values, **about}
+
+    peer = line("theirs", False, [1.0, 1.0, 1.0], 100)
+    for values, told in (([2, 1.5, 3], "ahead"), ([0.5, 0.4, 0.6], "behind"), ([1.1, 0.9, 1.2], "no clear")):
+        (said,) = table.standings([line("mine", True, values, 200), peer])
+        assert told in said and "(mine) 200 tokens/s" in said and "(theirs) 100 tokens/s" in said
+
+
 def test_gpu_is_skipped_with_one_line_where_there_is_no_cuda(tmp_path, monkeypatch, capsys):
     gpu = importlib.import_module("gpu")
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
