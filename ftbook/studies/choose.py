@@ -55,6 +55,7 @@ __all__ = [
     "rows",
     "photos",
     "network",
+    "follow_batches",
     "run_photo",
     "photo_rows",
     "scores",
@@ -298,8 +299,14 @@ def network(candidate: str) -> tuple[nn.Module, Any]:
 @functools.cache
 def _few_photos(name: str, seed: int) -> ImageSet:
     train = photos(name, "train")
-    most = int(train.y.bincount(minlength=len(train.classes)).min())
-    return train.per_class(min(most, LABELED // len(train.classes)), seed=seed)
+    return train.per_class(LABELED // len(train.classes), seed=seed)
+
+
+def follow_batches(net: nn.Module) -> None:
+    """Statistics of batch norm that follow within a short run."""
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.1
 
 
 def run_photo(
@@ -322,9 +329,7 @@ def run_photo(
         runtime.seed_everything(seed)
         net = copy.deepcopy(start)
         replace_head(net, len(few.classes))
-        for layer in net.modules():  # statistics that follow in a short run
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.momentum = 0.1
+        follow_batches(net)
         about: Any = {"lr": lr, "epochs": PHOTO_EPOCHS, "batch_size": 16}
         about |= {"seed": seed, "settings": PLAN}
         fit(net, (read(few.x), few.y), **about)

@@ -433,7 +433,7 @@ TRAINED = (
 )
 
 
-SCORED_BY = TRAINED[2:4]  # with longer training and a warm-up, in "scores"
+SCORED_BY = TRAINED[2:4]  # with longer training and a wait, in "scores"
 LONGER = 2 * STEPS
 WAITS = runtime.pick(quick=[0.5], cpu=[0.25, 0.5])
 SLOW = runtime.pick(quick=[1e-4, 3e-4], cpu=[1e-4, 3e-4])
@@ -488,7 +488,7 @@ def _trained(ways: Sequence[str], name: str, executor: Any) -> None:
 
 
 def _gathered(executor: Any) -> None:
-    """Zeros that grow after a warm-up, by both scores, in longer training."""
+    """Zeros that grow after a wait, by both scores, in longer training."""
     made = [*_baselines(), {"way": WHOLE}]
     made += [
         {"way": way, "steps": LONGER, "lr": SLOW, "warmup": WAITS}

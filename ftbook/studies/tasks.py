@@ -35,6 +35,7 @@ from ..corpus import word_shapes
 from ..finetune import find_head, freeze, replace_head
 from ..sft import reply
 from . import run_named
+from .choose import follow_batches
 from .prompt import decoder, encoder
 from ftbook.tasks import (
     Detector,
@@ -100,14 +101,20 @@ def trunk(way: str, seed: int) -> tuple[nn.Module, Callable]:
     net: nn.Module = models.EfficientNetLite0()
     if way != SCRATCH:
         net = copy.deepcopy(known)
-    for layer in net.modules():  # statistics that follow within a short run
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 0.1
+    follow_batches(net)
     return net, prepare
 
 
 def _plan(steps: int, **more: Any) -> Settings:
-    return Settings(**PLAN, max_steps=steps, precision="fp32", **more)
+    return Settings(**(PLAN | {"max_steps": steps, "precision": "fp32"} | more))
+
+
+def _train_for(steps: int, net, given, rows: int, size: int, **how) -> None:
+    """Batches of so many of the rows; `how` is for `fit` and its settings."""
+    keys = "lr", "seed", "loss"
+    about = {k: how.pop(k) for k in keys if k in how}
+    about |= {"epochs": -(-steps * size // rows), "batch_size": size}
+    fit(net, given, settings=_plan(steps, **how), **about)
 
 
 def _steps(split: str, steps: int) -> int:
@@ -370,11 +377,9 @@ def run_speech(
         replace_head(net, 10)
         steps = _steps(split, SPEECH_STEPS)
         change = SpecAugment(mask, mask) if mask else None
-        plan = _plan(steps, transform=change)
         given = x[train].expand(-1, 3, -1, -1), y[train]
-        about: dict[str, Any] = {"batch_size": SPEECH_BATCH, "seed": seed}
-        epochs = -(-steps * SPEECH_BATCH // len(train))
-        fit(net, given, epochs=epochs, lr=lr, settings=plan, **about)
+        about: dict[str, Any] = {"lr": lr, "seed": seed, "transform": change}
+        _train_for(steps, net, given, len(train), SPEECH_BATCH, **about)
         said = predict(net, x[score].expand(-1, 3, -1, -1), batch_size=32)
         said = said.argmax(1)
     return {"accuracy": (said == y[score]).double().numpy()}
@@ -467,10 +472,9 @@ def _reader(seed: int, lr: float, steps: int) -> PairEncoder:
     net = PairEncoder(copy.deepcopy(body), tokenizer, lengths=(16, READ))
     if steps:
         given = net.encode(*articles()["train"])
-        epochs = -(-steps * PAIRS // SIZES["train"])
-        about: dict[str, Any] = {"epochs": epochs, "batch_size": PAIRS}
-        plan = Settings(**PLAN, max_steps=steps)
-        fit(net, given, loss=None, lr=lr, seed=seed, settings=plan, **about)
+        about: dict[str, Any] = {"loss": None, "lr": lr, "seed": seed}
+        about["precision"] = "auto"
+        _train_for(steps, net, given, SIZES["train"], PAIRS, **about)
     return net
 
 
@@ -699,9 +703,9 @@ def _detector(
     labels, boxes = (torch.stack(part) for part in zip(*aims, strict=True))
     given = {"x": prepare(made["x"]), "labels": labels, "boxes": boxes}
     steps = _steps(split, BOX_STEPS * (3 if way == LONGER else 1))
-    about: dict[str, Any] = {"epochs": -(-steps * BATCH // len(labels))}
-    about |= {"batch_size": BATCH, "lr": lr, "seed": seed}
-    fit(model, given, loss=None, settings=_plan(steps, clip_norm=5.0), **about)
+    about: dict[str, Any] = {"loss": None, "lr": lr, "seed": seed}
+    about["clip_norm"] = 5.0
+    _train_for(steps, model, given, len(labels), BATCH, **about)
 
     def find(photos: Tensor) -> list[dict]:
         return [
@@ -850,14 +854,12 @@ def _span_reader(seed: int, split: str, way: str, lr: float) -> Any:
     ends = torch.tensor(spans)
     kept = ends[:, 0] >= 0
     data_ = {k: v[kept] for k, v in given.items()} | {"labels": ends[kept]}
-    steps = _steps(split, ANSWER_STEPS)
-    about: dict[str, Any] = {"epochs": -(-steps * 16 // int(kept.sum()))}
-    about |= {"batch_size": 16, "lr": lr, "seed": seed}
 
     def loss(said: Tensor, right: Tensor) -> Tensor:
         return F.cross_entropy(said, right)  # over the pieces, both ends
 
-    fit(net, data_, loss=loss, settings=_plan(steps), **about)
+    steps, rows = _steps(split, ANSWER_STEPS), int(kept.sum())
+    _train_for(steps, net, data_, rows, 16, loss=loss, lr=lr, seed=seed)
     given, places = _pieces(split)
     found = []
     with evaluating(net), torch.no_grad():
@@ -1033,10 +1035,9 @@ def _run_tilts(
         net, prepare = trunk(way, seed)
         replace_head(net, 1)
         steps = _steps(split, TILT_STEPS)
-        about: dict[str, Any] = {"epochs": -(-steps * 16 // len(x))}
-        about |= {"batch_size": 16, "lr": lr, "seed": seed, "loss": "mse"}
         given = prepare(x), (y / TILT)[:, None]
-        fit(net, given, settings=_plan(steps), **about)
+        about: dict[str, Any] = {"loss": "mse", "lr": lr, "seed": seed}
+        _train_for(steps, net, given, len(x), 16, **about)
         said = TILT * predict(net, prepare(judged), batch_size=32)[:, 0]
     return {"degrees": (said - right).abs().double().numpy()}
 
@@ -1142,9 +1143,8 @@ def _likener(seed: int, lr: float, steps: int) -> PairEncoder:
         a, b, y = _pairs("train")
         given = net.encode(a, b)
         given["labels"] = torch.from_numpy(y).float()[:, None]
-        about: dict[str, Any] = {"epochs": -(-steps * 16 // len(y))}
-        about |= {"batch_size": 16, "lr": lr, "seed": seed, "loss": "mse"}
-        fit(net, given, settings=_plan(steps), **about)
+        about: dict[str, Any] = {"loss": "mse", "lr": lr, "seed": seed}
+        _train_for(steps, net, given, len(y), 16, **about)
     return net
 
 
