@@ -1676,6 +1676,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ftbook.prompt.Prompt.filled': ('prompt.html#prompt.filled', 'ftbook/prompt.py'),
                                'ftbook.prompt.SetFit': ('prompt.html#setfit', 'ftbook/prompt.py'),
                                'ftbook.prompt.SetFit.__init__': ('prompt.html#setfit.__init__', 'ftbook/prompt.py'),
+                               'ftbook.prompt.SetFit._linear': ('prompt.html#setfit._linear', 'ftbook/prompt.py'),
                                'ftbook.prompt.SetFit._pull': ('prompt.html#setfit._pull', 'ftbook/prompt.py'),
                                'ftbook.prompt.SetFit.fit': ('prompt.html#setfit.fit', 'ftbook/prompt.py'),
                                'ftbook.prompt.SetFit.predict': ('prompt.html#setfit.predict', 'ftbook/prompt.py'),
