@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compute import evaluating
-from .runtime import atomic_write
+from .runtime import atomic_write, check_value
 from .texts import encodable, unpadded
 from .train import History, Settings, fit
 
@@ -263,6 +263,8 @@ class Sizes:
     eps: float = 1e-5
 
     def __post_init__(self):
+        for name in "vocab width layers heads kv_heads hidden context".split():
+            check_value(name, getattr(self, name), "count")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(
                 f"width={self.width} over {self.heads} heads: each head needs "
@@ -508,6 +510,11 @@ def next_probabilities(
         Logits of pieces in `seen` (B, T) are divided by it where positive,
         multiplied by it where negative.
 
+    Raises
+    ------
+    ValueError
+        If a setting leaves no piece to draw, or cannot be read.
+
     Returns
     -------
     Tensor
@@ -519,6 +526,14 @@ def next_probabilities(
     >>> next_probabilities(logits, top_k=2).mul(1000).round().tolist()
     [[625.0, 375.0, 0.0, 0.0]]
     """
+    check_value("temperature", temperature, "at least 0")
+    check_value("top_k", top_k, "count", optional=True)
+    check_value("repetition_penalty", repetition_penalty, "positive")
+    if not (0 < top_p <= 1 and 0 <= min_p <= 1):
+        raise ValueError(
+            f"top_p={top_p}, min_p={min_p}: give shares, top_p above 0 and at "
+            "most 1, min_p from 0 to 1; 1 and 0 switch them off"
+        )
     z = logits.float()
     if repetition_penalty != 1.0 and seen is not None:
         old = z.gather(1, seen)
@@ -625,7 +640,7 @@ class KneserNey:
     """
 
     def __init__(self, ids: Any, order: int, vocab: int):
-        stream = np.asarray(ids, dtype=np.int64)
+        stream = _within(ids, vocab)
         if order < 1 or len(stream) < order:
             raise ValueError(
                 f"order={order} on {len(stream)} pieces: give 1 or more, and "
@@ -655,7 +670,7 @@ class KneserNey:
 
     def losses(self, ids: Any) -> np.ndarray:
         """Nats for each piece of a stream, given those before it."""
-        stream = np.asarray(ids, dtype=np.int64)
+        stream = _within(ids, self.vocab)
         p = np.full(len(stream), 1.0 / self.vocab)
         gram = np.zeros(len(stream) + 1, np.int64)  # -1: never seen
         for k, (keys, times, total, kinds, discount) in enumerate(self.tables):
@@ -747,6 +762,7 @@ def pretrain(
     -------
     History
     """
+    check_value("pieces", pieces, "count")
     steps = max(1, pieces // (batch_size * (rows.shape[1] - 1)))
     every = -(-steps // rows_of_history)
     held = (
@@ -786,11 +802,30 @@ def _check_ids(ids: Tensor, past: int, sizes: Sizes) -> None:
             f"{past + ids.shape[1]} pieces, the context holds {sizes.context}:"
             " cut the text on the left, or score it in windows (`losses`)"
         )
-    if int(ids.max()) >= sizes.vocab:
+    _check_range(ids.aminmax(), sizes.vocab)
+
+
+def _check_range(ends: Iterable, vocab: int) -> None:
+    """Raise ValueError for a smallest or largest piece that there is not."""
+    low, high = (int(end) for end in ends)
+    if low < 0:
         raise ValueError(
-            f"piece {int(ids.max())} of a model with {sizes.vocab} pieces: "
+            f"piece {low}: pieces are numbered from 0 on; a number such as "
+            "-100 marks targets that are not scored"
+        )
+    if high >= vocab:
+        raise ValueError(
+            f"piece {high} of a model with {vocab} pieces: "
             "these ids come from another tokenizer"
         )
+
+
+def _within(ids: Any, vocab: int) -> np.ndarray:
+    """A stream of pieces as an array, each one below `vocab`."""
+    stream = np.asarray(ids, dtype=np.int64)
+    if stream.size:
+        _check_range((stream.min(), stream.max()), vocab)
+    return stream
 
 # %% ../nbs/07_causal.ipynb #4f994033
 @torch.no_grad()
@@ -840,7 +875,7 @@ def losses(
             f"window={window}, stride={stride}: give 0 < stride <= window <= "
             f"{model.sizes.context}, the context"
         )
-    out = [np.zeros(len(pieces)) for pieces in documents]
+    out = [np.zeros(len(_within(d, model.sizes.vocab))) for d in documents]
     jobs = sorted(
         _windows(documents, window, stride), key=lambda j: j[2] - j[1]
     )
@@ -922,6 +957,7 @@ def pack(
     >>> pack([[5, 6], [7]], end=0, length=2).tolist()
     [[0, 5, 6], [6, 0, 7]]
     """
+    check_value("length", length, "count")
     stream = np.array([i for d in documents for i in (end, *d)], np.int32)
     n = (len(stream) - 1) // length
     if n < 1:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from .causal import Cache, encode
 from .compute import evaluating
+from .runtime import check_value
 from ftbook.texts import (
     TextClassifier,
     encodable,
@@ -103,6 +104,11 @@ class Prompt:
 
     def filled(self, text: str, label: str) -> str:
         """The template with a text and a label in it."""
+        if not isinstance(text, str):
+            raise TypeError(
+                f"a text is {text!r} of type {type(text).__name__}; give str, "
+                "and leave missing texts out"
+            )
         left, right = self.template.split("{label}")
         put = (part.replace("{text}", text) for part in (left, right))
         return label.join(put)
@@ -241,6 +247,7 @@ def label_scores(
     >>> label_scores(model, tokenizer, prompt, ["good", "bad"]).shape
     torch.Size([2, 2])
     """
+    check_value("batch_size", batch_size, "count")
     start, first, asks, words = _pieces(tokenizer, prompt, texts, shots)
     longest = max(map(len, asks), default=0) + max(map(len, words)) - 1
     _check_context(model, 1 + len(first) + longest)
@@ -373,6 +380,7 @@ def cloze_scores(
         raise TypeError(
             f"texts is one str, {texts[:40]!r}; put a single text into a list"
         )
+    check_value("batch_size", batch_size, "count")
     mask = getattr(tokenizer, "mask_token", None)
     if mask is None or not hasattr(model, "cls"):
         raise ValueError(
@@ -570,11 +578,19 @@ class SetFit:
 
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
         """Probabilities of the classes, shape (N, K)."""
-        return self.linear_.predict_proba(self.vectors(texts))
+        return self._linear().predict_proba(self.vectors(texts))
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """Class numbers, shape (N,)."""
-        return self.linear_.predict(self.vectors(texts))
+        return self._linear().predict(self.vectors(texts))
+
+    def _linear(self) -> Any:
+        """The classifier, if there is one."""
+        if not hasattr(self, "linear_"):
+            raise ValueError(
+                "nothing was fitted: call fit(texts, labels) first"
+            )
+        return self.linear_
 
 
 class _Even:

@@ -178,6 +178,7 @@ def test_sizes_count_their_weights_and_refuse_what_cannot_be_built():
         (torch.zeros(5, dtype=torch.long), r"give \(B, T\)"),
         (torch.zeros(1, 65, dtype=torch.long), "65 pieces, the context holds 64: cut the text on the left"),
         (torch.tensor([[300]]), "piece 300 of a model with 300 pieces: these ids come from another tokenizer"),
+        (torch.tensor([[-100, 5]]), "piece -100: pieces are numbered from 0 on"),
     ],
 )
 def test_what_a_decoder_cannot_read_is_refused_in_words(pair, wrong, message):
@@ -297,6 +298,24 @@ def test_temperature_zero_takes_the_largest_and_more_than_all_pieces_is_all():
     assert torch.allclose(causal.next_probabilities(LOGITS, top_k=10_000), LOGITS.softmax(-1))
 
 
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0"),
+        ({"temperature": math.nan}, "temperature must be at least 0 and finite"),
+        ({"top_k": 0}, "top_k must be an integer >= 1, got 0"),
+        ({"top_p": 0.0}, "top_p=0.0, min_p=0.0: give shares"),
+        ({"min_p": 2.0}, "top_p=1.0, min_p=2.0: give shares"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
+    ],
+)
+def test_a_way_of_sampling_that_leaves_nothing_to_draw_is_refused(pair, ids, how, told):
+    with pytest.raises(ValueError, match=told):
+        causal.next_probabilities(LOGITS, **how)
+    with pytest.raises(ValueError, match=told):
+        causal.generate(pair[1], ids, 2, **how)
+
+
 # ---------------------------------------------------------------- scoring
 
 
@@ -382,6 +401,22 @@ def test_longer_contexts_help_counting_where_the_text_has_order():
         causal.KneserNey(stream, 0, 5)
     with pytest.raises(ValueError, match="order=3 on 2 pieces"):
         causal.KneserNey([1, 2], 3, 5)
+
+
+def test_pieces_of_another_tokenizer_and_counts_below_one_are_refused(pair):
+    for refused in (
+        lambda: causal.KneserNey([0, 5, 1], 2, 3),
+        lambda: causal.KneserNey([0, 1, 2, 0], 2, 5).losses([0, 5]),
+        lambda: causal.losses(pair[1], [[1, 300]], 0),
+    ):
+        with pytest.raises(ValueError, match="these ids come from another tokenizer"):
+            refused()
+    with pytest.raises(ValueError, match="length must be an integer >= 1"):
+        causal.pack([[1, 2]], 0, 0)
+    with pytest.raises(ValueError, match="pieces must be an integer >= 1"):
+        causal.pretrain(pair[1], torch.zeros(2, 9, dtype=torch.long), pieces=0)
+    with pytest.raises(ValueError, match="heads must be an integer >= 1"):
+        causal.Sizes(vocab=5, heads=0)
 
 
 def test_counting_a_text_given_twice_leaves_every_piece_a_chance():

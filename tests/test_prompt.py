@@ -138,6 +138,13 @@ def test_a_single_string_a_long_prompt_and_a_foreign_tokenizer_are_refused(small
     for score in (label_scores, plain_scores):
         with pytest.raises(TypeError, match="put a single text into a list"):
             score(*small, ASK, "a film")
+        with pytest.raises(TypeError, match="a text is None of type NoneType; give str"):
+            score(*small, ASK, ["a film", None])
+    for count in (0, -1):
+        with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
+            label_scores(*small, ASK, ["fine"], batch_size=count)
+        with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
+            cloze_scores(*bert, Prompt("{text} It was {label}.", ("good", "bad")), ["fine"], batch_size=count)
     with pytest.raises(ValueError, match=r"the longest prompt has \d+ pieces, the context holds 128"):
         label_scores(*small, ASK, ["fine"], SHOTS * 12)
     with pytest.raises(ValueError, match="no piece <|endoftext|>"):
@@ -330,6 +337,8 @@ def test_setfit_refuses_what_it_cannot_fit(bert):
         SetFit(*bert).fit(["a", "b"], [0, 1, 1])
     with pytest.raises(ValueError, match="all labels are the same"):
         SetFit(*bert).fit(["a", "b"], [1, 1])
+    with pytest.raises(ValueError, match="call fit"):
+        SetFit(*bert).predict(["a"])
 
 
 # ---------------------------------------------------------------- studies
