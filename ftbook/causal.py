@@ -575,7 +575,7 @@ def generate(
     ids : Tensor
         The prompt, shape (B, T).
     new : int
-        Pieces to add.
+        Pieces to add, one or more.
     stop : int, optional
         A sequence ends with this piece, and repeats it up to the end.
     seed : int
@@ -595,6 +595,7 @@ def generate(
     >>> generate(model, torch.tensor([[1, 2]]), 3, temperature=0).shape
     torch.Size([1, 5])
     """
+    check_value("new", new, "count")
     _check_ids(ids, new - 1, model.sizes)
     draws = torch.Generator(ids.device).manual_seed(seed)
     cache, fresh = (Cache() if cached else None), ids

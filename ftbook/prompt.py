@@ -337,6 +337,14 @@ def calibrate(scores: Tensor, empty: Tensor) -> Tensor:
         )
     if not len(empty):
         raise ValueError("empty has no row; score CONTENT_FREE with the prompt")
+    for name, given in {"scores": scores, "empty": empty}.items():
+        if given.isnan().any():
+            raise ValueError(f"{name} hold NaN; give log-probabilities")
+    if empty.isneginf().all(0).any():
+        raise ValueError(
+            "a label has probability 0 in every row of empty, which cannot be "
+            "divided by; give it other words"
+        )
     prior = empty.softmax(1).mean(0)
     return (scores.log_softmax(1) - prior.log()).log_softmax(1)
 

@@ -200,7 +200,10 @@ class Row(dict):
         runs = len(self.get("values", ()))
         text = _format_interval(self["mean"], self.low, self.high, runs, spec)
         apart = str(self.get("metric", "")).startswith(_DIFFERENCE)
-        return text.replace(" %", " points") if apart else text
+        if not apart:
+            return text
+        one = re.match(r"[+-]?1 %", text)
+        return text.replace(" %", " point" if one else " points")
 
 
 _DIFFERENCE = "difference in "

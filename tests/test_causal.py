@@ -413,6 +413,8 @@ def test_pieces_of_another_tokenizer_and_counts_below_one_are_refused(pair):
             refused()
     with pytest.raises(ValueError, match="length must be an integer >= 1"):
         causal.pack([[1, 2]], 0, 0)
+    with pytest.raises(ValueError, match="new must be an integer >= 1, got -1"):
+        causal.generate(pair[1], torch.tensor([[1]]), -1)
     with pytest.raises(ValueError, match="pieces must be an integer >= 1"):
         causal.pretrain(pair[1], torch.zeros(2, 9, dtype=torch.long), pieces=0)
     with pytest.raises(ValueError, match="heads must be an integer >= 1"):

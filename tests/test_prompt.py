@@ -200,6 +200,9 @@ def test_a_prompt_that_is_undecided_about_nothing_is_not_changed():
         (torch.zeros(2, 3), torch.zeros(1, 2), "the same labels"),
         (torch.zeros(3), torch.zeros(1, 3), "give .N, K. and .M, K."),
         (torch.zeros(2, 3), torch.zeros(0, 3), "score CONTENT_FREE"),
+        (torch.full((2, 3), torch.nan), torch.zeros(1, 3), "scores hold NaN"),
+        (torch.zeros(2, 3), torch.full((1, 3), torch.nan), "empty hold NaN"),
+        (torch.zeros(2, 2), torch.tensor([[0.0, -torch.inf]]), "probability 0 in every row of empty"),
     ],
 )
 def test_scores_that_cannot_be_calibrated_are_refused(scores, empty, told):

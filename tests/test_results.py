@@ -1313,5 +1313,7 @@ def test_differences_of_shares_are_in_points():
     gap = results.difference([0.90, 0.92, 0.91], [0.88, 0.89, 0.88])
     assert f"{gap:.1%}" == "2.7 points [1.2, 4.1]" and f"{gap:+.1%}".startswith("+2.7 points [+1.2")
     assert f"{gap:.3f}" == "0.027 [0.012, 0.041]"
+    one = results.row("difference in accuracy", [0.009, 0.011])
+    assert f"{one:+.0%}".startswith("+1 point [") and f"{one:+.1%}".startswith("+1.0 points [")
     signed = results.table([{"way": "a", "gap": "+1"}, {"way": "b", "gap": "-1"}])
     assert "| :--- | ---: |" in str(signed)
