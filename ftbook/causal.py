@@ -793,6 +793,11 @@ def pretrain(
 # %% ../nbs/07_causal.ipynb #210b47b8
 def _check_ids(ids: Tensor, past: int, sizes: Sizes) -> None:
     """Raise ValueError for a sequence that a decoder cannot read."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        kind = getattr(ids, "dtype", type(ids).__name__)
+        raise TypeError(
+            f"ids are of the type {kind}; give a tensor of integers"
+        )
     if ids.dim() != 2 or not ids.shape[1]:
         raise ValueError(
             f"ids have the shape {tuple(ids.shape)}; give (B, T) with at "

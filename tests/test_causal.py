@@ -415,6 +415,9 @@ def test_pieces_of_another_tokenizer_and_counts_below_one_are_refused(pair):
         causal.pack([[1, 2]], 0, 0)
     with pytest.raises(ValueError, match="new must be an integer >= 1, got -1"):
         causal.generate(pair[1], torch.tensor([[1]]), -1)
+    for ids in ([[1]], torch.tensor([[1.0]])):
+        with pytest.raises(TypeError, match="give a tensor of integers"):
+            pair[1](ids)
     with pytest.raises(ValueError, match="pieces must be an integer >= 1"):
         causal.pretrain(pair[1], torch.zeros(2, 9, dtype=torch.long), pieces=0)
     with pytest.raises(ValueError, match="heads must be an integer >= 1"):
