@@ -1570,6 +1570,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ftbook.peft._selected': ('peft.html#_selected', 'ftbook/peft.py'),
                              'ftbook.peft._shiftable': ('peft.html#_shiftable', 'ftbook/peft.py'),
                              'ftbook.peft._short': ('peft.html#_short', 'ftbook/peft.py'),
+                             'ftbook.peft._sum_pays': ('peft.html#_sum_pays', 'ftbook/peft.py'),
                              'ftbook.peft._switch': ('peft.html#_switch', 'ftbook/peft.py'),
                              'ftbook.peft._table': ('peft.html#_table', 'ftbook/peft.py'),
                              'ftbook.peft._take_first_update_out': ('peft.html#_take_first_update_out', 'ftbook/peft.py'),

@@ -172,18 +172,37 @@ def _itself(weight: Tensor) -> Tensor:
     return weight
 
 
+def _sum_pays(x: Tensor, A: Tensor, B: Tensor, W: Tensor) -> bool:
+    """Whether W + B A, built for one call, is less work than B (A x).
+
+    Not where a gradient is asked for, and never in half precision: W would
+    round the small update away.
+    """
+    n_out, n_in = W.shape
+    rows = x.numel() // n_in
+    exact = W.dtype in (torch.float32, torch.float64)
+    exact = exact and x.dtype == A.dtype == B.dtype == W.dtype
+    many = rows * (n_in + n_out) > n_in * n_out
+    return exact and many and not torch.is_grad_enabled()
+
+
 def _fused(
-    x: Tensor, A: Tensor | None, B: Tensor | None, base: nn.Module, scale: float
+    x: Tensor, A: Tensor | None, B: Tensor | None, base: _Weighted, scale: float
 ) -> Tensor:
     """`_LowRankLinear` beside a linear layer, for x of shape (..., n_in)."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    stored: tuple[Any, ...]
     if isinstance(base, _Coded):
         stored = base.decode, base.codes, base.scale
     else:
-        stored = _itself, _matrix(base)
+        W = _matrix(base)
+        if A is not None and B is not None and _sum_pays(x, A, B, W):
+            W = torch.addmm(W, B, A, alpha=scale)
+            return F.linear(x, W, base.bias)
+        stored = _itself, W
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = _LowRankLinear.apply(rows, A, B, base.bias, scale, *stored)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 

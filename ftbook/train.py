@@ -696,9 +696,16 @@ def join_group() -> tuple[int, int]:
 
 
 def _leave() -> None:
-    """Leave the process group when the script ends."""
+    """Leave the process group when the script ends.
+
+    A worker thread of gloo may still let go of tensors of the last collective.
+    It needs the interpreter for that, and where that is gone, it aborts the
+    process ("terminate called without an active exception"). So the
+    interpreter is given away for a moment before it ends.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.2)
 
 
 def is_main() -> bool:
@@ -793,6 +800,7 @@ def cut_model(model: nn.Module) -> None:
 def _check_parallel(run: Run) -> None:
     """Refuse what several processes, or a single one, cannot do."""
     how = run.settings.parallel
+    cut = hasattr(run.model, "set_requires_gradient_sync")
     started = dist.is_initialized() or "WORLD_SIZE" in os.environ
     if how is not None and not started:
         raise ValueError(
@@ -801,7 +809,7 @@ def _check_parallel(run: Run) -> None:
             "script.py, or leave parallel out"
         )
     if how != "fsdp":
-        if hasattr(run.model, "set_requires_gradient_sync"):
+        if cut:
             raise ValueError(
                 f"the model is cut by FSDP, and parallel={how!r}: pass "
                 "Settings(parallel='fsdp')"
@@ -830,8 +838,7 @@ def _check_parallel(run: Run) -> None:
             f"{', '.join(_ON_PARTS)}; of others pass a class that takes "
             "DTensors, or use parallel='ddp'"
         )
-    whole = not hasattr(run.model, "set_requires_gradient_sync")
-    if whole and isinstance(run.optimizer, torch.optim.Optimizer):
+    if not cut and isinstance(run.optimizer, torch.optim.Optimizer):
         raise ValueError(
             f"parallel='fsdp' with a finished {type(run.optimizer).__name__}, "
             "which holds the weights as they are before the cut: pass its "

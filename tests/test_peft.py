@@ -454,6 +454,38 @@ def test_custom_function_equals_autograd(n_in, n_out, rows, seed, bias, data):
     assert torch.autograd.gradcheck(call, (x, A, B))
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "codes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_gradients_many_rows_see_the_sum_and_few_the_thin_products(kind, dtype, monkeypatch):
+    """Both ways give what training computes; bfloat16 and codes never build the sum, which would be rounded."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    base = (Conv1D(24, 16) if kind == "conv1d" else nn.Linear(16, 24)).to(dtype)
+    model = nn.Sequential(peft._QuantLinear(base, 8, 8) if kind == "codes" else base)
+    adapter = stir(peft.apply(model, LoRA("0", r=3)))
+    sums, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: sums.append(1) or addmm(*a, **k))
+    for rows, whole in ((9, False), (10, True)):  # 9 (16 + 24) < 16 × 24 < 10 (16 + 24)
+        x = torch.randn(rows, 16, dtype=dtype)
+        trained = model(x)
+        before = len(sums)
+        with torch.no_grad():
+            y = model(x)
+        assert (len(sums) > before) == (whole and kind != "codes" and dtype != torch.bfloat16)
+        assert y.dtype == trained.dtype and torch.allclose(y, trained, atol=1e-6 if dtype != torch.bfloat16 else 0)
+        x = x.view(rows, 1, 16)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            before = len(sums)
+            model(x)
+            assert len(sums) == before or dtype == torch.float64
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.zero_()
+        x = torch.randn(40, 16, dtype=dtype)
+        assert torch.equal(model(x), model[0].base(x)), "a start at 0 is the base, bit for bit"
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     kernel=st.integers(1, 3), stride=st.integers(1, 2), dilation=st.integers(1, 2), r=st.integers(1, 3),

@@ -12,6 +12,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -1822,6 +1823,20 @@ def test_process_group_of_one(monkeypatch):
         assert T._reduce(run, {"loss": 0.0}, 0, 0) is None
     finally:
         dist.destroy_process_group()
+
+
+def test_leaving_the_group_lets_its_threads_finish(monkeypatch):
+    """A thread of the group that still needs the interpreter gets it, before the script ends."""
+    freed = []
+    late = threading.Thread(target=lambda: (time.sleep(0.03), freed.append(1)), daemon=True)
+    monkeypatch.setattr(T.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(T.dist, "destroy_process_group", late.start)
+    T._leave()
+    assert freed == [1]
+    monkeypatch.setattr(T.dist, "is_initialized", lambda: False)
+    start = time.perf_counter()
+    T._leave()
+    assert time.perf_counter() - start < 0.1  # a script alone does not wait
 
 
 @example_budget(max_examples=20, deadline=None)
