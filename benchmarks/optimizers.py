@@ -12,6 +12,7 @@ NAMES = {
     "Adam": ("Adam", {}),
     "AdamW": ("AdamW", {}),
 }
+FUSED = ("SGD", "Adam", "AdamW")  # torch has one kernel for the whole rule, also on a CPU
 
 
 def setting(cls, shapes, options: dict):
@@ -51,6 +52,26 @@ def main(argv=None):
                 limit="ours {:.1f} ms, torch {:.1f} ms".format(*(1e3 * bench.quartiles(side)[0] for side in t.T))
                 if ours
                 else "",
+            )
+        )
+    for name in FUSED if optim is not None else ():
+        theirs, options = NAMES[name]
+        sides = [
+            setting(lambda params, lr, n=name: optim.optimizer(n, params, lr=lr, fast=True), shapes, {}).step,
+            setting(getattr(torch.optim, theirs), shapes, {**options, "fused": True}).step,
+            setting(getattr(optim, name), shapes, options).step,
+        ]
+        t = bench.paired(*sides, repeats=2 if args.tiny else 21)
+        rows.append(
+            bench.row(
+                f"{name} step as `fit` makes it, `optimizer({name!r}, fast=True)`",
+                target="≤ 1.1",
+                values=t[:, 0] / t[:, 1],
+                unit="",
+                met=lambda v: v <= 1.1,
+                peer=f"torch.optim.{theirs}(fused=True)",
+                limit="it is torch's own kernel: ours {:.1f} ms, torch {:.1f} ms; the class written out in chapter 3 "
+                "{:.1f} ms".format(*(1e3 * bench.quartiles(side)[0] for side in t.T)),
             )
         )
     bench.save("optimizers", rows, args)

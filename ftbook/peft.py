@@ -1252,9 +1252,11 @@ def _selected(
     survey: _Survey,
 ) -> set[str]:
     """What `find` finds for the patterns; "!..." takes away from it."""
-    return set(
-        survey.meant(*(p if p[:1] == "!" else set(find(p)) for p in patterns))
-    )
+    found = [p if p[:1] == "!" else set(find(p)) for p in patterns]
+    sets = [names for names in found if isinstance(names, set)]
+    if len(sets) == len(found):  # nothing is taken away
+        return set().union(*sets)
+    return set(survey.meant(*found))
 
 
 def _all_linear(method: Method, survey: _Survey, outside: dict) -> set[str]:
@@ -1852,6 +1854,8 @@ def _absorb(adapter: Adapter, places: list[_Place]) -> list[nn.Module]:
             new = (layer.absorbed if alone else layer.merged)(old)
         w.aside, w.base = [old], new
     for w in wrapped:
+        if w.base is w.aside[0]:  # changed in place: no new parameters
+            continue
         old = dict(w.aside[0].named_parameters())
         for n, new in w.base.named_parameters():
             was = [old[n]] if n in old else list(old.values())  # parametrized

@@ -310,7 +310,7 @@ def _numbered(true, pred, labels, lengths) -> tuple:
 def _check_lists(true, pred) -> None:
     for name, value in (("true", true), ("pred", pred)):
         flat = isinstance(value, str) or not hasattr(value, "__len__")
-        if flat or any(isinstance(s, str) for s in value):
+        if flat or any(issubclass(t, str) for t in set(map(type, value))):
             raise TypeError(
                 f"{name} must be a list of tag lists such as "
                 f"[['B-PER', 'O']], not {str(value)[:60]!r}. Put a single "
