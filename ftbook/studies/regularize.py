@@ -553,6 +553,7 @@ def run(
 
 # %% ../../nbs/15_regularize.ipynb #920448d7
 SEEDS = runtime.pick(quick=range(1, 3), cpu=range(1, 11))
+TRIES = runtime.pick(quick=[0], cpu=[0, 11, 12])  # other draws, to choose on
 RATES = runtime.pick(quick=[1e-4, 1e-3], cpu=[3e-4, 1e-3, 3e-3, 1e-2])
 DECAYS = runtime.pick(
     quick=[1.0, 10.0], cpu=[1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0]
@@ -587,6 +588,7 @@ def _questions(executor) -> None:
         mode=dict.fromkeys(LESS, "min"),
         budget=f"{BUDGET['epochs']} epochs, batches of {SIZE}, 4 settings",
         seeds=SEEDS,
+        search_seeds=TRIES,
         n=SIZES,
         executor=executor,
     )
