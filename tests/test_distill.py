@@ -569,7 +569,7 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     study.main()
     stored = json.loads((tmp_path / "19_distill.json").read_text())["quick"]
-    names = {"costs", "targets", "inside", "sizes", "transfer", "heat", "flips", "photos", "samples"}
+    names = {"costs", "targets", "inside", "sizes", "longer", "transfer", "heat", "flips", "photos", "samples"}
     assert names <= set(stored)
     for name in names - {"costs", "samples"}:
         found = results.load_study(study.CHAPTER, name)
@@ -580,7 +580,7 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     assert costs["1 layer"]["weights"] < costs["3 layers"]["weights"] < costs["teacher"]["weights"]
     for name in ("run", "run_inside", "run_transfer", "run_heat", "run_flips", "run_photo"):
         monkeypatch.setattr(study, name, lambda *a, **_: pytest.fail("it ran again"))
-    study.main("targets", "inside", "sizes", "transfer", "heat", "flips", "photos")
+    study.main("targets", "inside", "sizes", "longer", "transfer", "heat", "flips", "photos")
     with pytest.raises(ValueError, match="no study 'sums'; use costs, targets, inside"):
         study.main("sums")
     assert math.isfinite(costs["teacher"]["p95"]) and os.environ["FTBOOK_RESULTS"] == str(tmp_path)
