@@ -564,6 +564,22 @@ def test_every_row_of_a_table_has_its_baseline_and_ways_that_choose_as_many_rate
     assert {r["way"] for r in made if r["student"] == study.MAIN} == {*study.WAYS, study.SELF}
 
 
+def test_a_student_is_trained_with_as_many_batches_as_it_is_asked_for(monkeypatch):
+    seen = []
+
+    def note(target, net, inputs, batches, **about):
+        made = batches(inputs)
+        assert about["epochs"] * len(made) >= about["settings"].max_steps  # else the texts end before
+        seen.append((made.size, about["settings"].max_steps))
+
+    monkeypatch.setattr(study, "distill", note)
+    texts = study._texts("train")
+    for student in ("LSTM", study.MAIN):
+        for batches in (0, 5):
+            study._trained(student, 0, texts, torch.zeros(len(texts), 2), 1e-3, batches=batches)
+    assert seen == [(64, study.LONGER), (64, 5), (32, study.STEPS), (64, 5)]
+
+
 @pytest.mark.slow
 def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))

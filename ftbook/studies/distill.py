@@ -414,12 +414,12 @@ LONG = {
     "soft targets": runtime.pick(quick=[3e-4, 1e-3], cpu=[1e-4, 3e-4, 1e-3]),
 }
 LONG_SEEDS = SEEDS[:3]
-BATCHES = runtime.pick(quick=(1, LONGER), cpu=(160, LONGER))  # of 64
+BETWEEN = runtime.pick(quick=1, cpu=160)  # batches of 64
 
 
 def _longer(executor: Any) -> None:
-    """Cuts of MiniLM, two ways, with as many batches of 64 as the LSTM has, and
-    two layers with fewer; the others take the rates of two layers.
+    """Cuts of MiniLM, two ways, with as many batches of 64 as the LSTM has, at
+    the rates of two layers; these also with fewer, on soft targets.
     """
     base = {"student": "majority", "way": "labels", "batches": 0}
     made: list[dict] = [results.Baseline(**base)]
@@ -428,10 +428,12 @@ def _longer(executor: Any) -> None:
         made.append(results.Baseline(LONG_SEEDS, C=DECAYS, **words))
         words = {"student": "LSTM", "way": way, "batches": LONGER}
         made.append(results.Baseline(LONG_SEEDS, lr=LONG_LSTM, **words))
-        about = {"student": MAIN, "way": way, "lr": rates}
-        made += [about | {"batches": batches} for batches in BATCHES]
-        about |= {"lr": results.ChosenFor(student=MAIN), "batches": LONGER}
-        made += [about | {"student": s} for s in DEPTH if s != MAIN]
+        about: dict[str, Any] = {"way": way, "batches": LONGER}
+        made.append(about | {"student": MAIN, "lr": rates})
+        taken = {"lr": results.ChosenFor(student=MAIN)}
+        made += [about | taken | {"student": s} for s in DEPTH if s != MAIN]
+    about = {"student": MAIN, "way": "soft targets", "batches": BETWEEN}
+    made.append(about | {"lr": results.ChosenFor(batches=LONGER)})
     results.study(
         run,
         [*made, base | {"student": "teacher"}],
