@@ -421,7 +421,8 @@ def _longer(executor: Any) -> None:
     """Cuts of MiniLM, two ways, with as many batches of 64 as the LSTM has, at
     the rates of two layers; these also with fewer, on soft targets.
     """
-    base = {"student": "majority", "way": "labels", "batches": 0}
+    base: dict[str, Any] = {"student": "majority", "way": "labels"}
+    base["batches"] = 0
     made: list[dict] = [results.Baseline(**base)]
     for way, rates in LONG.items():
         words = {"student": "bag of words", "way": way, "batches": 0}
