@@ -2592,6 +2592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ftbook.studies.distill._inside': ('distill.html#_inside', 'ftbook/studies/distill.py'),
                                         'ftbook.studies.distill._known': ('distill.html#_known', 'ftbook/studies/distill.py'),
                                         'ftbook.studies.distill._learned': ('distill.html#_learned', 'ftbook/studies/distill.py'),
+                                        'ftbook.studies.distill._longer': ('distill.html#_longer', 'ftbook/studies/distill.py'),
                                         'ftbook.studies.distill._numbers': ('distill.html#_numbers', 'ftbook/studies/distill.py'),
                                         'ftbook.studies.distill._photo': ('distill.html#_photo', 'ftbook/studies/distill.py'),
                                         'ftbook.studies.distill._photo_answers': ( 'distill.html#_photo_answers',

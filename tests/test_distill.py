@@ -564,12 +564,28 @@ def test_every_row_of_a_table_has_its_baseline_and_ways_that_choose_as_many_rate
     assert {r["way"] for r in made if r["student"] == study.MAIN} == {*study.WAYS, study.SELF}
 
 
+def test_a_student_is_trained_with_as_many_batches_as_it_is_asked_for(monkeypatch):
+    seen = []
+
+    def note(target, net, inputs, batches, **about):
+        made = batches(inputs)
+        assert about["epochs"] * len(made) >= about["settings"].max_steps  # else the texts end before
+        seen.append((made.size, about["settings"].max_steps))
+
+    monkeypatch.setattr(study, "distill", note)
+    texts = study._texts("train")
+    for student in ("LSTM", study.MAIN):
+        for batches in (0, 5):
+            study._trained(student, 0, texts, torch.zeros(len(texts), 2), 1e-3, batches=batches)
+    assert seen == [(64, study.LONGER), (64, 5), (32, study.STEPS), (64, 5)]
+
+
 @pytest.mark.slow
 def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeypatch):
     monkeypatch.setenv("FTBOOK_RESULTS", str(tmp_path))
     study.main()
     stored = json.loads((tmp_path / "19_distill.json").read_text())["quick"]
-    names = {"costs", "targets", "inside", "sizes", "transfer", "heat", "flips", "photos", "samples"}
+    names = {"costs", "targets", "inside", "sizes", "longer", "transfer", "heat", "flips", "photos", "samples"}
     assert names <= set(stored)
     for name in names - {"costs", "samples"}:
         found = results.load_study(study.CHAPTER, name)
@@ -580,7 +596,7 @@ def test_the_studies_run_store_their_rows_and_do_not_run_twice(tmp_path, monkeyp
     assert costs["1 layer"]["weights"] < costs["3 layers"]["weights"] < costs["teacher"]["weights"]
     for name in ("run", "run_inside", "run_transfer", "run_heat", "run_flips", "run_photo"):
         monkeypatch.setattr(study, name, lambda *a, **_: pytest.fail("it ran again"))
-    study.main("targets", "inside", "sizes", "transfer", "heat", "flips", "photos")
+    study.main("targets", "inside", "sizes", "longer", "transfer", "heat", "flips", "photos")
     with pytest.raises(ValueError, match="no study 'sums'; use costs, targets, inside"):
         study.main("sums")
     assert math.isfinite(costs["teacher"]["p95"]) and os.environ["FTBOOK_RESULTS"] == str(tmp_path)

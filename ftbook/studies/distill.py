@@ -228,15 +228,18 @@ def _trained(
     lr: float,
     labels: Tensor | None = None,
     start: str = STARTS[0],
+    batches: int = 0,
     **how: Any,
 ) -> Callable[[str | Sequence[str]], Tensor]:
-    """Train a student on labels (integers), or distill a teacher or its logits:
-    split or texts -> logits.
+    """Train a student on labels (integers), or distill a teacher or its logits,
+    with so many batches of 64, or 0 for the usual: split or texts -> logits.
     """
     torch.set_num_threads(1)
     net, read = _student(student, seed, texts, start)
     lstm = student == "LSTM"
     size, steps = (64, LONGER) if lstm else (32, STEPS)
+    if batches:
+        size, steps = 64, batches
     epochs = -(-steps // -(-len(texts) // size))
     about: dict[str, Any] = {"lr": lr, "epochs": epochs, "seed": seed}
     about["settings"] = replace(PLAN, max_steps=steps)
@@ -247,13 +250,14 @@ def _trained(
         return _numbers(student == "bundled BERT", tuple(given))
 
     inputs = coded(texts)
-    batches = functools.partial(ByLength, size=size, seed=seed)
+    by_length = functools.partial(ByLength, size=size, seed=seed)
     if isinstance(target, Tensor) and not target.is_floating_point():
-        fit(net, batches(inputs | {"labels": target}), **about)
+        fit(net, by_length(inputs | {"labels": target}), **about)
     else:
         told = {} if labels is None else {"labels": labels}
         how = {"temperature": HEAT, **how}
-        distill(target, net, inputs | told, batches=batches, **how, **about)
+        about |= {"batches": by_length, **how}
+        distill(target, net, inputs | told, **about)
 
     def answer(asked: str | Sequence[str]) -> Tensor:
         given = _texts(asked) if isinstance(asked, str) else asked
@@ -283,22 +287,22 @@ def _known(seed: int) -> Tensor:
     return labels
 
 
-def _learned(seed: int, student: str, way: str, lr: float) -> Callable:
+def _learned(
+    seed: int, student: str, way: str, lr: float, batches: int = 0
+) -> Callable:
     """Train a student one way: split -> logits."""
     few, _ = halves(seed)
     labels, texts = _known(seed), _texts("train")
-    both = student, seed
+    taught = functools.partial(_trained, student, seed, batches=batches)
     if way in ("labels", SELF):
-        taught = _trained(*both, _at(few), labels[few], lr)
-        if way == "labels":
-            return taught
-        return _trained(*both, texts, taught(texts), lr)
+        found = taught(_at(few), labels[few], lr)
+        return found if way == "labels" else taught(texts, found(texts), lr)
     guide = says(seed, "train")
     if way == "pseudo-labels":
         given = torch.where(labels < 0, guide.argmax(1), labels)
-        return _trained(*both, texts, given, lr)
+        return taught(texts, given, lr)
     alpha = 0.5 * (way == "soft targets and labels")
-    return _trained(*both, texts, guide, lr, labels, alpha=alpha)
+    return taught(texts, guide, lr, labels, alpha=alpha)
 
 
 def _scored(seed: int, split: str, logits: Tensor) -> dict[str, Any]:
@@ -322,8 +326,11 @@ def run(
     way: str,
     lr: float | None = None,
     C: float | None = None,
+    batches: int = 0,
 ) -> dict[str, Any]:
-    """Train one student one way with the labels and the teacher of the seed."""
+    """Train one student one way with the labels and the teacher of the seed;
+    with so many batches of 64, or 0 for the usual.
+    """
     torch.set_num_threads(1)
     if student == "majority":
         y = train_set().y
@@ -334,7 +341,7 @@ def run(
     elif C is not None:
         logits = _counted(seed, way, C)(split)
     else:
-        logits = _learned(seed, student, way, lr or 0.0)(split)
+        logits = _learned(seed, student, way, lr or 0.0, batches)(split)
     return _scored(seed, split, logits)
 
 
@@ -398,6 +405,47 @@ def _targets(executor: Any) -> None:
 
 def _sizes(executor: Any) -> None:
     _study(run, rows("sizes"), "sizes", BUDGET, executor)
+
+# %% ../../nbs/19_distill.ipynb #19b00014
+# (labels, soft targets): rates of the LSTM, and of the main student
+LONG_LSTM = runtime.pick(quick=[1e-3, 1e-2], cpu=[3e-3, 1e-2, 3e-2, 1e-1])
+LONG = {
+    "labels": runtime.pick(quick=[3e-4, 1e-3], cpu=[3e-5, 1e-4, 3e-4]),
+    "soft targets": runtime.pick(quick=[3e-4, 1e-3], cpu=[1e-4, 3e-4, 1e-3]),
+}
+LONG_SEEDS = SEEDS[:3]
+BETWEEN = runtime.pick(quick=1, cpu=160)  # batches of 64
+
+
+def _longer(executor: Any) -> None:
+    """Cuts of MiniLM, two ways, with as many batches of 64 as the LSTM has, at
+    the rates of two layers; these also with fewer, on soft targets.
+    """
+    base: dict[str, Any] = {"student": "majority", "way": "labels"}
+    base["batches"] = 0
+    made: list[dict] = [results.Baseline(**base)]
+    for way, rates in LONG.items():
+        words = {"student": "bag of words", "way": way, "batches": 0}
+        made.append(results.Baseline(LONG_SEEDS, C=DECAYS, **words))
+        words = {"student": "LSTM", "way": way, "batches": LONGER}
+        made.append(results.Baseline(LONG_SEEDS, lr=LONG_LSTM, **words))
+        about: dict[str, Any] = {"way": way, "batches": LONGER}
+        made.append(about | {"student": MAIN, "lr": rates})
+        taken = {"lr": results.ChosenFor(student=MAIN)}
+        made += [about | taken | {"student": s} for s in DEPTH if s != MAIN]
+    about = {"student": MAIN, "way": "soft targets", "batches": BETWEEN}
+    made.append(about | {"lr": results.ChosenFor(batches=LONGER)})
+    results.study(
+        run,
+        [*made, base | {"student": "teacher"}],
+        chapter=CHAPTER,
+        name="longer",
+        choose="accuracy",
+        seeds=LONG_SEEDS,
+        n={split: len(reviews()[split]) for split in COUNTS},
+        budget="so many batches of 64 sentences",
+        executor=executor,
+    )
 
 # %% ../../nbs/19_distill.ipynb #19b00007
 TERMS = {"hidden states": "hidden", "attention": "attention"}
@@ -734,9 +782,10 @@ def _samples(executor: Any) -> None:
 # %% ../../nbs/19_distill.ipynb #19b00013
 def main(*names: str, executor: Any = None) -> None:
     """Fill in what is missing of "costs", "targets", "inside", "sizes",
-    "transfer", "heat", "flips", "photos" and "samples", in this order.
+    "longer", "transfer", "heat", "flips", "photos", "samples", in this order.
     """
     known = {"costs": _costs, "targets": _targets, "inside": _inside}
-    known |= {"sizes": _sizes, "transfer": _transfer, "heat": _heat}
+    known |= {"sizes": _sizes, "longer": _longer}
+    known |= {"transfer": _transfer, "heat": _heat}
     known |= {"flips": _flips, "photos": _photo, "samples": _samples}
     run_named(known, names, executor)
