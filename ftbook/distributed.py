@@ -328,8 +328,8 @@ class _Link:
 
     def receive(self, like: Tensor, source: int) -> Tensor:
         got = torch.empty_like(like, memory_format=torch.contiguous_format)
-        flat = got.view(-1).view(torch.uint8)
-        rest = memoryview(flat.numpy()) if got.numel() else b""
+        flat: Any = got.view(-1).view(torch.uint8).numpy()
+        rest = memoryview(flat) if got.numel() else b""
         end = self._links.ends(source, self.rank)[1]
         while len(rest):
             try:

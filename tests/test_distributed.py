@@ -776,7 +776,7 @@ def test_one_size_does_not_tell_latency_from_rate():
         fit_cost([row, row | {"size": 20, "seconds": 0.0}])
     with pytest.raises(ValueError, match="size must be at least 0"):
         fit_cost([row, row | {"size": -20}])
-    with pytest.raises(ValueError, match="lacks .'ranks'"):
+    with pytest.raises(ValueError, match="a row lacks ranks"):
         fit_cost([row, {k: v for k, v in row.items() if k != "ranks"}])
     with pytest.raises(ValueError, match="size must be at least 0"):
         cost("ring", math.nan, 2, 0.0, 1.0)
@@ -867,8 +867,11 @@ def test_files_that_do_not_fit_are_refused(tmp_path, files):
         ShardedRows(other, 4, 0, 1)
     with pytest.raises(ValueError, match="no file"):
         ShardedRows([], 4, 0, 1)
-    save_file({"x": torch.zeros(3, dtype=torch.float64)}, other)
-    with pytest.raises(ValueError, match="a row of x is float64"):
+    save_file({"x": torch.zeros(3), "twice": torch.zeros(3, 2)}, other)
+    with pytest.raises(ValueError, match="a row of x is float32"):
+        ShardedRows([*files, other], 4, 0, 1)
+    save_file({"x": torch.zeros(3).long(), "twice": torch.zeros(3, 3)}, other)
+    with pytest.raises(ValueError, match=r"a row of twice is float32 \(3,\)"):
         ShardedRows([*files, other], 4, 0, 1)
     with pytest.raises(ValueError, match="give both, or none"):
         ShardedRows(files, 4, rank=1)
