@@ -287,7 +287,8 @@ def network(candidate: str) -> tuple[nn.Module, Any]:
     name, blocks, taught, steps = NETWORKS[candidate]
     if name == CODER:
         method = "scratch" if taught == "none" else "pretrained"
-        start = encoder_of("conv", method, 0)
+        with torch.random.fork_rng():
+            start = encoder_of("conv", method, 0)
         return classifier_from(start, 2).eval(), _gray
     net: Any
     with torch.random.fork_rng():
