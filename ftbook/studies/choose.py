@@ -256,7 +256,7 @@ def photos(name: str, split: str) -> ImageSet:
     some.x = some.x.expand(-1, 3, -1, -1).contiguous()  # gray ones, too
     return some
 
-
+# %% ../../nbs/24_choose.ipynb #24b00012
 class _Stages(nn.Module):
     """The first blocks of EfficientNet-Lite0 and a head."""
 
