@@ -140,6 +140,7 @@ SCENE_STEPS = runtime.pick(quick=2, cpu=216)
 PLACE, COLOR = "most frequent of each place", "color and place"
 WEIGHTED = "tuned, weighted classes"
 POWERS = runtime.pick(quick=[0.5, 1.0], cpu=[0.5, 0.25, 0.75, 1.0, 1.5])
+PIXEL_DECAYS = runtime.pick(quick=DECAYS, cpu=[*DECAYS, 100.0, 1e3, 1e4])
 
 
 @functools.cache
@@ -284,7 +285,7 @@ def scene_rows() -> list[dict]:
     return [
         results.Baseline(way=TOP),
         results.Baseline(way=PLACE),
-        results.Baseline(SEEDS, way=COLOR, C=DECAYS),
+        results.Baseline(SEEDS, way=COLOR, C=PIXEL_DECAYS),
         {"way": SCRATCH, "lr": RATES},
         {"way": FROZEN, "lr": RATES},
         {"way": FULL, "lr": RATES},
