@@ -118,8 +118,10 @@ def launch(
     """
     check_value("ranks", ranks, "count")
     check_value("timeout", timeout, "positive")
-    if restarts < 0:
-        raise ValueError(f"restarts={restarts}: give 0 or more")
+    if not isinstance(restarts, int) or restarts < 0:
+        raise ValueError(f"restarts={restarts}: give a whole number, 0 or more")
+    if not callable(fn):
+        raise TypeError(f"fn is {fn!r}; give a function")
     job = _packed((fn, args))
     for attempt in range(restarts + 1):
         found, why = _attempt(job, ranks, attempt, timeout)
@@ -291,6 +293,10 @@ class _Links:
 
     def ends(self, a: int, b: int) -> tuple[socket.socket, socket.socket]:
         """Where a sends to b, and where b receives it."""
+        if not 0 <= min(a, b) <= max(a, b) < self.ranks:
+            raise ValueError(
+                f"from rank {a} to rank {b}: there are 0 to {self.ranks - 1}"
+            )
         with self._lock:
             if self._closed:
                 raise ConnectionError("a rank has failed, the links are gone")
@@ -317,15 +323,22 @@ class _Link:
         self._links, self.rank, self.ranks = links, rank, links.ranks
 
     def send(self, x: Tensor, to: int) -> None:
-        data = x.detach().contiguous().numpy()
+        data = x.detach().flatten().view(torch.uint8).numpy()
         self._links.ends(self.rank, to)[0].sendall(data.tobytes())
 
     def receive(self, like: Tensor, source: int) -> Tensor:
         got = torch.empty_like(like, memory_format=torch.contiguous_format)
-        rest = memoryview(got.numpy().data).cast("B") if got.numel() else b""
+        flat: Any = got.view(-1).view(torch.uint8).numpy()
+        rest = memoryview(flat) if got.numel() else b""
         end = self._links.ends(source, self.rank)[1]
         while len(rest):
-            n = end.recv_into(rest)
+            try:
+                n = end.recv_into(rest)
+            except TimeoutError:
+                raise TimeoutError(
+                    f"rank {source} has sent nothing for a minute; all ranks "
+                    "must call the same, with tensors of one shape and type"
+                ) from None
             if n == 0:
                 raise ConnectionError(f"rank {source} has left")
             rest = rest[n:]
@@ -462,6 +475,8 @@ def all_reduce(x: Tensor, how: str = "ring", link: Any = None) -> Tensor:
     [tensor([6., 9.]), tensor([6., 9.]), tensor([6., 9.])]
     """
     check_value("how", how, ("ring", "tree", "ordered"))
+    if not torch.is_tensor(x):
+        raise TypeError(f"x is {type(x).__name__}; give a tensor")
     link = _Group() if link is None else link
     return {"ring": _ring, "tree": _tree, "ordered": _ordered}[how](x, link)
 
@@ -580,6 +595,7 @@ def zero_bytes(
     check_value("parameters", parameters, "count")
     check_value("ranks", ranks, "count")
     check_value("stage", stage, (0, 1, 2, 3))
+    check_value("mixed", mixed, (True, False))
     weights, gradients, state = (2, 2, 12) if mixed else (4, 4, 8)
     parts = [
         weights / (ranks if stage >= 3 else 1),
@@ -674,6 +690,11 @@ def _batch(data: Any, size: int, step: int, seed: int) -> Any:
     keys = list(data) if isinstance(data, Mapping) else None
     tensors = [data[k] for k in keys] if keys else list(data)
     n = len(tensors[0])
+    if not n or any(len(t) != n for t in tensors):
+        raise ValueError(
+            f"the tensors have {[len(t) for t in tensors]} rows; give as many "
+            "of each, at least one"
+        )
     each = math.ceil(n / size)
     draws = torch.Generator().manual_seed(1_000_003 * seed + step // each)
     rows = torch.randperm(n, generator=draws)[step % each * size :][:size]
@@ -758,8 +779,10 @@ def train_parallel(
         Called with the number of every step that is done.
     """
     check_value("parallel", parallel, _WAYS)
-    for name, value in (("steps", steps), ("accumulate", accumulate)):
+    counts = {"steps": steps, "batch_size": batch_size, "every": every}
+    for name, value in (counts | {"accumulate": accumulate}).items():
         check_value(name, value, "count")
+    check_value("lr", lr, "positive")
     rank, ranks = join_group()
     net, optimizer = _wrapped(model, parallel, lr)
     start = load_shards(checkpoint, model, optimizer) if checkpoint else 0
@@ -818,6 +841,8 @@ def save_shards(folder: str | Path, model: Any, optimizer: Any, step: int):
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     _check_saved(optimizer)
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step={step}: give a whole number, 0 or more")
     folder = Path(folder)
     part, whole = folder / "part", folder / f"step-{step:06d}"
     weights, state = get_state_dict(model, optimizer)
@@ -875,7 +900,10 @@ def load_shards(folder: str | Path, model: Any, optimizer: Any) -> int:
 
 def _saved(folder: Path) -> list[Path]:
     """Whole checkpoints, the newest last."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    found = [p for p in folder.glob("step-*") if p.name[5:].isdecimal()]
+    return sorted(
+        (p for p in found if p.is_dir()), key=lambda p: int(p.name[5:])
+    )
 
 
 def _meet() -> None:
@@ -1071,6 +1099,7 @@ def _counts(how: str, size: float, ranks: int) -> tuple[float, float]:
     """Messages and bytes that go one after the other, (25.4)."""
     check_value("how", how, ("ring", "tree", "ordered"))
     check_value("ranks", ranks, "count")
+    check_value("size", size, "at least 0")
     deep = math.ceil(math.log2(ranks))
     return {
         "ring": (2 * (ranks - 1), 2 * (ranks - 1) / ranks * size),
@@ -1142,6 +1171,11 @@ def fit_cost(rows: Sequence[Mapping[str, Any]]) -> _Line:
     """
     from scipy.optimize import nnls
 
+    needs = {"how", "size", "ranks", "seconds"}
+    if lacks := sorted({k for r in rows for k in needs - set(r)}):
+        raise ValueError(
+            f"a row lacks {', '.join(lacks)}; give {sorted(needs)}"
+        )
     if len({r["size"] for r in rows}) < 2:
         raise ValueError(
             f"{len(rows)} rows of {len({r['size'] for r in rows})} sizes; "
@@ -1166,6 +1200,8 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file, none of them read yet."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= path.stat().st_size - 8:
+            raise ValueError(f"{path.name} is no safetensors file, or cut off")
         header = json.loads(file.read(length))
     made = {}
     for name, about in header.items():
@@ -1193,6 +1229,14 @@ def _same_names(paths: list[Path], parts: list[dict]) -> list[str]:
                 f"{path.name} has the tensors {sorted(part)}, {paths[0].name} "
                 f"has {sorted(names)}; give all files the same, at least one"
             )
+        for name in names:
+            first, own = parts[0][name], part[name]
+            if (own.dtype, own.shape[1:]) != (first.dtype, first.shape[1:]):
+                raise ValueError(
+                    f"{path.name}: a row of {name} is {own.dtype} "
+                    f"{own.shape[1:]}, in {paths[0].name} {first.dtype} "
+                    f"{first.shape[1:]}; give all files the same"
+                )
         lengths = {len(t) for t in part.values()}
         if len(lengths) > 1:
             raise ValueError(
@@ -1216,7 +1260,7 @@ class ShardedRows:
     batch_size : int
         Rows of all ranks together.
     rank, ranks : int, optional
-        Default: of the process group, or 0 of 1.
+        Both, or none: of the process group, or 0 of 1.
     seed : int
     block : int
         Rows that lie together and are moved together. Of 16 such blocks, drawn
@@ -1251,8 +1295,14 @@ class ShardedRows:
     ):
         single = isinstance(files, (str, os.PathLike))
         paths = [Path(f) for f in ([files] if single else files)]
+        if (rank is None) != (ranks is None):
+            raise ValueError(
+                f"rank={rank}, ranks={ranks}: give both, or none to take those "
+                "of the process group"
+            )
         if rank is None or ranks is None:
             rank, ranks = join_group()
+        check_value("ranks", ranks, "count")
         check_value("block", block, "count")
         check_value("batch_size", batch_size, "count")
         if not 0 <= rank < ranks <= batch_size:

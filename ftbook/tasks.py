@@ -45,6 +45,7 @@ from torch.nn import functional as F
 from .compute import evaluating
 from .data import Registry
 from .losses import info_nce
+from .runtime import check_value
 from .texts import encode_texts, masked_mean, sentence_vectors
 
 # %% ../nbs/27_tasks.ipynb #27a00008
@@ -311,6 +312,14 @@ class Pyramid(nn.Module):
 
     def __init__(self, net: nn.Module, momentum: float = 0.1):
         super().__init__()
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum={momentum}: give a share above 0")
+        if len(getattr(net, "_blocks", ())) < self.ends[-1]:
+            raise TypeError(
+                f"{type(net).__name__} is no EfficientNet-Lite0; of another "
+                "network, write an encoder that gives maps, finest first, and "
+                "has channels and strides"
+            )
         blocks: Any = net.get_submodule("_blocks")
         first = net.get_submodule("_conv_stem"), net.get_submodule("_bn0")
         starts = (0, *self.ends[:-1])
@@ -336,6 +345,7 @@ class _Neck(nn.Module):
 
     def __init__(self, channels: Sequence[int], width: int):
         super().__init__()
+        check_value("width", width, "count")
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
         self.smooth = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
@@ -386,6 +396,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, encoder: Any, n_classes: int, width: int = 64):
         super().__init__()
+        check_value("n_classes", n_classes, "count")
         self.encoder = encoder
         self.neck = _Neck(encoder.channels, width)
         self.head = nn.Conv2d(width, n_classes, 1)
@@ -415,11 +426,21 @@ def pixel_counts(guess: Tensor, labels: Tensor, n_classes: int) -> Tensor:
     >>> pixel_counts(torch.tensor([[[0, 1, 1, 1]]]), labels, 2).tolist()
     [[[1, 1], [0, 1]]]
     """
-    said = guess.argmax(1) if guess.ndim == 4 else guess
-    if said.shape != labels.shape or said.ndim != 3:
+    check_value("n_classes", n_classes, "count")
+    scored = torch.is_tensor(guess) and guess.ndim == 4
+    said = guess.argmax(1) if scored else guess
+    _check_whole("labels", labels)
+    _check_whole("guesses", said)
+    fits = guess.shape[1] == n_classes if scored else True
+    if said.shape != labels.shape or said.ndim != 3 or not fits:
         raise ValueError(
             f"guesses are {tuple(guess.shape)}, labels {tuple(labels.shape)}; "
-            "give (N, H, W) of both, or logits (N, C, H, W)"
+            f"give (N, H, W) of both, or logits (N, {n_classes}, H, W)"
+        )
+    if scored and guess.isnan().any():
+        raise ValueError(
+            f"{int(guess.isnan().sum())} logits are no numbers, so they name "
+            "no class; look for a training that diverged"
         )
     if said.numel() and not 0 <= said.min() <= said.max() < n_classes:
         raise ValueError(
@@ -432,6 +453,15 @@ def pixel_counts(guess: Tensor, labels: Tensor, n_classes: int) -> Tensor:
     size = len(labels) * n_classes**2
     found = torch.bincount(place[kept], minlength=size)
     return found.reshape(-1, n_classes, n_classes)
+
+
+def _check_whole(name: str, x: Any) -> None:
+    """Refuse what is no tensor of integers."""
+    kind = x.dtype if torch.is_tensor(x) else type(x).__name__
+    if not torch.is_tensor(x) or x.is_floating_point() or kind == torch.bool:
+        raise TypeError(
+            f"{name} are {kind}; give a tensor of integers, such as x.long()"
+        )
 
 
 def iou(counts: Tensor) -> Tensor:
@@ -451,6 +481,14 @@ def iou(counts: Tensor) -> Tensor:
     >>> iou(torch.tensor([[1, 1], [0, 1]])).tolist()
     [0.5, 0.5]
     """
+    shape = tuple(getattr(counts, "shape", ()))
+    if len(shape) not in (2, 3) or shape[-1] != shape[-2]:
+        raise ValueError(
+            f"counts are {shape}; give what pixel_counts gives, (N, C, C), or "
+            "its sum (C, C)"
+        )
+    if not (counts >= 0).all():
+        raise ValueError("counts must be 0 or more")
     summed = (counts.sum(0) if counts.ndim == 3 else counts).double()
     both = summed.diagonal()
     return both / (summed.sum(0) + summed.sum(1) - both)
@@ -483,6 +521,7 @@ def pseudo_values(score: Callable[[Any], float], n: int) -> np.ndarray:
     >>> pseudo_values(lambda rows: x[rows].mean(), 3).tolist()  # of a mean: x
     [1.0, 4.0, 7.0]
     """
+    check_value("n", n, "count")
     if n < 2:
         raise ValueError(f"n is {n}; leaving one out needs at least 2 examples")
     every = np.arange(n)
@@ -512,11 +551,14 @@ def class_weights(labels: Tensor, n_classes: int, power: float = 0.5) -> Tensor:
     >>> class_weights(torch.tensor([0, 0, 0, 1]), 2, power=1.0).tolist()
     [0.6666666865348816, 2.0]
     """
+    check_value("n_classes", n_classes, "count")
+    check_value("power", power, "at least 0")
+    _check_whole("labels", labels)
     kept = labels[(labels >= 0) & (labels < n_classes)]
-    if not len(kept) or not power >= 0:
+    if not len(kept):
         raise ValueError(
-            f"{len(kept)} labels are one of {n_classes} classes and power is "
-            f"{power}; give at least one label and a power of at least 0"
+            f"none of {labels.numel()} labels is one of {n_classes} classes; "
+            f"give at least one from 0 to {n_classes - 1}"
         )
     share = torch.bincount(kept.flatten(), minlength=n_classes).double()
     share /= share.sum()
@@ -551,7 +593,8 @@ def mel_filters(
     Returns
     -------
     array (n_mels, n_fft // 2 + 1)
-        Of area 1 each, in 1 / Hz; librosa's default.
+        Of area 1 each, in 1 / Hz; librosa's default. A band that is narrower
+        than ``rate / n_fft`` may hold no frequency, and is all zeros.
 
     References
     ----------
@@ -563,13 +606,16 @@ def mel_filters(
     >>> filters.shape, bool((filters >= 0).all())
     ((40, 129), True)
     """
+    check_value("rate", rate, "positive")
+    check_value("n_fft", n_fft, "count")
+    check_value("n_mels", n_mels, "count")
     high = high or rate / 2
-    if not 0 <= low < high <= rate / 2 or n_mels < 1 or n_fft < 2:
+    if not 0 <= low < high <= rate / 2 or n_fft < 2:
         raise ValueError(
-            f"{n_mels} bands from {low} to {high} Hz of frames of {n_fft} at "
-            f"{rate} Hz; give 0 <= low < high <= {rate / 2} and at least 1 band"
+            f"bands from {low} to {high} Hz of frames of {n_fft} samples at "
+            f"{rate} Hz; give 0 <= low < high <= {rate / 2} and n_fft >= 2"
         )
-    at = np.linspace(0, rate / 2, n_fft // 2 + 1)
+    at = np.fft.rfftfreq(n_fft, 1 / rate)
     ends = _to_mel(np.array([low, high]))
     edges = _to_hertz(np.linspace(*ends, n_mels + 2))
     width = np.diff(edges)
@@ -598,11 +644,16 @@ def log_mel(
     top : float
         So many decibels below the largest value all is cut off.
 
+    Raises
+    ------
+    ValueError
+        Of a sample that is no finite number, too: one would spoil all bands.
+
     Returns
     -------
     Tensor (n_mels, 1 + T // hop)
-        In decibels; frame t is centered on sample t · hop, zeros beyond the
-        ends.
+        In decibels, of the type of the wave (float32 for integers); frame t is
+        centered on sample t · hop, zeros beyond the ends.
 
     Examples
     --------
@@ -610,17 +661,25 @@ def log_mel(
     >>> log_mel(tone, 8000)[:, 25].argmax().item()  # 1,000 Hz of 4,000
     27
     """
+    check_value("hop", hop, "count")
+    check_value("top", top, "positive")
+    check_value("n_fft", n_fft, "count")
+    if not torch.is_tensor(wave) or wave.is_complex():
+        raise TypeError("wave must be a tensor of real numbers")
     if wave.ndim != 1 or len(wave) < 1:
         raise ValueError(
             f"wave has the shape {tuple(wave.shape)}; give one recording (T,)"
         )
+    if bad := int((~wave.isfinite()).sum()):
+        raise ValueError(f"{bad} of {len(wave)} samples are no finite number")
     half = n_fft // 2
     frames = F.pad(wave.double(), (half, half)).unfold(0, n_fft, hop)
     window = torch.hann_window(n_fft, dtype=torch.float64)  # periodic
     power = torch.fft.rfft(frames * window).abs() ** 2
     filters = torch.from_numpy(mel_filters(rate, n_fft, n_mels))
     decibels = 10 * (filters @ power.T).clamp_min(1e-10).log10()
-    return decibels.clamp_min(decibels.max() - top).to(wave.dtype)
+    kind = wave.dtype if wave.is_floating_point() else torch.float32
+    return decibels.clamp_min(decibels.max() - top).to(kind)
 
 # %% ../nbs/27_tasks.ipynb #27b00004
 class SpecAugment:
@@ -654,15 +713,21 @@ class SpecAugment:
         masks: int = 1,
         value: float = 0.0,
     ):
-        if min(bands, frames, masks) < 0:
-            raise ValueError(
-                f"bands={bands}, frames={frames}, masks={masks}: give 0 or more"
-            )
+        numbers = {"bands": bands, "frames": frames, "masks": masks}
+        if not all(isinstance(n, int) and n >= 0 for n in numbers.values()):
+            raise ValueError(f"{numbers}: give whole numbers of 0 or more")
+        if not math.isfinite(value):
+            raise ValueError(f"value is {value}; give a finite number")
         self.bands, self.frames = bands, frames
         self.masks, self.value = masks, value
 
     def __call__(self, x: Tensor) -> Tensor:
         """Spectrograms (N, ..., bands, frames) to changed copies."""
+        if x.ndim < 3:
+            raise ValueError(
+                f"spectrograms are {tuple(x.shape)}; give (N, bands, frames) "
+                "or more, of one alone x[None]"
+            )
         hidden = torch.zeros(len(x), *x.shape[-2:], dtype=torch.bool)
         for _ in range(self.masks):
             for dim, most in ((1, self.bands), (2, self.frames)):
@@ -700,12 +765,21 @@ def recall_at(
     >>> recall_at(scores).tolist(), recall_at(scores, 2).tolist()
     ([True, False], [True, True])
     """
+    check_value("k", k, "count")
+    if not torch.is_tensor(scores):
+        raise TypeError(f"scores are {type(scores).__name__}; give a tensor")
     rows = torch.arange(len(scores))
     column = rows if partner is None else partner
-    if scores.ndim != 2 or len(column) != len(scores) or k < 1:
+    _check_whole("partners", column)
+    if scores.ndim != 2 or column.shape != rows.shape:
         raise ValueError(
-            f"scores are {tuple(scores.shape)}, partners {len(column)}, k is "
-            f"{k}; give (N, M), N partners and a k of at least 1"
+            f"scores are {tuple(scores.shape)}, partners {tuple(column.shape)};"
+            " give (N, M) and (N,)"
+        )
+    if scores.isnan().any():  # nothing is larger than a NaN
+        raise ValueError(
+            f"{int(scores.isnan().sum())} scores are no numbers; a query with "
+            "such a score would count as found"
         )
     if len(column) and not 0 <= column.min() <= column.max() < scores.shape[1]:
         raise ValueError(
@@ -754,6 +828,9 @@ class PairEncoder(nn.Module):
         lengths: tuple[int, int] = (16, 64),
     ):
         super().__init__()
+        check_value("temperature", temperature, "positive")
+        for most in lengths:
+            check_value("lengths", most, "count")
         self.body: Any = getattr(body, "bert", body)
         self.tokenizer, self.temperature = tokenizer, temperature
         self.lengths = lengths
@@ -762,9 +839,12 @@ class PairEncoder(nn.Module):
         self, queries: Sequence[str], texts: Sequence[str]
     ) -> dict[str, Tensor]:
         """Pairs as tensors for `fit`, row by row."""
-        if len(queries) != len(texts):
+        if isinstance(queries, str) or isinstance(texts, str):
+            raise TypeError("give lists of texts; of one pair [query], [text]")
+        if len(queries) != len(texts) or not len(texts):
             raise ValueError(
-                f"{len(queries)} queries and {len(texts)} texts; give pairs"
+                f"{len(queries)} queries and {len(texts)} texts; give pairs, "
+                "at least one"
             )
         made = {}
         for name, side, most in zip(
@@ -799,6 +879,8 @@ class PairEncoder(nn.Module):
 
     def vectors(self, texts: Sequence[str], length: int = 0) -> Tensor:
         """Vectors (N, hidden size) of length 1, on the CPU."""
+        if isinstance(texts, str):
+            raise TypeError("give a list of texts; of a single one [text]")
         with evaluating(self):
             found = sentence_vectors(
                 texts, self.body, self.tokenizer, length or max(self.lengths)
@@ -814,8 +896,6 @@ class Detector(nn.Module):
     encoder, width
         As for `Segmenter`.
     n_classes : int
-    radius : float
-        Places so many strides from the middle of a box learn it.
 
     References
     ----------
@@ -829,12 +909,11 @@ class Detector(nn.Module):
     torch.Size([2, 14, 16, 16])
     """
 
-    def __init__(
-        self, encoder: Any, n_classes: int, width: int = 64, radius: float = 1.5
-    ):
+    def __init__(self, encoder: Any, n_classes: int, width: int = 64):
         super().__init__()
+        check_value("n_classes", n_classes, "count")
         self.encoder, self.n_classes = encoder, n_classes
-        self.stride, self.radius = encoder.strides[0], radius
+        self.stride = encoder.strides[0]
         self.neck = _Neck(encoder.channels, width)
         self.body = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, bias=False),
@@ -856,8 +935,10 @@ class Detector(nn.Module):
         targets of `point_targets`, stacked, to the loss for `fit`.
         """
         output = self.head(self.body(self.neck(self.encoder(x))))
-        if labels is None or boxes is None:
+        if labels is None and boxes is None:
             return output
+        if labels is None or boxes is None:
+            raise ValueError("give labels and boxes, or none of the two")
         return _Scored(self.loss(output, labels, boxes), output)
 
     def loss(self, output: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
@@ -899,6 +980,10 @@ class Detector(nn.Module):
         """
         from torchvision.ops import batched_nms
 
+        if not (0 <= least < 1 and 0 <= overlap <= 1):
+            raise ValueError(
+                f"least={least}, overlap={overlap}: give shares from 0 to 1"
+            )
         found = []
         with evaluating(self):
             output = self(x).float()
@@ -948,11 +1033,13 @@ def point_targets(
     >>> classes.view(3, 3).tolist()
     [[3, 3, -1], [3, 3, -1], [-1, -1, -1]]
     """
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) != len(labels):
-        raise ValueError(
-            f"boxes are {tuple(boxes.shape)} and labels {tuple(labels.shape)}; "
-            "give (n, 4) and (n,)"
-        )
+    _check_boxes(boxes, labels)
+    _check_whole("labels", labels)
+    for n in size:
+        check_value("size", n, "count")
+    check_value("stride", stride, "positive")
+    check_value("radius", radius, "positive")
+    boxes = boxes if boxes.is_floating_point() else boxes.float()
     places = size[0] * size[1]
     if not len(boxes):
         return torch.full((places,), -1), torch.zeros(places, 4)
@@ -966,6 +1053,24 @@ def point_targets(
     least, which = cost.min(1)
     free = least == torch.inf
     return labels[which].masked_fill(free, -1), boxes[which]
+
+
+def _check_boxes(boxes: Any, *beside: Any) -> None:
+    """Refuse what are no boxes (n, 4), or not as many of what is beside."""
+    if not all(torch.is_tensor(t) for t in (boxes, *beside)):
+        raise TypeError("boxes, scores and labels must be tensors")
+    n = (len(boxes),) if boxes.ndim == 2 else ()
+    if boxes.shape != (*n, 4) or any(t.shape != n for t in beside):
+        raise ValueError(
+            f"boxes are {tuple(boxes.shape)}, beside them "
+            f"{', '.join(str(tuple(t.shape)) for t in beside)}; give (n, 4) "
+            "and (n,)"
+        )
+    if not (boxes[:, 2:] >= boxes[:, :2]).all():  # NaN, too
+        raise ValueError(
+            "a box ends before it begins, or is no number; give left, top, "
+            "right, bottom"
+        )
 
 
 def _pair_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -1017,6 +1122,12 @@ def average_precision(
             f"{len(found)} images were looked at and {len(truth)} are labeled; "
             "give both for the same images"
         )
+    check_value("n_classes", n_classes, "count")
+    if not all(0 < v <= 1 for v in overlaps):
+        raise ValueError(f"overlaps are {overlaps}; give numbers above 0 to 1")
+    for name, images in (("found", found), ("truth", truth)):
+        for i, image in enumerate(images):
+            _check_image(f"{name}[{i}]", image, n_classes, name == "found")
     table = np.full((len(overlaps), n_classes), np.nan)
     for k in range(n_classes):
         scores, right, total = [], [], 0
@@ -1032,6 +1143,22 @@ def average_precision(
     return table
 
 
+def _check_image(name: str, image: Any, n_classes: int, scored: bool) -> None:
+    """Refuse boxes of an image that cannot be compared."""
+    keys = ("boxes", "labels", "scores")[: 2 + scored]
+    if lacks := [k for k in keys if k not in image]:
+        raise ValueError(f"{name} lacks {', '.join(lacks)}; give {keys}")
+    _check_boxes(*(image[k] for k in keys))
+    labels = image["labels"]
+    if not ((labels >= 0) & (labels < n_classes)).all():
+        raise ValueError(
+            f"{name} has labels {labels.unique().tolist()}; with {n_classes} "
+            f"classes give 0 to {n_classes - 1}"
+        )
+    if scored and image["scores"].isnan().any():
+        raise ValueError(f"{name} has scores that are no numbers")
+
+
 def _matched(
     said: Mapping[str, Tensor], true: Mapping[str, Tensor], k: int, overlaps
 ) -> tuple[np.ndarray, np.ndarray, int]:
@@ -1042,9 +1169,10 @@ def _matched(
 
     mine = true["boxes"][true["labels"] == k].double()
     own = (said["labels"] == k).nonzero().flatten()
-    scores = said["scores"][own].double().numpy()
+    scores = said["scores"][own].detach().double().numpy()
     order = np.argsort(-scores, kind="stable")[:100]
-    boxes = said["boxes"][own][torch.from_numpy(order.copy())].double()
+    boxes = said["boxes"][own][torch.from_numpy(order.copy())]
+    boxes = boxes.detach().double()
     right = np.zeros((len(overlaps), len(order)), bool)
     if len(mine) and len(order):
         overlap = box_iou(boxes, mine).numpy()

@@ -29,6 +29,7 @@ from ftbook.choose import (
     suspects,
 )
 from ftbook.studies import choose as study
+from ftbook.studies import mlm as mlm_study
 from ftbook.texts import TextClassifier
 
 
@@ -472,6 +473,29 @@ def test_untrained_candidates_are_as_large_and_draws_of_the_caller_stay():
         for a, b in zip(net.parameters(), study.network("CNN")[0].parameters(), strict=True)
         if a.ndim > 1
     )
+
+
+def test_a_candidate_after_some_steps_is_the_network_of_chapter_6(monkeypatch):
+    last = mlm_study.READ[-1]
+    monkeypatch.setitem(study.ENCODERS, "on its way", ("bert_mini_en", 1, last))
+    body, tokenizer = study.encoder("on its way")
+    theirs = mlm_study.readers(0)[last].bert
+    words = body.embeddings.word_embeddings.weight
+    assert torch.equal(words, theirs.embeddings.word_embeddings.weight) and len(words) == len(tokenizer)
+    assert not body.training and theirs.pooler is None
+
+
+def test_the_encoder_of_chapter_5_reads_gray_photos_and_learns_without_labels(monkeypatch):
+    name = next(iter(study.PHOTO_TASKS))
+    for candidate, taught in (("coder", "fashion_mnist"), ("random coder", "none")):
+        monkeypatch.setitem(study.NETWORKS, candidate, (study.CODER, -1, taught, 0))
+    (coder, read), (random, _) = map(study.network, ("coder", "random coder"))
+    x = read(study.photos(name, "test").x)
+    assert x.shape[1:] == (1, 28, 28) and 0 <= x.min() < x.max() <= 1
+    assert not torch.equal(coder.encoder(x), random.encoder(x))
+    found = study.run_photo(0, "test", name, "coder", lr=1e-3)
+    assert len(found["accuracy"]) == len(x)
+    assert set(study._scored(name, "coder", 0, text=False)) & {"NCE", "LEEP"} == set()  # no classes of its own
 
 
 @pytest.mark.parametrize("candidate", [*study.ENCODERS, study.MAJORITY])

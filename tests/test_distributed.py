@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,7 +151,13 @@ def test_a_killed_process_is_started_again_with_the_others():
 
 
 @pytest.mark.parametrize(
-    "how, told", [({"ranks": 0}, "ranks"), ({"restarts": -1}, "0 or more"), ({"timeout": 0}, "timeout")]
+    "how, told",
+    [
+        ({"ranks": 0}, "ranks"),
+        ({"restarts": -1}, "0 or more"),
+        ({"restarts": 0.5}, "whole"),
+        ({"timeout": 0}, "timeout"),
+    ],
 )
 def test_a_launch_that_makes_no_sense_is_refused(how, told):
     with pytest.raises(ValueError, match=told):
@@ -407,6 +415,17 @@ def reduced():
     return theirs, [all_reduce(x, how) for how in ("ring", "tree", "ordered")], all_reduce(x[:1], "ring")
 
 
+def test_16_bits_go_over_a_link_and_a_rank_that_is_not_there_is_refused():
+    x = torch.tensor([1.0, 2.5, -3.0], dtype=torch.bfloat16)
+    for how in ("ring", "tree", "ordered"):
+        for found in over_links(lambda link, how=how: all_reduce(x, how, link), 2):
+            assert torch.equal(found, 2 * x)
+    with pytest.raises(ValueError, match="there are 0 to 1"):
+        over_links(lambda link: link.send(x, 7), 2)
+    with pytest.raises(TypeError, match="x is list"):
+        all_reduce([1.0], link=None)
+
+
 def test_processes_get_what_torch_gives():
     for theirs, ours, single in launch(reduced, 2):
         assert all(torch.equal(t, theirs) for t in ours) and torch.equal(single, theirs[:1])
@@ -514,11 +533,16 @@ def test_a_dict_of_tensors_is_data_too():
         ({"parallel": "tensor"}, "parallel"),
         ({"steps": 0}, "steps"),
         ({"accumulate": 0}, "accumulate"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"every": 0}, "every"),
+        ({"lr": math.nan}, "lr must be positive"),
+        ({"data": (torch.zeros(4, 6), torch.zeros(3).long())}, r"have \[4, 3\] rows"),
+        ({"data": (torch.zeros(0, 6), torch.zeros(0).long())}, "at least one"),
     ],
 )
 def test_training_that_cannot_be_is_refused(how, told):
     with pytest.raises((ValueError, RuntimeError), match=told):
-        train_parallel(net(), toy(), **{"parallel": "hand"} | how)
+        train_parallel(net(), **{"parallel": "hand", "data": toy()} | how)
 
 
 # ---------------------------------------------------------------- memory
@@ -566,6 +590,18 @@ def test_a_finished_run_is_read_and_not_run_again(tmp_path):
     how = {"checkpoint": tmp_path, "parallel": "hand", "steps": 3}
     a, b = (train_parallel(net(), toy(), **how) for _ in range(2))
     assert (b.start, b.losses) == (3, []) and gap(a, b) == 0
+
+
+def test_the_newest_checkpoint_has_the_largest_step_and_other_folders_do_not_count(tmp_path):
+    model = net()
+    adam = torch.optim.Adam(model.parameters())
+    for step in (999_999, 1_000_000):
+        save_shards(tmp_path / str(step), model, adam, step)
+        shutil.move(tmp_path / str(step) / f"step-{step}", tmp_path / f"step-{step}")
+    (tmp_path / "step-old").mkdir()
+    assert load_shards(tmp_path, model, adam) == 1_000_000
+    with pytest.raises(ValueError, match="step=-1"):
+        save_shards(tmp_path, model, adam, -1)
 
 
 def test_what_was_written_by_half_is_not_read(tmp_path):
@@ -738,6 +774,12 @@ def test_one_size_does_not_tell_latency_from_rate():
         fit_cost([row, row])
     with pytest.raises(ValueError, match="above 0"):
         fit_cost([row, row | {"size": 20, "seconds": 0.0}])
+    with pytest.raises(ValueError, match="size must be at least 0"):
+        fit_cost([row, row | {"size": -20}])
+    with pytest.raises(ValueError, match="a row lacks ranks"):
+        fit_cost([row, {k: v for k, v in row.items() if k != "ranks"}])
+    with pytest.raises(ValueError, match="size must be at least 0"):
+        cost("ring", math.nan, 2, 0.0, 1.0)
 
 
 def test_what_slow_links_take_is_what_the_model_says():
@@ -825,6 +867,17 @@ def test_files_that_do_not_fit_are_refused(tmp_path, files):
         ShardedRows(other, 4, 0, 1)
     with pytest.raises(ValueError, match="no file"):
         ShardedRows([], 4, 0, 1)
+    save_file({"x": torch.zeros(3), "twice": torch.zeros(3, 2)}, other)
+    with pytest.raises(ValueError, match="a row of x is float32"):
+        ShardedRows([*files, other], 4, 0, 1)
+    save_file({"x": torch.zeros(3).long(), "twice": torch.zeros(3, 3)}, other)
+    with pytest.raises(ValueError, match=r"a row of twice is float32 \(3,\)"):
+        ShardedRows([*files, other], 4, 0, 1)
+    with pytest.raises(ValueError, match="give both, or none"):
+        ShardedRows(files, 4, rank=1)
+    other.write_text("no tensors in here")
+    with pytest.raises(ValueError, match="other.safetensors is no safetensors file"):
+        ShardedRows(other, 4, 0, 1)
     with pytest.raises(ValueError, match="a batch needs a row for each"):
         ShardedRows(files, 2, 0, 3)
     with pytest.raises(ValueError, match="1 rows for 2 ranks"):

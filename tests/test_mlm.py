@@ -418,8 +418,8 @@ def test_every_description_is_probed_on_both_splits(features):
 
 def test_a_network_is_probed_before_and_while_it_reads(monkeypatch):
     monkeypatch.setattr(mlm, "start_from_counts", lambda model, ids, vocab: None)
-    study._readers.cache_clear()
-    networks = study._readers(0)
+    study.readers.cache_clear()
+    networks = study.readers(0)
     assert set(networks) == {-1, 0, *study.READ} and not any(m.training for m in networks.values())
     words = "bert.embeddings.word_embeddings.weight"
     first, last = (networks[n].state_dict()[words] for n in (0, study.READ[-1]))
@@ -430,7 +430,7 @@ def test_a_network_is_probed_before_and_while_it_reads(monkeypatch):
         assert found["accuracy"].shape == (n,) and 0 <= found["accuracy"].min() <= found["accuracy"].max() <= 1
         assert ("loss" in found) == (features != "bag of words")
     assert set(study.run_after(0, "valid", "random weights", 1.0)) == {"accuracy"}
-    study._readers.cache_clear()
+    study.readers.cache_clear()
     study._described_after.cache_clear()
 
 

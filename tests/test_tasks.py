@@ -207,7 +207,9 @@ def test_mel_filters_and_spectrograms_have_the_values_of_librosa():
     assert made[:, [0, 5, 10]].numpy() == pytest.approx(np.array(DECIBELS), abs=1e-3)
 
 
-@pytest.mark.parametrize("rate, n_fft, n_mels", [(8000, 256, 40), (16000, 512, 80), (22050, 1024, 128)])
+@pytest.mark.parametrize(
+    "rate, n_fft, n_mels", [(8000, 256, 40), (16000, 512, 80), (22050, 1024, 128), (8000, 255, 40)]
+)
 def test_mel_filters_and_spectrograms_equal_librosas_where_it_is_installed(rate, n_fft, n_mels):
     librosa = pytest.importorskip("librosa", reason="librosa is in the bench extra")
     theirs = librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=n_mels, dtype=np.float64)
@@ -450,26 +452,81 @@ def test_a_class_without_a_true_box_has_no_ap_and_finding_nothing_is_0():
     assert math.isnan(table[0, 0]) and table[0, 1] == 0
 
 
+TRUE = {"boxes": torch.tensor([[0.0, 0, 5, 5]]), "labels": torch.tensor([0])}
+SAID = TRUE | {"scores": torch.ones(1)}
+
+
 @pytest.mark.parametrize(
     "call, told",
     [
         (lambda: pixel_counts(torch.zeros(1, 2, 2).long(), torch.zeros(1, 3, 2).long(), 2), r"labels \(1, 3, 2\)"),
         (lambda: pixel_counts(torch.full((1, 2, 2), 5), torch.zeros(1, 2, 2).long(), 2), "give 0 to 1"),
         (lambda: pseudo_values(lambda rows: 0.0, 1), "needs at least 2"),
-        (lambda: class_weights(torch.tensor([-100]), 2), "give at least one label"),
+        (lambda: pixel_counts(torch.randn(1, 3, 2, 2), torch.zeros(1, 2, 2).long(), 2), r"logits \(N, 2, H, W\)"),
+        (
+            lambda: pixel_counts(torch.full((1, 2, 1, 1), torch.nan), torch.zeros(1, 1, 1).long(), 2),
+            "2 logits are no num",
+        ),
+        (lambda: iou(torch.ones(2, 3)), r"counts are \(2, 3\)"),
+        (lambda: iou(-torch.ones(2, 2)), "0 or more"),
+        (lambda: pseudo_values(lambda rows: 0.0, 2.5), "n must be an integer"),
+        (lambda: class_weights(torch.tensor([-100]), 2), "none of 1 labels is one of 2 classes"),
+        (lambda: class_weights(torch.tensor([0, 1]), 2, math.inf), "power must be at least 0 and finite"),
         (lambda: mel_filters(8000, 256, 40, high=5000.0), "give 0 <= low < high <= 4000"),
         (lambda: log_mel(torch.zeros(2, 50), 8000), r"shape \(2, 50\); give one recording"),
-        (lambda: SpecAugment(-1), "give 0 or more"),
-        (lambda: recall_at(torch.zeros(2, 2), 0), "a k of at least 1"),
+        (lambda: log_mel(torch.tensor([0.0, torch.nan]), 8000), "1 of 2 samples are no finite number"),
+        (lambda: log_mel(torch.zeros(50), 8000, hop=0), "hop must be an integer >= 1"),
+        (lambda: log_mel(torch.zeros(50), 8000, top=-5.0), "top must be positive"),
+        (lambda: SpecAugment(-1), "whole numbers of 0 or more"),
+        (lambda: SpecAugment(1.5), "whole numbers of 0 or more"),
+        (lambda: SpecAugment()(torch.ones(8, 8)), r"of one alone x\[None\]"),
+        (lambda: recall_at(torch.zeros(2, 2), 0), "k must be an integer >= 1"),
+        (lambda: recall_at(torch.full((2, 2), torch.nan)), "4 scores are no numbers"),
         (lambda: recall_at(torch.zeros(1, 2), 1, torch.tensor([2])), "there are 2 texts"),
         (lambda: point_targets(torch.zeros(1, 3), torch.zeros(1), (2, 2)), r"give \(n, 4\) and \(n,\)"),
+        (lambda: point_targets(torch.tensor([[8.0, 0, 0, 8]]), torch.tensor([1]), (2, 2)), "ends before it begins"),
+        (lambda: point_targets(torch.full((1, 4), torch.nan), torch.tensor([1]), (2, 2)), "is no number"),
         (lambda: average_precision([], [{}], 1), "0 images were looked at and 1 are labeled"),
+        (lambda: average_precision([TRUE], [TRUE], 1), r"found\[0\] lacks scores"),
+        (lambda: average_precision([SAID | {"scores": torch.full((1,), torch.nan)}], [TRUE], 1), "no numbers"),
+        (lambda: average_precision([SAID | {"scores": torch.ones(2)}], [TRUE], 1), r"beside them \(1,\), \(2,\)"),
+        (lambda: average_precision([SAID], [TRUE | {"labels": torch.tensor([3])}], 1), r"truth\[0\] has labels \[3\]"),
+        (lambda: average_precision([SAID], [TRUE], 1, [2.0]), "above 0 to 1"),
+        (lambda: Segmenter(Pyramid(models.EfficientNetLite0()), 0), "n_classes"),
+        (lambda: Pyramid(models.EfficientNetLite0(), momentum=2.0), "momentum=2.0"),
+        (lambda: PairEncoder(nn.Linear(1, 1), None, temperature=0.0), "temperature must be positive"),
         (lambda: PairEncoder(nn.Linear(1, 1), None).encode(["a"], []), "1 queries and 0 texts; give pairs"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, told):
     with pytest.raises(ValueError, match=told):
         call()
+
+
+@pytest.mark.parametrize(
+    "call, told",
+    [
+        (lambda: pixel_counts(torch.zeros(1, 1, 1).long(), torch.zeros(1, 1, 1), 2), "labels are torch.float32"),
+        (lambda: class_weights([0, 1], 2), "labels are list"),
+        (lambda: log_mel(np.zeros(9), 8000), "a tensor of real numbers"),
+        (lambda: recall_at(torch.zeros(2, 2), 1, torch.tensor([0.0, 1.0])), "partners are torch.float32"),
+        (lambda: point_targets(TRUE["boxes"], torch.ones(1), (2, 2)), "labels are torch.float32"),
+        (lambda: average_precision([{k: v.numpy() for k, v in SAID.items()}], [TRUE], 1), "must be tensors"),
+        (lambda: Pyramid(nn.Linear(1, 1)), "Linear is no EfficientNet-Lite0"),
+        (lambda: PairEncoder(nn.Linear(1, 1), None).encode("ab", "cd"), "give lists of texts"),
+        (lambda: PairEncoder(nn.Linear(1, 1), None).vectors("ab"), "give a list of texts"),
+    ],
+)
+def test_another_kind_of_data_is_refused(call, told):
+    with pytest.raises(TypeError, match=told):
+        call()
+
+
+def test_a_recording_of_integers_has_decibels_with_decimals():
+    wave = (1000 * chirp()).round().short()
+    made = log_mel(wave, 8000)
+    assert made.dtype == torch.float32 and (made != made.round()).any()
+    assert made.numpy() == pytest.approx(log_mel(wave.double(), 8000).numpy(), abs=1e-4)
 
 
 # ---------------------------------------------------------------- the studies
@@ -654,6 +711,18 @@ def test_a_question_stands_in_one_pair_and_about_half_are_alike():
     found = study.data.load("sst2", "test", bundled=True)
     kinds = dict(zip(found.texts, found.y.tolist(), strict=True))
     assert [float(kinds[p] == kinds[q]) for p, q in zip(a, b, strict=True)] == y.tolist()
+
+
+def test_pairs_of_two_kinds_are_of_any_two_kinds(monkeypatch):
+    y = torch.arange(600) % 6
+    some = study.data.TextSet([f"q{i}" for i in range(600)], y, list("abcdef"), "made", "ftbook")
+    monkeypatch.setattr(study.data, "load", lambda *a, **k: some)
+    monkeypatch.setattr(study.runtime, "pick", lambda quick, cpu: cpu)
+    a, b, same = study._pairs.__wrapped__("train")
+    kinds = [(int(p[1:]) % 6, int(q[1:]) % 6) for p, q in zip(a, b, strict=True)]
+    met = {pair for pair, alike in zip(kinds, same, strict=True) if not alike}
+    assert met >= {(i, j) for i in range(6) for j in range(6) if i != j and abs(i - j) == 1}
+    assert len(met) > 25 and 0.45 < same.mean() < 0.55
 
 
 @pytest.mark.parametrize("way", [study.DRAWN, study.FIRST, study.WORDS, study.ASIS, study.JOINT, study.TUNED])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .. import data, models, results, runtime
 from ..adapt import two_sample_test
+from ..autoencoder import classifier_from
 from ftbook.choose import (
     ask,
     cost,
@@ -43,8 +44,9 @@ from ..distill import cut
 from ..finetune import find_head, replace_head, tune
 from ..images import ImageSet, resized
 from . import bag_of_words, run_named
+from .autoencoder import encoder_of
 from .finetune import ByLength, outputs
-from .mlm import articles
+from .mlm import articles, readers
 from ..texts import TextClassifier, encode_texts, sentence_vectors
 from ..train import Settings, fit, predict
 
@@ -83,14 +85,16 @@ RATES = runtime.pick(
     quick=[3e-4, 1e-3], cpu=[3e-4, 1e-3, 1e-4, 3e-3, 3e-5, 1e-2]
 )
 DECAYS = runtime.pick(quick=[1.0, 10.0], cpu=[1.0, 10.0, 100.0, 0.1, 1e3, 1e4])
-ENCODERS = {  # name -> (model, layers that stay, drawn anew)
-    "MiniLM": ("minilm", 6, False),
-    "MiniLM, 4 layers": ("minilm", 4, False),
-    "MiniLM, 2 layers": ("minilm", 2, False),
-    "MiniLM, untrained": ("minilm", 6, True),
-    "bert-mini": ("bert_mini_en", 4, False),
-    "bert-mini, 2 layers": ("bert_mini_en", 2, False),
-    "bert-mini, untrained": ("bert_mini_en", 4, True),
+ENCODERS = {  # name -> (model, layers that stay, steps of pretraining or all)
+    "MiniLM": ("minilm", 6, None),
+    "MiniLM, 4 layers": ("minilm", 4, None),
+    "MiniLM, 2 layers": ("minilm", 2, None),
+    "MiniLM, untrained": ("minilm", 6, 0),
+    "bert-mini": ("bert_mini_en", 4, None),
+    "bert-mini, 2 layers": ("bert_mini_en", 2, None),
+    "bert-mini, 180 steps": ("bert_mini_en", 4, 180),
+    "bert-mini, 60 steps": ("bert_mini_en", 4, 60),
+    "bert-mini, untrained": ("bert_mini_en", 4, 0),
 }
 if QUICK:  # two relatives
     ENCODERS = dict(list(ENCODERS.items())[4:6])
@@ -138,10 +142,12 @@ def _few(name: str, seed: int) -> Any:
 @functools.cache
 def encoder(candidate: str) -> tuple[Any, Any]:
     """A candidate and its tokenizer; without dropout and pooler."""
-    name, layers, anew = ENCODERS[candidate]
+    name, layers, steps = ENCODERS[candidate]
     model, tokenizer = models.load(name)
+    if steps:  # of the short pretraining of chapter 6
+        model = readers(0)[steps]
     body: Any = cut(getattr(model, "bert", model), range(layers))
-    if anew:
+    if steps == 0:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             body = type(body)(body.config)
@@ -207,6 +213,7 @@ PHOTO_TASKS = {"CIFAR-10": "cifar10", "clothes": "fashion_mnist"}
 PHOTO_TASKS |= {} if QUICK else {"digits": "digits"}
 SIDE = runtime.pick(quick=32, cpu=64)
 PHOTO_EPOCHS = runtime.pick(quick=1, cpu=8)
+CODER = "masked autoencoder"  # chapter 5's, on gray photos of clothes
 # name -> (model, blocks that stay, data it is trained on here, batches)
 NETWORKS: dict[str, tuple] = {
     "Lite0": ("efficientnet_lite0", 16, "", 0),
@@ -216,6 +223,8 @@ NETWORKS: dict[str, tuple] = {
     "CNN, 30 steps": ("cnn_small", 0, "cifar10", 30),
     "CNN, clothes": ("cnn_small", 0, "fashion_mnist", 100),
     "CNN, untrained": ("cnn_small", 0, "none", 0),
+    "autoencoder": (CODER, -1, "fashion_mnist", 0),
+    "autoencoder, untrained": (CODER, -1, "none", 0),
 }
 if QUICK:
     NETWORKS = {
@@ -247,7 +256,7 @@ def photos(name: str, split: str) -> ImageSet:
     some.x = some.x.expand(-1, 3, -1, -1).contiguous()  # gray ones, too
     return some
 
-
+# %% ../../nbs/24_choose.ipynb #24b00012
 class _Stages(nn.Module):
     """The first blocks of EfficientNet-Lite0 and a head."""
 
@@ -266,10 +275,21 @@ class _Stages(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
+def _gray(x: Tensor) -> Tensor:
+    """Photos as chapter 5's encoders read them: gray, 28 pixels, 0 to 1."""
+    mean = x.float().mean(1, keepdim=True) / 255
+    return nn.functional.interpolate(mean, 28, mode="bilinear", antialias=True)
+
+
 @functools.cache
 def network(candidate: str) -> tuple[nn.Module, Any]:
     """A candidate, and what turns photos (N, 3, SIDE, SIDE) into its input."""
     name, blocks, taught, steps = NETWORKS[candidate]
+    if name == CODER:
+        method = "scratch" if taught == "none" else "pretrained"
+        with torch.random.fork_rng():
+            start = encoder_of("conv", method, 0)
+        return classifier_from(start, 2).eval(), _gray
     net: Any
     with torch.random.fork_rng():
         net, prepare = models.load(name)
@@ -438,7 +458,9 @@ def _criteria(executor: Any) -> None:
     ids = torch.randint(100, 8000, wide)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     counted = []
-    for name in ENCODERS:
+    for name, (_, _, steps) in ENCODERS.items():
+        if steps:  # the network of one that is counted
+            continue
         spent = cost(encoder(name)[0], batch)
         counted.append({"candidate": name} | spent._asdict())
     results.record(CHAPTER, "costs", counted)

@@ -40,6 +40,7 @@ __all__ = [
     "pack_texts",
     "train_checkpoint",
     "write_checkpoint",
+    "readers",
     "run_after",
     "main",
 ]
@@ -487,7 +488,7 @@ def _read_first() -> tuple:
 
 
 @cache
-def _readers(seed: int) -> dict[int, Any]:
+def readers(seed: int) -> dict[int, Any]:
     """Steps read -> network of one pretraining; -1: before the counts."""
     tokenizer, train, _ = _read_first()
     size = runtime.pick(quick={"hidden": 16, "layers": 1}, cpu={})
@@ -518,7 +519,7 @@ def _network(features: str, steps: int, seed: int) -> Any:
     quick = runtime.profile() == "quick"
     if features == "bert-mini-en":
         return models.load("bert_mini_en", bundled=quick)[0]
-    return _readers(seed)[-1 if features == "random weights" else steps]
+    return readers(seed)[-1 if features == "random weights" else steps]
 
 
 @cache

@@ -140,6 +140,7 @@ SCENE_STEPS = runtime.pick(quick=2, cpu=216)
 PLACE, COLOR = "most frequent of each place", "color and place"
 WEIGHTED = "tuned, weighted classes"
 POWERS = runtime.pick(quick=[0.5, 1.0], cpu=[0.5, 0.25, 0.75, 1.0, 1.5])
+PIXEL_DECAYS = runtime.pick(quick=DECAYS, cpu=[*DECAYS, 100.0, 1e3, 1e4])
 
 
 @functools.cache
@@ -284,7 +285,7 @@ def scene_rows() -> list[dict]:
     return [
         results.Baseline(way=TOP),
         results.Baseline(way=PLACE),
-        results.Baseline(SEEDS, way=COLOR, C=DECAYS),
+        results.Baseline(SEEDS, way=COLOR, C=PIXEL_DECAYS),
         {"way": SCRATCH, "lr": RATES},
         {"way": FROZEN, "lr": RATES},
         {"way": FULL, "lr": RATES},
@@ -1064,20 +1065,25 @@ JOINT = "ridge on |u − v|, u · v"
 @functools.cache
 def _pairs(split: str) -> tuple[list[str], list[str], np.ndarray]:
     """Questions in pairs, each in one only, and whether both ask for the same
-    kind of thing; about half do.
+    kind of thing; about half do. Pairs of two kinds are drawn at random.
     """
     name = runtime.pick(quick="sst2", cpu="trec")
     found: Any = data.load(name, split, bundled=QUICK)
-    order = np.random.default_rng(0).permutation(len(found))
+    draws = np.random.default_rng(0)
+    order = draws.permutation(len(found))
     order = order[: runtime.pick(quick=24, cpu=4800)]
     y = found.y.numpy()
-    alike, other = (
-        part[np.argsort(y[part], kind="stable")]
-        for part in np.array_split(order[: len(order) // 4 * 4], 2)
-    )
-    half = len(other) // 2
-    a = np.concatenate((alike[::2], other[:half]))
-    b = np.concatenate((alike[1::2], other[half:]))
+    alike, other = np.array_split(order[: len(order) // 4 * 4], 2)
+    alike = alike[np.argsort(y[alike], kind="stable")]
+    left, right = np.array_split(other, 2)
+    for _ in range(100):  # partners change until none are of one kind
+        same = np.flatnonzero(y[left] == y[right])
+        if not len(same):
+            break
+        some = np.union1d(same, draws.permutation(len(left))[: len(same)])
+        right[some] = right[draws.permutation(some)]
+    a = np.concatenate((alike[::2], left))
+    b = np.concatenate((alike[1::2], right))
     sides = ([found.texts[i] for i in side] for side in (a, b))
     return *sides, (y[a] == y[b]).astype(float)
 
