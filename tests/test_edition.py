@@ -172,6 +172,21 @@ def test_a_pdf_has_working_contents_bookmarks_and_nothing_cut(docs, tmp_path, mo
     assert "# 80" in "".join(texts).replace("\n", " "), "a long line of code is whole"
 
 
+def test_a_bookmark_keeps_the_blank_where_its_heading_breaks(tmp_path):
+    pikepdf = pytest.importorskip("pikepdf")
+    file = tmp_path / "marks.pdf"
+    with pikepdf.new() as whole:
+        whole.add_blank_page()
+        with whole.open_outline() as outline:
+            outline.root.append(pikepdf.OutlineItem("1 · One, andtwo", 0))
+            outline.root[0].children.append(pikepdf.OutlineItem("Not a heading", 0))
+        whole.save(file)
+    pdf.compact(file, ["1 · One,  and two"])
+    with pikepdf.open(file) as whole, whole.open_outline() as outline:
+        assert outline.root[0].title == "1 · One, and two"
+        assert outline.root[0].children[0].title == "Not a heading"
+
+
 def site_of(root):
     """The site in `_docs/`, built where it is missing or old."""
     run = subprocess.run(
