@@ -537,6 +537,7 @@ def test_every_public_name_has_an_entry_that_the_text_links_to(site):
         text = (site / "api" / f"{name}.html").read_text(encoding="utf-8")
         for entry in listed(ast.parse(file.read_text(encoding="utf-8"))):
             assert f'id="{entry.lower().strip("_").replace("_", "-")}"' in text, (name, entry)
+        assert not re.search(r"\(<em>[^<()]*[“”‘’]", text), f"{name}: the quotes of a value in a type are straight"
     assert 'href="../api/finetune.html#tune"' in (site / "nbs" / "08_finetune.html").read_text(encoding="utf-8")
     train = (site / "api" / "train.html").read_text(encoding="utf-8")
     assert train.count('href="../api/checkpoint.html#checkpoint"') and train.count(

@@ -35,13 +35,10 @@ def listed(tree: ast.Module) -> list:
     return ast.literal_eval(found[0]) if found else []
 
 
-QUOTES = "\"'"  # those of values in a type stay straight
-
-
-def escaped(text: str, also: str = "") -> str:
+def escaped(text: str) -> str:
     """Prose of a docstring as Markdown: code in backticks stays, marks of Markdown and HTML outside of it are letters."""
     pieces = re.split(r"(``[^`]+``|`[^`]+`)", text)
-    return "".join(p if i % 2 else re.sub(rf"([\\*$<>\[\]|_~{{}}{also}])", r"\\\1", p) for i, p in enumerate(pieces))
+    return "".join(p if i % 2 else re.sub(r"([\\*$<>\[\]|_~{}])", r"\\\1", p) for i, p in enumerate(pieces))
 
 
 def _paragraphs(text: str) -> str:
@@ -58,13 +55,18 @@ def _paragraphs(text: str) -> str:
     return "\n\n".join(out)
 
 
+def _coded(kind: str) -> str:
+    """A type whose values in quotes are code: prose would get round quotes."""
+    return re.sub(r"(?<![`\w])(\"[^\"`]*\"|'[^'`]*')(?![`\w])", r"`\1`", kind)
+
+
 def _items(text: str) -> str:
     """`name : type` and what is said below it, as a list."""
     out: list = []
     for line in text.strip("\n").split("\n"):
         if line.strip() and not line.startswith(" "):
             name, colon, kind = line.partition(" : ")
-            out.append(f"- **{escaped(name.strip())}**" + (f" (*{escaped(kind.strip(), QUOTES)}*)" if colon else ""))
+            out.append(f"- **{escaped(name.strip())}**" + (f" (*{escaped(_coded(kind.strip()))}*)" if colon else ""))
         elif line.strip():
             joint = ": " if out and out[-1].startswith("- **") and out[-1].endswith(("**", "*)")) else " "
             out[-1:] = [(out[-1] if out else "-") + joint + escaped(line.strip())]
