@@ -47,7 +47,9 @@ def docs(tmp_path, monkeypatch):
     """A folder like `_docs/` with a home page, a chapter and a glossary."""
     folder = tmp_path / "docs"
     pages = {
-        "index.html": '<section id="book"><h1>The Book</h1><p><a href="nbs/01_one.html">Start</a></p></section>',
+        "index.html": '<section id="book"><h1>The Book</h1><p><a href="nbs/01_one.html">Start</a></p>'
+        '<ul class="cards"><li><a href="nbs/01_one.html"><svg viewBox="0 0 9 9" aria-hidden="true"><path d="M1 1h8"/></svg>One</a></li></ul>'
+        "</section>",
         "nbs/01_one.html": FIRST,
         "nbs/A7_glossary.html": '<section id="g"><h1>A7 · Glossary</h1><section id="head"><h3>head</h3>'
         '<p><span lang="zh">输出层</span>. See <a href="01_one.html#words">chapter 1</a>.</p></section></section>',
@@ -90,9 +92,13 @@ def sound(file) -> dict:
         if not name.endswith(".xhtml"):
             continue
         assert len(ids[name]) == len(set(ids[name])), name
-        assert ('properties="mathml"' in ElementTree.tostring(items[name[5:]]).decode()) == (
-            next(tree.iter("{http://www.w3.org/1998/Math/MathML}math"), None) is not None
-        ), name
+        properties = items[name[5:]].get("properties", "").split()
+        for kind, tag in (
+            ("mathml", "{http://www.w3.org/1998/Math/MathML}math"),
+            ("svg", "{http://www.w3.org/2000/svg}svg"),
+        ):
+            assert (kind in properties) == (next(tree.iter(tag), None) is not None), name
+        assert not list(tree.iter(f"{XHTML}svg")), f"{name}: a drawing of no namespace is not drawn"
         assert not list(tree.iter(f"{XHTML}script")), name
         for image in tree.iter(f"{XHTML}img"):
             assert image.get("alt") is not None and f"EPUB/{image.get('src')}" in files, name
@@ -170,6 +176,21 @@ def test_a_pdf_has_working_contents_bookmarks_and_nothing_cut(docs, tmp_path, mo
     links = [a.get_object().get("/Dest") for p in reader.pages for a in p.get("/Annots", [])]
     assert {d.lstrip("/") for d in links if d} <= set(places)
     assert "# 80" in "".join(texts).replace("\n", " "), "a long line of code is whole"
+
+
+def test_a_bookmark_keeps_the_blank_where_its_heading_breaks(tmp_path):
+    pikepdf = pytest.importorskip("pikepdf")
+    file = tmp_path / "marks.pdf"
+    with pikepdf.new() as whole:
+        whole.add_blank_page()
+        with whole.open_outline() as outline:
+            outline.root.append(pikepdf.OutlineItem("1 · One, andtwo", 0))
+            outline.root[0].children.append(pikepdf.OutlineItem("Not a heading", 0))
+        whole.save(file)
+    pdf.compact(file, ["1 · One,  and two"])
+    with pikepdf.open(file) as whole, whole.open_outline() as outline:
+        assert outline.root[0].title == "1 · One, and two"
+        assert outline.root[0].children[0].title == "Not a heading"
 
 
 def site_of(root):

@@ -55,13 +55,18 @@ def _paragraphs(text: str) -> str:
     return "\n\n".join(out)
 
 
+def _coded(kind: str) -> str:
+    """A type whose values in quotes are code: prose would get round quotes."""
+    return re.sub(r"(?<![`\w])(\"[^\"`]*\"|'[^'`]*')(?![`\w])", r"`\1`", kind)
+
+
 def _items(text: str) -> str:
     """`name : type` and what is said below it, as a list."""
     out: list = []
     for line in text.strip("\n").split("\n"):
         if line.strip() and not line.startswith(" "):
             name, colon, kind = line.partition(" : ")
-            out.append(f"- **{escaped(name.strip())}**" + (f" (*{escaped(kind.strip())}*)" if colon else ""))
+            out.append(f"- **{escaped(name.strip())}**" + (f" (*{escaped(_coded(kind.strip()))}*)" if colon else ""))
         elif line.strip():
             joint = ": " if out and out[-1].startswith("- **") and out[-1].endswith(("**", "*)")) else " "
             out[-1:] = [(out[-1] if out else "-") + joint + escaped(line.strip())]

@@ -9,6 +9,7 @@ from .settings import NBS, ROOT
 
 ELSEWHERE = (
     "test_notebooks",
+    "test_lab",
     "test_site",
     "test_filter",
     "test_package",

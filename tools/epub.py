@@ -90,6 +90,10 @@ def repaired(tree) -> None:
         node.attrs.pop("scope", None) if node.name == "td" else None
     for math in tree.find_all("math"):
         math.attrs["xmlns"] = "http://www.w3.org/1998/Math/MathML"
+    for drawn in tree.find_all("svg"):
+        drawn.attrs["xmlns"] = "http://www.w3.org/2000/svg"
+        if "viewbox" in drawn.attrs:  # HTML's parser writes names in small letters
+            drawn.attrs["viewBox"] = drawn.attrs.pop("viewbox")
     for image in tree.find_all("img"):
         image["alt"] = image.get("alt") or ""
         for size in ("width", "height"):
@@ -165,27 +169,27 @@ def contents(docs: Path) -> dict:
     )
     files["cover.xhtml"] = PAGE.format(language=about["language"], title=html.escape(about["title"]), body=cover)
     files["nav.xhtml"], files["toc.ncx"] = navigation(chapters, about)
-    mathematics = set()
+    held = {}  # name -> what a reader has to know of a page: formulas, drawings
     for chapter in chapters:
         repaired(chapter.tree)
-        if chapter.tree.find("math"):
-            mathematics.add(f"{chapter.name}.xhtml")
+        kinds = ("mathml", "math"), ("svg", "svg")
+        held[f"{chapter.name}.xhtml"] = [kind for kind, tag in kinds if chapter.tree.find(tag)]
         files[f"{chapter.name}.xhtml"] = PAGE.format(
             language=about["language"], title=html.escape(chapter.title), body=xhtml(chapter.tree)
         )
     files |= {name: drawing(file) for name, file in sorted(pictures.items())}
-    files["book.opf"] = package(files, mathematics, about, [f"{c.name}.xhtml" for c in chapters])
+    files["book.opf"] = package(files, held, about, [f"{c.name}.xhtml" for c in chapters])
     return files
 
 
-def package(files: dict, mathematics: set, about: dict, order: list) -> str:
+def package(files: dict, held: dict, about: dict, order: list) -> str:
     """The manifest and the reading order."""
     kinds = {".xhtml": "application/xhtml+xml", ".css": "text/css", ".ncx": "application/x-dtbncx+xml", **TYPES}
     ids = {name: f"f{i}" for i, name in enumerate(files)}
     items = []
     for name, key in ids.items():
-        properties = ["nav"] if name == "nav.xhtml" else ["mathml"] if name in mathematics else []
-        extra = f' properties="{properties[0]}"' if properties else ""
+        properties = ["nav"] if name == "nav.xhtml" else held.get(name, [])
+        extra = f' properties="{" ".join(properties)}"' if properties else ""
         items.append(f'<item id="{key}" href="{name}" media-type="{kinds[Path(name).suffix]}"{extra}/>')
     spine = "".join(f'<itemref idref="{ids[name]}"/>' for name in ["cover.xhtml", "nav.xhtml", *order])
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -362,6 +362,22 @@ def stacking(page: str) -> str:
     return TABLE.sub(table, page)
 
 
+CELL = re.compile(r"<td((?:\s[^>]*)?)>(.*?)</td>", re.S)
+LONG_CELL = 60  # letters; a cell with more of them keeps a column that can be read on a phone
+
+
+def worded(page: str) -> str:
+    """Cells of many words say so: on a phone they are not squeezed between columns of one word."""
+
+    def cell(match):
+        if len(re.sub(r"<[^>]+>", "", match[2]).strip()) <= LONG_CELL:
+            return match[0]
+        marks = match[1].replace('class="', 'class="words ') if "class=" in match[1] else match[1] + ' class="words"'
+        return f"<td{marks}>{match[2]}</td>"
+
+    return CELL.sub(cell, page)
+
+
 def finish_page(file: Path, out: Path) -> Reader:
     """Finish a page where that was not done yet; returns what it says."""
     page = file.read_text(encoding="utf-8")
@@ -377,7 +393,7 @@ def finish_page(file: Path, out: Path) -> Reader:
         page = stacking(page)
     if file.parent.name in ("nbs", "zh") and file.name != "index.html" and "glossary" not in file.name:
         page = shorter(page)
-    page = with_heights(page)
+    page = with_heights(worded(page))
     page = switched(page, file.relative_to(out).as_posix(), out)
     at = page.index("<head>") + len("<head>")
     charset = page.find("/>", page.index("charset", at)) + 2 if "charset" in page[at : at + 300] else at

@@ -39,6 +39,7 @@ FIT = """() => {
   }
   return wide;
 }"""
+HEADINGS = "[...document.querySelectorAll('h1, h2, h3, h4, h5, h6')].map(h => h.textContent)"
 
 
 def browser() -> str:
@@ -168,18 +169,32 @@ def printed(docs: Path, out: Path, only: tuple = ()) -> list:
             wide = tab.evaluate(FIT)
             tab.pdf(path=out, prefer_css_page_size=True, outline=True, tagged=True)
             numbers = numbers_of(out)
+        titles = tab.evaluate(HEADINGS)
         chromium.close()
-    compact(out)
+    compact(out, titles)
     return wide
 
 
-def compact(file: Path) -> None:
-    """Pack the many small objects that Chromium writes for screen readers; a third of the size is left."""
+def rename(marks, titles: dict) -> None:
+    """Bookmarks with the blanks of their headings: Chromium joins two words where a line of a heading ends."""
+    while marks is not None:
+        said = str(marks.Title)
+        marks.Title = titles.get("".join(said.split()), said)
+        rename(marks.get("/First"), titles)
+        marks = marks.get("/Next")
+
+
+def compact(file: Path, titles: list) -> None:
+    """Pack the many small objects that Chromium writes for screen readers, and all of them tighter; a third of the size is left."""
     import pikepdf
 
+    pikepdf.settings.set_flate_compression_level(9)
     with pikepdf.open(file, allow_overwriting_input=True) as whole:
+        if "/Outlines" in whole.Root:
+            rename(whole.Root.Outlines.get("/First"), {"".join(t.split()): " ".join(t.split()) for t in titles})
         whole.docinfo["/Title"], whole.docinfo["/Author"] = front()["title"], front()["author"]
-        whole.save(file, object_stream_mode=pikepdf.ObjectStreamMode.generate, compress_streams=True)
+        tight = {"compress_streams": True, "recompress_flate": True}
+        whole.save(file, object_stream_mode=pikepdf.ObjectStreamMode.generate, **tight)
 
 
 def main(argv: list) -> int:

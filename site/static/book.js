@@ -65,7 +65,7 @@
   };
   // a click on a column's head sorts: numbers as numbers (their first one counts), words as words
   const number = (text) => {
-    const found = text.replace(/[\u2212\u2013]/g, "-").replace(/(\d)[,\u202f\u00a0](?=\d{3}\b)/g, "$1").match(/^[^\d\w]*?([-+]?\d*\.?\d+(?:e[-+]?\d+)?)/i);
+    const found = text.replace(/[\u2212\u2013]/g, "-").replace(/(\d)[,\u202f\u00a0](?=\d{3}\b)/g, "$1").match(/^(?:under |over )?[^\d\w]*?([-+]?\d*\.?\d+(?:e[-+]?\d+)?)/i);
     return found ? Number(found[1]) : NaN;
   };
   const sortable = (table) => {
@@ -84,13 +84,14 @@
         const texts = new Map(rows.map((row) => [row, (row.cells[column]?.textContent || "").trim()]));
         const values = [...texts.values()].filter((t) => t && t !== "–" && t !== "-");
         const numeric = values.length > 0 && values.every((t) => !Number.isNaN(number(t)));
+        const sign = down ? -1 : 1;
         const compare = (a, b) => {
           const [s, t] = [texts.get(a), texts.get(b)];
-          if (!numeric) return s.localeCompare(t);
+          if (!numeric) return sign * s.localeCompare(t);
           const [x, y] = [number(s), number(t)];
-          return Number.isNaN(x) - Number.isNaN(y) || x - y;
+          return Number.isNaN(x) - Number.isNaN(y) || sign * (x - y);  // what has no number is last in both orders
         };
-        rows.sort((a, b) => (down ? -compare(a, b) : compare(a, b)));
+        rows.sort(compare);
         body.append(...rows);
         for (const other of heads) other.removeAttribute("aria-sort");
         head.setAttribute("aria-sort", down ? "descending" : "ascending");
