@@ -1253,8 +1253,7 @@ def _render_table(
 
     texts = [[line.get(k, "–") for k in titles] for line in lines]
     numeric = [
-        any(column)
-        and all(re.match(r"(under |over )?[-+\d–]|$", t) for t in column)
+        all(re.match(r"[-+\d–]", t) for t in column)
         for column in zip(*texts, strict=True)
     ]
     out = [written(map(_cell_text, titles.values()))]

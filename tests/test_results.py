@@ -1317,8 +1317,3 @@ def test_differences_of_shares_are_in_points():
     assert f"{one:+.0%}".startswith("+1 point [") and f"{one:+.1%}".startswith("+1.0 points [")
     signed = results.table([{"way": "a", "gap": "+1"}, {"way": "b", "gap": "-1"}])
     assert "| :--- | ---: |" in str(signed)
-
-
-def test_a_column_of_numbers_stands_to_the_right_also_where_a_row_has_none():
-    rows = [{"way": "a", "s": "under 0.1", "gap": "", "note": ""}, {"way": "b", "s": "14.8", "gap": "-1", "note": ""}]
-    assert "| :--- | ---: | ---: | :--- |" in str(results.table(rows))
