@@ -117,19 +117,21 @@ def main(argv=None):
             "lightning": lambda m: lightning(m, folder),
             "fastai.basics": fastai,
         }
-        peers = {}
+        times = {}
+
+        def measure(name: str, run) -> None:
+            runs = [lambda f=f, b=b: f(b) for f in (bare, run) for b in (few, many)]
+            t = 1e3 * bench.paired(*runs, repeats=repeats if run is ours else 3)
+            step, start = (t[:, 1::2] - t[:, 0::2]) / (steps - 1 or 1), t[:, 0::2]
+            times[name] = step[:, 1] - step[:, 0], start[:, 1] - start[:, 0], step[:, 0]
+
+        measure("ours", ours)  # before peers are imported: after lightning's import a bare step takes twice as long
         for name, make in found.items() if not args.tiny else ():
             module = bench.peer(name)
             if module:
-                peers[name.split(".")[0]] = make(module)
-        sides = {"bare": bare, "ours": ours, **peers}
-        times = {}
-        for group in (["bare", "ours"], *(["bare", name] for name in peers)):
-            runs = [lambda f=sides[n], b=b: f(b) for n in group for b in (few, many)]
-            t = 1e3 * bench.paired(*runs, repeats=repeats if group[1] == "ours" else 3)
-            step, start = (t[:, 1::2] - t[:, 0::2]) / (steps - 1 or 1), t[:, 0::2]
-            times[group[1]] = step[:, 1] - step[:, 0], start[:, 1] - start[:, 0], step[:, 0]
+                measure(name.split(".")[0], make(module))
     more, start, alone = times["ours"]
+    peers = [name for name in times if name != "ours"]
     others = [", ".join(f"{n} +{np.median(times[n][i]):.{d}f} ms" for n in peers) for i, d in ((0, 2), (1, 0))]
     rows = [
         bench.row(

@@ -763,7 +763,10 @@ def pretrain(
     -------
     History
     """
-    check_value("pieces", pieces, "count")
+    counts = {"pieces": pieces, "batch_size": batch_size}
+    counts |= {"rows_of_history": rows_of_history}
+    for name, value in counts.items():
+        check_value(name, value, "count")
     steps = max(1, pieces // (batch_size * (rows.shape[1] - 1)))
     every = -(-steps // rows_of_history)
     held = (
@@ -828,7 +831,12 @@ def _check_range(ends: Iterable, vocab: int) -> None:
 
 def _within(ids: Any, vocab: int) -> np.ndarray:
     """A stream of pieces as an array, each one below `vocab`."""
-    stream = np.asarray(ids, dtype=np.int64)
+    stream = np.asarray(ids)
+    if stream.size and stream.dtype.kind not in "iu":
+        raise TypeError(
+            f"pieces are of the type {stream.dtype}; give whole numbers"
+        )
+    stream = stream.astype(np.int64)
     if stream.size:
         _check_range((stream.min(), stream.max()), vocab)
     return stream
@@ -874,6 +882,7 @@ def losses(
     >>> [len(found) for found in losses(model, [range(20), [7]], start=0)]
     [20, 1]
     """
+    check_value("batch_size", batch_size, "count")
     window = model.sizes.context if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     if not 0 < stride <= window <= model.sizes.context:
@@ -1073,6 +1082,11 @@ def save_decoder(
     from safetensors.torch import save_file
 
     folder, s = Path(folder), model.sizes
+    if len(tokenizer) > s.vocab:
+        raise ValueError(
+            f"the model has {s.vocab} pieces, the tokenizer {len(tokenizer)}: "
+            "give the one that the model was trained with"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     end = tokenizer.convert_tokens_to_ids(_END)
     config = {

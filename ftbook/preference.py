@@ -262,6 +262,8 @@ class Episodes:
         seed: int = 0,
         limit: int = 500,
     ):
+        if not 0 <= discount <= 1:
+            raise ValueError(f"discount={discount}: give a number from 0 to 1")
         self.policy, self.games, self.steps = policy, games, steps
         self.discount, self.baseline = discount, baseline
         self.seed, self.limit = seed, limit
@@ -576,6 +578,7 @@ def score_answers(
     policy: Policy, ids: Tensor, scored: Tensor, *, batch_size: int = 64
 ) -> Tensor:
     """`policy(ids, scored)` without gradients, some rows at a time: (B, T)."""
+    check_value("batch_size", batch_size, "count")
     device = next(policy.parameters()).device
     with evaluating(policy):
         parts = [

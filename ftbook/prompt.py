@@ -116,7 +116,7 @@ class Prompt:
     def before(self, shots: Sequence[tuple[str, int]] = ()) -> str:
         """What all questions begin with: intro and answered examples."""
         for _, label in shots:
-            if not 0 <= int(label) < len(self.words):
+            if int(label) != label or not 0 <= label < len(self.words):
                 raise ValueError(
                     f"an example has label {label}; with {len(self.words)} "
                     f"words labels are 0 to {len(self.words) - 1}"
@@ -549,7 +549,12 @@ class SetFit:
         """Tune the vectors, then fit the classifier on them."""
         from sklearn.linear_model import LogisticRegression
 
-        y = torch.as_tensor(labels).long()
+        y = torch.as_tensor(labels)
+        if y.is_floating_point():
+            raise TypeError(
+                f"labels are {y.dtype}: give class numbers, whole from 0 on"
+            )
+        y = y.long()
         if isinstance(texts, str) or len(texts) != len(y):
             raise ValueError(
                 f"{len(texts)} texts and {len(y)} labels; give a list of texts "
@@ -578,6 +583,11 @@ class SetFit:
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """Sentence vectors of length 1, shape (N, H)."""
+        if isinstance(texts, str):
+            raise TypeError(
+                f"texts is one str, {texts[:40]!r}; put a single text into a "
+                "list"
+            )
         with evaluating(self.model):
             found = sentence_vectors(
                 texts, self.model, self.tokenizer, self.max_length

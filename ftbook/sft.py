@@ -829,6 +829,8 @@ def _piece_bytes(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 class JsonFormat:
     """The texts that `write_names` can write, as a finite automaton over bytes.
 
+    Names with control characters, such as a tab, are not among them.
+
     A piece of the vocabulary is allowed in a state if its bytes lead somewhere
     from there, and if from where they lead the rest fits into what is left.
 

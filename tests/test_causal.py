@@ -420,8 +420,22 @@ def test_pieces_of_another_tokenizer_and_counts_below_one_are_refused(pair):
             pair[1](ids)
     with pytest.raises(ValueError, match="pieces must be an integer >= 1"):
         causal.pretrain(pair[1], torch.zeros(2, 9, dtype=torch.long), pieces=0)
+    for wrong in ({"batch_size": 0}, {"rows_of_history": 0}):
+        with pytest.raises(ValueError, match=f"{[*wrong][0]} must be an integer >= 1"):
+            causal.pretrain(pair[1], torch.zeros(2, 9, dtype=torch.long), pieces=9, **wrong)
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
+        causal.losses(pair[1], [[1]], 0, batch_size=0)
+    with pytest.raises(TypeError, match="float64; give whole numbers"):
+        causal.KneserNey([0.5, 1, 2, 0], 2, 3)
     with pytest.raises(ValueError, match="heads must be an integer >= 1"):
         causal.Sizes(vocab=5, heads=0)
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_is_not_saved_with_it(tokenizer, tmp_path):
+    model = causal.Decoder(causal.Sizes(vocab=20, width=16, layers=1))
+    with pytest.raises(ValueError, match=f"the model has 20 pieces, the tokenizer {len(tokenizer)}"):
+        causal.save_decoder(model, tokenizer, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_counting_a_text_given_twice_leaves_every_piece_a_chance():

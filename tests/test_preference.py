@@ -102,6 +102,18 @@ def test_a_push_that_is_none_is_refused(action):
         CartPole(2).step(action)
 
 
+@pytest.mark.parametrize("discount", [-0.1, 2.0, math.nan])
+def test_a_discount_that_is_no_share_is_refused(discount):
+    with pytest.raises(ValueError, match=f"discount={discount}: give a number from 0 to 1"):
+        Episodes(nn.Linear(4, 2), discount=discount)
+
+
+def test_answers_in_no_batches_are_refused(tiny):
+    ids, scored = join_answers([[1]], [[2]])
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
+        score_answers(tiny[0], ids, scored, batch_size=0)
+
+
 def test_no_game_is_refused():
     for wrong in (0, 1.5, "2"):
         with pytest.raises(ValueError, match="games must be an integer >= 1, got"):

@@ -340,8 +340,17 @@ def test_setfit_refuses_what_it_cannot_fit(bert):
         SetFit(*bert).fit(["a", "b"], [0, 1, 1])
     with pytest.raises(ValueError, match="all labels are the same"):
         SetFit(*bert).fit(["a", "b"], [1, 1])
+    with pytest.raises(TypeError, match="labels are torch.float32: give class numbers"):
+        SetFit(*bert).fit(["a", "b"], [0.5, 1.5])
     with pytest.raises(ValueError, match="call fit"):
         SetFit(*bert).predict(["a"])
+    with pytest.raises(TypeError, match="put a single text into a list"):
+        SetFit(*bert).vectors("abc")
+
+
+def test_a_label_between_two_classes_is_refused():
+    with pytest.raises(ValueError, match="an example has label 0.7; with 2 words"):
+        ASK.ask("a film", [("a fine story", 0.7)])
 
 
 # ---------------------------------------------------------------- studies

@@ -301,7 +301,7 @@ STARTS = [
         ("bert_mini_en", "pretrained", "full", FULL),
         ("minilm", "pretrained", "head", HEAD),
         ("minilm", "random", "full", NEW),
-        ("minilm", "pretrained", "top", BODY),
+        ("minilm", "pretrained", "top", NEW),
     )
 ]
 SHAPES = results.Baseline(

@@ -266,11 +266,11 @@ METHODS: dict[str, tuple[tuple[float, ...], Callable]] = {
     "none": ((0.0,), lambda m, s, t: {}),
     "temperature": ((0.0,), lambda m, s, t: {}),
     "label smoothing": (
-        (0.05, 0.1, 0.2, 0.4),
+        (0.1, 0.2, 0.4, 0.6),
         lambda m, s, t: {"loss": partial(losses.label_smoothing, smoothing=s)},
     ),
     "dropout": (
-        (0.03, 0.1, 0.3, 0.5),
+        (0.1, 0.3, 0.5, 0.7),
         _attach(lambda m, s, t: set_dropout(m, s)),
     ),
     "weight decay": (
@@ -289,7 +289,7 @@ METHODS: dict[str, tuple[tuple[float, ...], Callable]] = {
     ),
     "L2-SP": ((1e-3, 1e-2, 1e-1, 1.0), _added(lambda m, s: l2_sp(m, s))),
     "mixout": ((0.5, 0.7, 0.9, 0.95), _attach(lambda m, s, t: mixout(m, p=s))),
-    "SAM": ((0.005, 0.02, 0.1, 0.5), _sharpness),
+    "SAM": ((0.002, 0.005, 0.02, 0.1), _sharpness),
     "R-Drop": ((3.0, 10.0, 30.0, 100.0), _agreement),
     "stochastic depth": (
         (0.1, 0.3, 0.5, 0.8),
@@ -306,7 +306,7 @@ METHODS: dict[str, tuple[tuple[float, ...], Callable]] = {
         _added(lambda m, s: penalty(m, l2=s)),
     ),
     "L1 proximal": (
-        (0.003, 0.03, 0.1, 0.5),
+        (0.03, 0.1, 0.5, 1.0),
         _calls(lambda m, s: Proximal(m, l1=s)),
     ),
     "DropConnect": (
@@ -328,7 +328,7 @@ METHODS: dict[str, tuple[tuple[float, ...], Callable]] = {
         _added(lambda m, s: penalty(m, l1=s)),
     ),
     "elastic net": (
-        (0.006, 0.06, 0.2, 1.0),
+        (0.06, 0.2, 1.0, 2.0),
         _calls(lambda m, s: Proximal(m, l1=s / 2, l2=s / 2)),
     ),
     "gradient noise": (
@@ -553,6 +553,7 @@ def run(
 
 # %% ../../nbs/15_regularize.ipynb #920448d7
 SEEDS = runtime.pick(quick=range(1, 3), cpu=range(1, 11))
+TRIES = runtime.pick(quick=[0], cpu=[0, 11, 12])  # other draws, to choose on
 RATES = runtime.pick(quick=[1e-4, 1e-3], cpu=[3e-4, 1e-3, 3e-3, 1e-2])
 DECAYS = runtime.pick(
     quick=[1.0, 10.0], cpu=[1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0]
@@ -587,6 +588,7 @@ def _questions(executor) -> None:
         mode=dict.fromkeys(LESS, "min"),
         budget=f"{BUDGET['epochs']} epochs, batches of {SIZE}, 4 settings",
         seeds=SEEDS,
+        search_seeds=TRIES,
         n=SIZES,
         executor=executor,
     )
