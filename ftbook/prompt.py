@@ -551,9 +551,7 @@ class SetFit:
 
         y = torch.as_tensor(labels)
         if y.is_floating_point():
-            raise TypeError(
-                f"labels are {y.dtype}: give class numbers, whole from 0 on"
-            )
+            raise TypeError(f"labels are {y.dtype}; give class numbers")
         y = y.long()
         if isinstance(texts, str) or len(texts) != len(y):
             raise ValueError(
@@ -561,9 +559,7 @@ class SetFit:
                 "and one label for each"
             )
         if len(y.unique()) < 2:
-            raise ValueError(
-                "all labels are the same; give two classes or more"
-            )
+            raise ValueError("all labels are the same; give two classes")
         if self.steps:
             self._pull(list(texts), y)
         self.linear_ = LogisticRegression(C=self.C, max_iter=2000)
@@ -584,10 +580,7 @@ class SetFit:
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """Sentence vectors of length 1, shape (N, H)."""
         if isinstance(texts, str):
-            raise TypeError(
-                f"texts is one str, {texts[:40]!r}; put a single text into a "
-                "list"
-            )
+            raise TypeError(f"{texts[:40]!r}: put a single text into a list")
         with evaluating(self.model):
             found = sentence_vectors(
                 texts, self.model, self.tokenizer, self.max_length

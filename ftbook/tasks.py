@@ -314,13 +314,14 @@ class Pyramid(nn.Module):
         super().__init__()
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum={momentum}: give a share above 0")
-        if len(getattr(net, "_blocks", ())) < self.ends[-1]:
+        children: dict[str, Any] = dict(net.named_children())
+        if len(children.get("_blocks", ())) < self.ends[-1]:
             raise TypeError(
                 f"{type(net).__name__} is no EfficientNet-Lite0; of another "
                 "network, write an encoder that gives maps, finest first, and "
                 "has channels and strides"
             )
-        blocks: Any = net.get_submodule("_blocks")
+        blocks = children["_blocks"]
         first = net.get_submodule("_conv_stem"), net.get_submodule("_bn0")
         starts = (0, *self.ends[:-1])
         parts = [blocks[a:b] for a, b in zip(starts, self.ends, strict=True)]

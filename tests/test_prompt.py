@@ -340,7 +340,7 @@ def test_setfit_refuses_what_it_cannot_fit(bert):
         SetFit(*bert).fit(["a", "b"], [0, 1, 1])
     with pytest.raises(ValueError, match="all labels are the same"):
         SetFit(*bert).fit(["a", "b"], [1, 1])
-    with pytest.raises(TypeError, match="labels are torch.float32: give class numbers"):
+    with pytest.raises(TypeError, match="labels are torch.float32; give class numbers"):
         SetFit(*bert).fit(["a", "b"], [0.5, 1.5])
     with pytest.raises(ValueError, match="call fit"):
         SetFit(*bert).predict(["a"])
