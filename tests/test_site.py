@@ -85,13 +85,14 @@ def page(address):
 
 
 def holds(page, script: str, seconds: float = 20) -> bool:
-    """Whether a JavaScript expression becomes true in time."""
-    from playwright.sync_api import TimeoutError
-
-    try:
-        return bool(page.wait_for_function(script, timeout=1000 * seconds))
-    except TimeoutError:
-        return False
+    """Whether a JavaScript expression becomes true in time; asked again from here, since the page's
+    policy forbids a script that is a text, which is how Playwright would ask again.
+    """
+    for _ in range(int(20 * seconds)):
+        if page.evaluate(f"Boolean({script})"):
+            return True
+        page.wait_for_timeout(50)
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def violations(page) -> dict:
     found = {}
     for theme, asked in (("light", (EVERYWHERE, COLORS)), ("dark", (COLORS,))):
         page.evaluate(f"document.querySelector('.theme-change-button[data-mode={theme}]').click()")
-        page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+        assert holds(page, f"document.documentElement.dataset.theme === '{theme}'")
         page.evaluate(LOOKS)
         for options, context in asked:
             for v in Axe().run(page, context, {"resultTypes": ["violations"], **options}).response["violations"]:
@@ -613,7 +614,7 @@ def test_every_control_of_the_book_chooses_among_its_drawings(pages, site, page)
                 last = "e => { e.value = e.tagName === 'SELECT' ? e.options.length - 1 : e.max; e.dispatchEvent(new Event('input')); }"
                 field.evaluate(last)
                 page.wait_for_timeout(100)
-                page.wait_for_function("b => b.dataset.frame", arg=box.element_handle())
+                assert any(box.get_attribute("data-frame") or page.wait_for_timeout(50) for _ in range(400))
                 seen.add(box.get_attribute("data-frame"))
                 assert box.evaluate("b => [...b.querySelectorAll('img')].every(i => i.naturalWidth > 0 && i.alt)"), name
             assert seen, name
